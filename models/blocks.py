@@ -1,0 +1,94 @@
+"""Building blocks that the architecture families share."""
+
+from edgeroute.models.base import Hparams, Rope
+from edgeroute.runtime.ggml import api
+from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.graph import Builder
+from edgeroute.runtime.weights import TensorSpec, Use
+
+ROPE_NORMAL, ROPE_NEOX = api.ROPE_NORMAL, api.ROPE_NEOX
+
+
+def embed_tokens(b: Builder) -> Tensor:
+    """Look token embeddings up: F32 [n_embd, n_tokens]."""
+    return b.g.ggml_get_rows(b.ctx, b.weight("token_embd.weight"), b.tokens())
+
+
+def split_heads(b: Builder, x: Tensor, n_embd_head: int, n_head: int) -> Tensor:
+    """Reshape [n_embd_head * n_head, n_tokens] to [n_embd_head, n_head, n_tokens]."""
+    return b.g.ggml_reshape_3d(b.ctx, x, n_embd_head, n_head, b.n_tokens)
+
+
+def rotate(b: Builder, x: Tensor, rope: Rope, mode: int, factors: str | None = None) -> Tensor:
+    """Apply rotary positions to F32 [n_embd_head, n_head, n_tokens]."""
+    weight = b.weights.get(factors) if factors else None
+    return b.g.ggml_rope_ext(
+        b.ctx, x, b.pos(), weight, rope.n_rot, mode, rope.n_ctx_orig, rope.freq_base,
+        rope.freq_scale, rope.ext_factor, rope.attn_factor, rope.beta_fast, rope.beta_slow,
+    )  # fmt: skip
+
+
+def swiglu(b: Builder, prefix: str, x: Tensor) -> Tensor:
+    """Gated feed-forward with SiLU: down(silu(gate(x)) * up(x))."""
+    up, gate = b.linear(f"{prefix}.ffn_up", x), b.linear(f"{prefix}.ffn_gate", x)
+    return b.linear(f"{prefix}.ffn_down", b.g.ggml_swiglu_split(b.ctx, gate, up))
+
+
+def geglu(b: Builder, prefix: str, x: Tensor) -> Tensor:
+    """Gated feed-forward with GELU: down(gelu(gate(x)) * up(x))."""
+    up, gate = b.linear(f"{prefix}.ffn_up", x), b.linear(f"{prefix}.ffn_gate", x)
+    return b.linear(f"{prefix}.ffn_down", b.g.ggml_geglu_split(b.ctx, gate, up))
+
+
+def logits(b: Builder, x: Tensor, eps: float) -> Tensor:
+    """Normalise and project to the vocabulary: F32 [n_vocab, n_out]."""
+    return b.linear("output", b.rms_norm("output_norm", x, eps))
+
+
+def spec(name: str, *ne: int, use: Use = "mul_mat", required: bool = True) -> TensorSpec:
+    """Describe a tensor whose name in the file is `name`."""
+    return TensorSpec(name=name, ne=ne, use=use, required=required)
+
+
+def norm(name: str, width: int) -> TensorSpec:
+    """Describe the weight of a norm."""
+    return spec(f"{name}.weight", width, use="elementwise")
+
+
+def bias(name: str, width: int, *, required: bool = False) -> TensorSpec:
+    """Describe a bias."""
+    return spec(f"{name}.bias", width, use="elementwise", required=required)
+
+
+def common_specs(hp: Hparams) -> list[TensorSpec]:
+    """List embedding and head; a tied head is a second use of the embedding's bytes."""
+    head = TensorSpec(
+        name="output.weight", ne=(hp.n_embd, hp.n_vocab), use="mul_mat",
+        source="token_embd.weight" if hp.tied else None,
+    )  # fmt: skip
+    embedding = spec("token_embd.weight", hp.n_embd, hp.n_vocab, use="get_rows")
+    return [embedding, norm("output_norm", hp.n_embd), head]
+
+
+def attention_specs(hp: Hparams, il: int) -> list[TensorSpec]:
+    """List the four projections and the norm of one attention block."""
+    p = f"blk.{il}"
+    n_q = hp.n_embd_head_k * hp.n_head
+    return [
+        norm(f"{p}.attn_norm", hp.n_embd),
+        spec(f"{p}.attn_q.weight", hp.n_embd, n_q),
+        spec(f"{p}.attn_k.weight", hp.n_embd, hp.n_embd_k_gqa),
+        spec(f"{p}.attn_v.weight", hp.n_embd, hp.n_embd_v_gqa),
+        spec(f"{p}.attn_output.weight", hp.n_embd_head_v * hp.n_head, hp.n_embd),
+    ]
+
+
+def ffn_specs(hp: Hparams, il: int) -> list[TensorSpec]:
+    """List a gated feed-forward block and its norm."""
+    p = f"blk.{il}"
+    return [
+        norm(f"{p}.ffn_norm", hp.n_embd),
+        spec(f"{p}.ffn_gate.weight", hp.n_embd, hp.n_ff),
+        spec(f"{p}.ffn_up.weight", hp.n_embd, hp.n_ff),
+        spec(f"{p}.ffn_down.weight", hp.n_ff, hp.n_embd),
+    ]

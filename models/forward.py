@@ -1,0 +1,205 @@
+"""Run a model over batches: shapes to graphs, numbers into inputs, logits out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeroute.models.base import Model
+from edgeroute.runtime.device import Buffer, Device
+from edgeroute.runtime.errors import ComputeError
+from edgeroute.runtime.ggml.api import Tensor, ggml
+from edgeroute.runtime.graph import (
+    BatchShape,
+    Builder,
+    Graph,
+    GraphCache,
+    Segment,
+    Span,
+    causal_mask,
+)
+from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
+from edgeroute.runtime.tensor import F32, Descriptors, get_bytes, new_tensor, place_all, set_bytes
+from edgeroute.runtime.weights import Weights
+
+NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 48, 12, 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """New tokens of one sequence: ids, the position of the first, and where its cells are.
+
+    `n_out` of the last tokens get logits.
+    """
+
+    tokens: Sequence[int]
+    pos: int
+    region: Region
+    n_out: int = 1
+
+
+class Forward:
+    """One model on one device with its weights and KV pool.
+
+    Not thread-safe: one thread owns it. Lifetime: close it before `kv` and `weights`.
+    """
+
+    def __init__(self, model: Model, device: Device, weights: Weights, kv: KvCache) -> None:
+        self.model = model
+        self.device = device
+        self.weights = weights
+        self.kv = kv
+        self.graphs = GraphCache(device)
+        layers = tuple(range(model.hparams.n_layer))
+        self.whole = (Span(layers, embed=True, output=True),)
+        self._strip = causal_mask(kv.n_cells)
+        self._strip_swa = causal_mask(kv.n_cells, model.n_swa) if model.n_swa else None
+        self._stream: _Stream | None = None
+        self._rows = np.arange(kv.n_cells, dtype=np.int64)
+        self._positions = np.arange(kv.n_cells, dtype=np.int32)
+
+    def by_layer(self) -> tuple[Span, ...]:
+        """Split the whole model into one span per layer, embedding and head apart."""
+        layers = self.whole[0].layers
+        middle = [Span((il,), embed=False, output=False) for il in layers[:-1]]
+        return (Span((), embed=True, output=False), *middle,
+                Span(layers[-1:], embed=False, output=True))  # fmt: skip
+
+    def reserve(self, n_tokens: int, n_kv: int) -> None:
+        """Size the compute buffer for a batch of `n_tokens` that sees `n_kv` cells.
+
+        Raises:
+            CapacityError: no memory for it.
+        """
+        shape = BatchShape((Segment(0, round_cells(n_kv), n_tokens),), 1)
+        self._graph(self.whole[0], shape)
+        self.graphs.clear()
+
+    def run(
+        self, pieces: Sequence[Piece], spans: Sequence[Span] | None = None
+    ) -> npt.NDArray[np.float32] | None:
+        """Compute a batch and write its keys and values.
+
+        Args:
+            pieces: at most one per sequence; tokens within a piece see those before them.
+            spans: what to compute, in order; None is the whole model in one graph.
+
+        Returns:
+            Logits F32 (n_out over all pieces, n_vocab), in the order of `pieces`; None when
+            the device's abort callback stopped it. Cells of these pieces are undefined then.
+
+        Raises:
+            ComputeError: ggml failed, or a piece lies outside its region.
+        """
+        segments = tuple(self._segment(piece) for piece in pieces)
+        shape = BatchShape(segments, sum(piece.n_out for piece in pieces))
+        spans = self.whole if spans is None else spans
+        graph = None
+        for span in spans:
+            graph = self._graph(span, shape)
+            self._fill(graph, pieces, shape)
+            if not self.device.compute(graph.pointer):
+                return None
+        if graph is None or not shape.n_out:
+            return np.empty((0, self.model.hparams.n_vocab), np.float32)
+        out = np.empty((shape.n_out, self.model.hparams.n_vocab), np.float32)
+        get_bytes(graph.output, out)
+        return out
+
+    def close(self) -> None:
+        """Free graphs and the compute buffer; safe to call twice."""
+        self.graphs.close()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _segment(self, piece: Piece) -> Segment:
+        end = piece.pos + len(piece.tokens)
+        if not piece.tokens or end > piece.region.n_cells or piece.n_out > len(piece.tokens):
+            raise ComputeError(f"tokens {piece.pos} to {end} do not fit {piece.region}")
+        return Segment(piece.region.start, round_cells(end), len(piece.tokens))
+
+    def _graph(self, span: Span, shape: BatchShape) -> Graph:
+        return self.graphs.get((span, shape), lambda: self._build(span, shape))
+
+    def _build(self, span: Span, shape: BatchShape) -> Graph:
+        n_nodes = NODES_BASE + len(span.layers) * (
+            NODES_PER_LAYER + NODES_PER_SEGMENT * len(shape.segments)
+        )
+        b = Builder(span, shape, self.weights, self.kv, n_nodes)
+        x = self.model.embed(b) if span.embed else self._stream_view(b)
+        for il in span.layers:
+            x = self.model.layer(b, il, x)
+        if span.output:
+            return b.finish(self.model.head(b, x))
+        return b.finish(b.g.ggml_cpy(b.ctx, x, self._stream_view(b)))
+
+    def _stream_view(self, b: Builder) -> Tensor:
+        """View the residual stream that spans hand on: F32 [n_embd, n_tokens]."""
+        n_embd = self.model.hparams.n_embd
+        if self._stream is None or self._stream.n_tokens < b.n_tokens:
+            if self._stream is not None:
+                self.graphs.clear()
+                self._stream.close()
+            self._stream = _Stream(self.device, n_embd, b.n_tokens)
+        return ggml().ggml_view_2d(b.ctx, self._stream.tensor, n_embd, b.n_tokens, n_embd * 4, 0)
+
+    def _fill(self, graph: Graph, pieces: Sequence[Piece], shape: BatchShape) -> None:
+        """Write a batch's numbers into a graph's inputs."""
+        inputs = graph.inputs
+        if inputs.tokens is not None:
+            tokens = [token for piece in pieces for token in piece.tokens]
+            set_bytes(inputs.tokens, np.array(tokens, np.int32))
+        if inputs.pos is not None:
+            set_bytes(inputs.pos, _join([
+                self._positions[p.pos : p.pos + len(p.tokens)] for p in pieces
+            ]))  # fmt: skip
+        if inputs.rows is not None:
+            set_bytes(inputs.rows, _join([
+                self._rows[p.region.start + p.pos : p.region.start + p.pos + len(p.tokens)]
+                for p in pieces
+            ]))  # fmt: skip
+        if inputs.out_ids is not None:
+            set_bytes(inputs.out_ids, _out_ids(pieces))
+        for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
+            if strip is not None:
+                for tensor, piece, segment in zip(masks, pieces, shape.segments, strict=False):
+                    set_bytes(tensor, _mask(strip, piece, segment))
+
+
+def _mask(strip: npt.NDArray[np.float16], piece: Piece, segment: Segment) -> npt.NDArray[np.float16]:
+    """Cut the mask rows of a piece out of the strip: F16 (n_tokens, n_kv)."""
+    first = len(strip) // 2 - 1 - piece.pos
+    if segment.n_tokens == 1:
+        return strip[first : first + segment.n_kv]
+    rows = np.lib.stride_tricks.sliding_window_view(strip, segment.n_kv)
+    return np.ascontiguousarray(rows[first : first - segment.n_tokens : -1]
+                                if first >= segment.n_tokens else rows[first::-1])  # fmt: skip
+
+
+def _join(parts: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _out_ids(pieces: Sequence[Piece]) -> npt.NDArray[np.int32]:
+    ids, end = [], 0
+    for piece in pieces:
+        end += len(piece.tokens)
+        ids += range(end - piece.n_out, end)
+    return np.array(ids, np.int32)
+
+
+class _Stream:
+    """The residual stream between spans: F32 [n_embd, n_tokens] in a buffer of its own."""
+
+    def __init__(self, device: Device, n_embd: int, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+        self._descriptors = Descriptors(1)
+        self.tensor = new_tensor(self._descriptors, F32, (n_embd, n_tokens), "stream")
+        self._buffer: Buffer = place_all([self.tensor], device)
+
+    def close(self) -> None:
+        """Free the buffer."""
+        self._buffer.free()
+        self._descriptors.free()

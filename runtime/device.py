@@ -1,0 +1,246 @@
+"""Devices and buffers through ggml's backend interface.
+
+Nothing here assumes that a tensor's memory is host memory: bytes go in and out through
+`ggml_backend_tensor_set` and `_get` only.
+"""
+
+import contextlib
+import ctypes
+import functools
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from edgeroute.runtime.errors import CapacityError, ComputeError, LibraryError, UsageError
+from edgeroute.runtime.ggml import api, structs
+from edgeroute.runtime.ggml.api import ggml
+from edgeroute.runtime.ggml.lib import libraries
+from edgeroute.runtime.units import format_bytes
+
+_KINDS = {api.DEVICE_CPU: "cpu", api.DEVICE_GPU: "gpu", api.DEVICE_IGPU: "igpu",
+          api.DEVICE_ACCEL: "accel"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """What ggml says about one device. Memory in bytes; 0 where the backend does not know."""
+
+    name: str
+    description: str
+    kind: str
+    memory_free_bytes: int
+    memory_total_bytes: int
+    host_pointers: bool
+    pointer: int
+
+
+@functools.cache
+def _load_backends() -> None:
+    """Make sure that a CPU device is registered; builds with loadable backends need a search."""
+    g = ggml()
+    if g.ggml_backend_dev_by_type(api.DEVICE_CPU) is None:
+        g.ggml_backend_load_all_from_path(str(libraries().folder).encode())
+    if g.ggml_backend_dev_by_type(api.DEVICE_CPU) is None:
+        raise LibraryError(
+            f"ggml in {libraries().folder} offers no CPU device for {platform.machine()}; "
+            "reinstall llama-cpp-python for this machine"
+        )
+
+
+def devices() -> list[DeviceInfo]:
+    """List every device of every registered backend."""
+    _load_backends()
+    g = ggml()
+    return [_info(g.ggml_backend_dev_get(i)) for i in range(g.ggml_backend_dev_count())]
+
+
+def _info(pointer: int) -> DeviceInfo:
+    props = structs.DevProps()
+    ggml().ggml_backend_dev_get_props(pointer, ctypes.byref(props))
+    return DeviceInfo(
+        name=(props.name or b"?").decode(errors="replace"),
+        description=(props.description or b"?").decode(errors="replace"),
+        kind=_KINDS.get(props.type, "other"),
+        memory_free_bytes=props.memory_free,
+        memory_total_bytes=props.memory_total,
+        host_pointers=bool(props.caps.buffer_from_host_ptr),
+        pointer=pointer,
+    )
+
+
+class Buffer:
+    """A ggml buffer: memory of one buffer type on one device.
+
+    Lifetime: tensors placed in it are valid until `free`.
+    """
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+        self.n_bytes = ggml().ggml_backend_buffer_get_size(pointer)
+
+    @property
+    def base(self) -> int:
+        """Address of the first byte, in the device's address space."""
+        return ggml().ggml_backend_buffer_get_base(self.pointer)
+
+    def free(self) -> None:
+        """Give the memory back; safe to call twice."""
+        if self.pointer:
+            ggml().ggml_backend_buffer_free(self.pointer)
+            self.pointer = 0
+
+
+class Device:
+    """One backend instance: it allocates buffers and computes graphs.
+
+    Not thread-safe: one thread owns it. Close it after everything allocated from it.
+    """
+
+    def __init__(self, info: DeviceInfo) -> None:
+        g = ggml()
+        backend = g.ggml_backend_dev_init(info.pointer, None)
+        if backend is None:
+            raise LibraryError(f"ggml could not open device {info.name}")
+        self.info = info
+        self._backend = backend
+        self.buffer_type = g.ggml_backend_dev_buffer_type(info.pointer)
+        reg = g.ggml_backend_dev_backend_reg(info.pointer)
+        self._set_threads = self._proc(
+            reg, b"ggml_backend_set_n_threads", None, (ctypes.c_void_p, ctypes.c_int)
+        )
+        self._set_abort = self._proc(
+            reg, b"ggml_backend_set_abort_callback", None,
+            (ctypes.c_void_p, structs.ABORT_CALLBACK, ctypes.c_void_p),
+        )  # fmt: skip
+        self._no_abort = structs.ABORT_CALLBACK()
+        self._abort = self._no_abort
+        self.extra_buffer_types = self._find_extra_buffer_types(reg)
+        self.n_threads = 0
+
+    @classmethod
+    def open(cls, name: str = "cpu") -> Self:
+        """Open a device by ggml's name for it, or by kind (`cpu`, `gpu`).
+
+        Raises:
+            UsageError: no such device; the message lists those there are.
+        """
+        found = devices()
+        for info in found:
+            if name.lower() in (info.name.lower(), info.kind):
+                return cls(info)
+        names = ", ".join(info.name for info in found)
+        raise UsageError(f"there is no device {name!r} here; ggml offers: {names}")
+
+    @staticmethod
+    def _proc(reg: int, name: bytes, result: object, args: tuple[object, ...]) -> Callable[..., object] | None:
+        address = ggml().ggml_backend_reg_get_proc_address(reg, name)
+        if address is None:
+            return None
+        return ctypes.CFUNCTYPE(result, *args)(address)  # type: ignore[arg-type]
+
+    def _find_extra_buffer_types(self, reg: int) -> tuple[int, ...]:
+        """Ask for buffer types that hold weights in another layout, such as CPU repacking."""
+        get = self._proc(reg, b"ggml_backend_dev_get_extra_bufts",
+                         ctypes.POINTER(ctypes.c_void_p), (ctypes.c_void_p,))  # fmt: skip
+        if get is None:
+            return ()
+        array = get(self.info.pointer)
+        found = []
+        while array and (pointer := array[len(found)]):  # type: ignore[index]
+            found.append(pointer)
+        return tuple(found)
+
+    def buffer_type_name(self, buffer_type: int) -> str:
+        """Name a buffer type as ggml does: `CPU`, `CPU_REPACK`."""
+        return (ggml().ggml_backend_buft_name(buffer_type) or b"?").decode(errors="replace")
+
+    def allocate(self, n_bytes: int, buffer_type: int | None = None) -> Buffer:
+        """Allocate a buffer.
+
+        Raises:
+            CapacityError: the device has not that much memory; nothing was allocated.
+        """
+        pointer = ggml().ggml_backend_buft_alloc_buffer(buffer_type or self.buffer_type, n_bytes)
+        if pointer is None:
+            raise CapacityError(
+                f"device {self.info.name} could not allocate {format_bytes(n_bytes)}; "
+                "close other programs, or use a smaller model or context"
+            )
+        return Buffer(pointer)
+
+    def wrap_host_memory(self, address: int, n_bytes: int, max_tensor_bytes: int) -> Buffer | None:
+        """Use host memory, such as a mapped file, as a buffer without a copy.
+
+        Returns:
+            None where the device cannot; the caller copies instead.
+
+        Lifetime: the memory must stay mapped until the buffer is freed.
+        """
+        if not self.info.host_pointers:
+            return None
+        pointer = ggml().ggml_backend_dev_buffer_from_host_ptr(
+            self.info.pointer, address, n_bytes, max_tensor_bytes
+        )
+        return None if pointer is None else Buffer(pointer)
+
+    def set_threads(self, n_threads: int) -> None:
+        """Set how many threads the next computation uses; devices without threads ignore it."""
+        if n_threads != self.n_threads:
+            if self._set_threads is not None:
+                self._set_threads(self._backend, n_threads)
+            self.n_threads = n_threads
+
+    def set_abort(self, callback: Callable[[], bool] | None) -> None:
+        """Let `callback` stop a running computation; it is asked before each operation.
+
+        It takes Python's lock each time, so set it for long computations only.
+        """
+        if self._set_abort is None:
+            return
+        self._abort = (
+            self._no_abort if callback is None else structs.ABORT_CALLBACK(lambda _: callback())
+        )
+        self._set_abort(self._backend, self._abort, None)
+
+    def compute(self, graph: int) -> bool:
+        """Compute a graph and wait for it.
+
+        Returns:
+            False when the abort callback stopped it; its outputs are undefined then.
+
+        Raises:
+            ComputeError: ggml reported a failure.
+        """
+        status = ggml().ggml_backend_graph_compute(self._backend, graph)
+        if status == api.STATUS_ABORTED:
+            return False
+        if status != api.STATUS_SUCCESS:
+            raise ComputeError(f"ggml could not compute a graph on {self.info.name}: status {status}")
+        return True
+
+    def close(self) -> None:
+        """Free the backend; safe to call twice."""
+        if self._backend:
+            ggml().ggml_backend_free(self._backend)
+            self._backend = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def silence_logs() -> None:
+    """Stop ggml from printing to stderr; errors reach the user as exceptions instead."""
+    with contextlib.suppress(LibraryError):
+        ggml().ggml_log_set(ctypes.cast(_SILENT, ctypes.c_void_p), None)
+
+
+@structs.LOG_CALLBACK
+def _SILENT(level: int, text: bytes, user: int | None) -> None:  # noqa: N802
+    """Drop one log line."""

@@ -1,0 +1,53 @@
+"""Every error that a user can meet, one sentence each.
+
+Each message says what failed, the value, the limit and the remedy. The command line
+maps classes to exit codes and the server to HTTP statuses; nobody parses messages.
+"""
+
+
+class EdgerouteError(Exception):
+    """Root of every error that edgeroute raises on purpose."""
+
+
+class UsageError(EdgerouteError, ValueError):
+    """A caller passed a value that no model could accept."""
+
+
+class ContextError(UsageError):
+    """A prompt has more tokens than the context has room for."""
+
+
+class GrammarError(UsageError):
+    """A GBNF grammar or JSON schema cannot be used; nothing was generated."""
+
+
+class ModelFileError(EdgerouteError):
+    """A model file is malformed, truncated, or does not match its own header."""
+
+
+class UnsupportedModelError(EdgerouteError):
+    """A well-formed model needs something this version cannot run."""
+
+
+class TemplateError(EdgerouteError):
+    """A chat template is malformed, oversized, too slow, or refused the messages."""
+
+
+class LibraryError(EdgerouteError):
+    """The ggml libraries are missing or are not the ones this version was written for."""
+
+
+class CapacityError(EdgerouteError):
+    """A request does not fit its byte budget; nothing was evicted or allocated."""
+
+
+class ComputeError(EdgerouteError):
+    """ggml reported a failed computation; the sequences in that batch are lost."""
+
+
+class CatalogueError(EdgerouteError):
+    """A model name is unknown, or no source could deliver a file that passed its hash."""
+
+
+class ClosedError(EdgerouteError):
+    """The runtime was closed before or while the request ran."""

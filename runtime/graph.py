@@ -1,0 +1,305 @@
+"""Graphs: built once per shape of batch, kept, fed through input tensors, run many times.
+
+A Builder offers ggml's operations to the architectures in models/. A Graph is what comes
+out: its inputs, its output, and the descriptors that keep them alive.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.ggml import api
+from edgeroute.runtime.ggml.api import Tensor, ggml
+from edgeroute.runtime.kv_cache import KV_TYPES, KvCache
+from edgeroute.runtime.tensor import F16, I32, I64, Descriptors, shape, strides
+from edgeroute.runtime.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens of one sequence inside a batch, and the cells they may look at.
+
+    `start` is the first cell of the sequence's region; `n_kv` a multiple of the bucket.
+    """
+
+    start: int
+    n_kv: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What one graph computes: embedding, some layers in order, output head."""
+
+    layers: tuple[int, ...]
+    embed: bool
+    output: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """Everything about a batch that a graph depends on; equal shapes share a graph."""
+
+    segments: tuple[Segment, ...]
+    n_out: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens over all segments."""
+        return sum(segment.n_tokens for segment in self.segments)
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Input tensors of a graph; a span without embedding or attention lacks some."""
+
+    tokens: Tensor | None = None  # I32 [n_tokens]
+    pos: Tensor | None = None  # I32 [n_tokens]
+    rows: Tensor | None = None  # I64 [n_tokens], cells that the new keys and values go to
+    out_ids: Tensor | None = None  # I32 [n_out]
+    masks: list[Tensor] = field(default_factory=list)  # F16 [n_kv, n_tokens] per segment
+    masks_swa: list[Tensor] = field(default_factory=list)
+
+
+class Builder:
+    """Builds one graph: ggml's operations, the batch's inputs, and attention over the pool.
+
+    Shapes in comments are ggml's, fastest dimension first.
+    """
+
+    def __init__(
+        self, span: Span, batch: BatchShape, weights: Weights, kv: KvCache, n_nodes: int
+    ) -> None:
+        self.g = ggml()
+        self.span = span
+        self.batch = batch
+        self.kv = kv
+        self.weights = weights
+        self.n_tokens = batch.n_tokens
+        self.inputs = Inputs()
+        self._descriptors = Descriptors(n_nodes, n_nodes)
+        self.ctx = self._descriptors.ctx
+        self.graph = self.g.ggml_new_graph_custom(self.ctx, n_nodes, False)
+
+    # inputs, made on first use
+
+    def tokens(self) -> Tensor:
+        """Token ids, I32 [n_tokens]."""
+        if self.inputs.tokens is None:
+            self.inputs.tokens = self._input(I32, "tokens", self.n_tokens)
+        return self.inputs.tokens
+
+    def pos(self) -> Tensor:
+        """Positions, I32 [n_tokens]."""
+        if self.inputs.pos is None:
+            self.inputs.pos = self._input(I32, "pos", self.n_tokens)
+        return self.inputs.pos
+
+    def is_last(self, il: int) -> bool:
+        """Whether `il` is the last layer before the output head."""
+        return self.span.output and bool(self.span.layers) and il == self.span.layers[-1]
+
+    def select_outputs(self, x: Tensor) -> Tensor:
+        """Keep the columns whose logits are wanted: F32 [n_embd, n_out]."""
+        if self.batch.n_out == shape(x)[1]:
+            return x
+        if self.inputs.out_ids is None:
+            self.inputs.out_ids = self._input(I32, "out_ids", self.batch.n_out)
+        return self.g.ggml_get_rows(self.ctx, x, self.inputs.out_ids)
+
+    def _input(self, kind: int, name: str, *ne: int) -> Tensor:
+        tensor = self.g.ggml_new_tensor_4d(self.ctx, kind, *(*ne, 1, 1, 1)[:4])
+        self.g.ggml_set_name(tensor, name.encode())
+        self.g.ggml_set_input(tensor)
+        return tensor
+
+    # operations
+
+    def weight(self, name: str) -> Tensor:
+        """Return a weight that must be there."""
+        return self.weights[name]
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """Multiply with weight `name` and add its bias where the file has one."""
+        y = self.g.ggml_mul_mat(self.ctx, self.weights[f"{name}.weight"], x)
+        bias = self.weights.get(f"{name}.bias")
+        return y if bias is None else self.g.ggml_add(self.ctx, y, bias)
+
+    def rms_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
+        """Normalise columns to unit mean square, then scale by weight `name`."""
+        y = self.g.ggml_rms_norm(self.ctx, x, eps)
+        return self.g.ggml_mul(self.ctx, y, self.weights[f"{name}.weight"])
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Add."""
+        return self.g.ggml_add(self.ctx, a, b)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """Multiply by a number."""
+        return self.g.ggml_scale(self.ctx, x, factor)
+
+    def store_kv(self, il: int, k: Tensor, v: Tensor) -> None:
+        """Write this batch's keys and values, each F32 [n_embd_head, n_head_kv, n_tokens].
+
+        They enter the graph here, before any attention that reads them.
+        """
+        if self.inputs.rows is None:
+            self.inputs.rows = self._input(I64, "kv_rows", self.n_tokens)
+        for cache, new in ((self.kv.k[il], k), (self.kv.v[il], v)):
+            flat = self.g.ggml_reshape_2d(self.ctx, new, shape(cache)[0], self.n_tokens)
+            written = self.g.ggml_set_rows(self.ctx, cache, flat, self.inputs.rows)
+            self.g.ggml_build_forward_expand(self.graph, written)
+
+    def attend(self, il: int, q: Tensor, scale: float, *, swa: bool = False) -> Tensor:
+        """Attend to the stored cells of each sequence.
+
+        Each segment has an operation of its own on its own cells: the same bits come out
+        whichever sequences share the batch.
+
+        Args:
+            il: layer.
+            q: F32 [n_embd_head_k, n_head, n_tokens].
+            scale: factor on the products.
+            swa: use the sliding-window masks.
+
+        Returns:
+            F32 [n_embd_head_v * n_head, n_tokens].
+        """
+        g, ctx = self.g, self.ctx
+        n_embd_head, n_head, _, _ = shape(q)
+        parts: Tensor | None = None
+        first = 0
+        for mask, segment in zip(self._masks(swa), self.batch.segments, strict=True):
+            mine = q
+            if len(self.batch.segments) > 1:
+                nb = strides(q)
+                mine = g.ggml_view_3d(
+                    ctx, q, n_embd_head, n_head, segment.n_tokens, nb[1], nb[2], first * nb[2]
+                )
+            mine = g.ggml_permute(ctx, mine, 0, 2, 1, 3)
+            k = self._cells(self.kv.k[il], segment, n_embd_head)
+            v = self._cells(self.kv.v[il], segment, n_embd_head)
+            out = g.ggml_flash_attn_ext(ctx, mine, k, v, mask, scale, 0.0, 0.0)
+            g.ggml_prec_set_acc(out, api.PREC_F32)
+            out = g.ggml_reshape_2d(ctx, out, shape(out)[0] * n_head, segment.n_tokens)
+            parts = out if parts is None else g.ggml_concat(ctx, parts, out, 1)
+            first += segment.n_tokens
+        if parts is None:
+            raise ValueError("a batch has at least one segment")
+        return parts
+
+    def _masks(self, swa: bool) -> list[Tensor]:
+        masks = self.inputs.masks_swa if swa else self.inputs.masks
+        if not masks:
+            for segment in self.batch.segments:
+                masks.append(self._input(F16, "mask", segment.n_kv, segment.n_tokens))
+        return masks
+
+    def _cells(self, cache: Tensor, segment: Segment, n_embd_head: int) -> Tensor:
+        """View one sequence's cells as [n_embd_head, n_kv, n_head_kv]."""
+        g = self.g
+        width = shape(cache)[0]
+        kind = KV_TYPES[self.kv.shape.kv_type]
+        row, head = g.ggml_row_size(kind, width), g.ggml_row_size(kind, n_embd_head)
+        return g.ggml_view_3d(
+            self.ctx, cache, n_embd_head, segment.n_kv, width // n_embd_head, row, head,
+            segment.start * row,
+        )  # fmt: skip
+
+    def finish(self, output: Tensor) -> "Graph":
+        """Close the graph over `output`."""
+        self.g.ggml_set_output(output)
+        self.g.ggml_build_forward_expand(self.graph, output)
+        return Graph(self.graph, self.inputs, output, self._descriptors)
+
+
+@dataclass(slots=True)
+class Graph:
+    """A built graph. Lifetime: valid until `free`, and only while its memory is not moved."""
+
+    pointer: int
+    inputs: Inputs
+    output: Tensor
+    descriptors: Descriptors
+
+    def free(self) -> None:
+        """Free the descriptors; safe to call twice."""
+        self.descriptors.free()
+
+
+class GraphCache:
+    """Graphs by key, least recently used out first, all sharing one compute buffer.
+
+    Only one graph runs at a time, so they may overlap in memory. When the buffer has to
+    grow it moves, and every graph built before is dropped.
+    """
+
+    def __init__(self, device: Device, max_graphs: int = 48) -> None:
+        galloc = ggml().ggml_gallocr_new(device.buffer_type)
+        if galloc is None:
+            raise CapacityError("ggml could not create a graph allocator")
+        self._galloc = galloc
+        self._max_graphs = max_graphs
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self.n_built = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the compute buffer as it is now."""
+        return ggml().ggml_gallocr_get_buffer_size(self._galloc, 0)
+
+    def get(self, key: Hashable, build: Callable[[], Graph]) -> Graph:
+        """Return the graph of `key`, building and placing it if it is not kept.
+
+        Raises:
+            CapacityError: no memory for the compute buffer; the cache stays usable.
+        """
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            return graph
+        graph = build()
+        before = self.n_bytes
+        if not ggml().ggml_gallocr_alloc_graph(self._galloc, graph.pointer):
+            graph.free()
+            raise CapacityError("no memory for a compute buffer; lower n_ctx or n_ubatch")
+        if self.n_bytes != before:
+            self.clear()
+        self._graphs[key] = graph
+        self.n_built += 1
+        while len(self._graphs) > self._max_graphs:
+            self._graphs.popitem(last=False)[1].free()
+        return graph
+
+    def clear(self) -> None:
+        """Drop every graph; the buffer stays."""
+        for graph in self._graphs.values():
+            graph.free()
+        self._graphs.clear()
+
+    def close(self) -> None:
+        """Drop every graph and the buffer; safe to call twice."""
+        self.clear()
+        if self._galloc:
+            ggml().ggml_gallocr_free(self._galloc)
+            self._galloc = 0
+
+
+def causal_mask(n_ctx: int, window: int | None = None) -> np.ndarray:
+    """Make a strip from which every causal mask row is a slice: F16 (2 * n_ctx,).
+
+    Row of position p over n_kv cells: `strip[n_ctx - 1 - p : n_ctx - 1 - p + n_kv]`.
+    With `window`, a token sees itself and the `window - 1` before it.
+    """
+    strip = np.full(2 * n_ctx, -np.inf, np.float16)
+    first = 0 if window is None else max(0, n_ctx - window)
+    strip[first:n_ctx] = 0
+    return strip
+
+
+__all__ = ["BatchShape", "Builder", "Graph", "GraphCache", "Inputs", "Segment", "Span",
+           "causal_mask"]

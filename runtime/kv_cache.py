@@ -1,0 +1,155 @@
+"""Keys and values of many sequences in one pool of cells.
+
+A sequence owns a contiguous region of cells, so its attention reads one view and computes
+the same bits whatever else is in the batch. Regions are multiples of 256 cells, the
+granularity at which graphs see the context.
+"""
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.ggml.api import Tensor, ggml
+from edgeroute.runtime.tensor import F16, Q8_0, Descriptors, new_tensor, place_all
+
+CELL_BUCKET = 256
+"""Cells per step of a region and of what attention reads. Source: llama.cpp pads alike."""
+
+KV_TYPES = {"f16": F16, "q8_0": Q8_0}
+
+
+def round_cells(n_cells: int) -> int:
+    """Round up to a whole number of buckets, at least one."""
+    return max(CELL_BUCKET, -(-n_cells // CELL_BUCKET) * CELL_BUCKET)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvShape:
+    """What one cell holds: widths per layer of keys and values, and their type."""
+
+    n_layer: int
+    n_embd_k_gqa: int
+    n_embd_v_gqa: int
+    kv_type: str = "f16"
+
+    @property
+    def bytes_per_cell(self) -> int:
+        """Bytes of one token's keys and values over all layers."""
+        g, t = ggml(), KV_TYPES[self.kv_type]
+        row = g.ggml_row_size(t, self.n_embd_k_gqa) + g.ggml_row_size(t, self.n_embd_v_gqa)
+        return self.n_layer * row
+
+
+@dataclass(slots=True)
+class Region:
+    """Cells `start` to `start + n_cells` of the pool, owned by one sequence."""
+
+    start: int
+    n_cells: int
+
+
+class KvCache:
+    """The pool: K and V tensors `[n_embd_gqa, n_cells]` per layer, and who owns which cells.
+
+    Lifetime: tensors are valid until `close`.
+    """
+
+    def __init__(self, device: Device, shape: KvShape, n_cells: int) -> None:
+        if shape.kv_type not in KV_TYPES:
+            raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}, got {shape.kv_type!r}")
+        kind = KV_TYPES[shape.kv_type]
+        self.shape = shape
+        self.n_cells = round_cells(n_cells)
+        self._descriptors = Descriptors(2 * shape.n_layer)
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        for il in range(shape.n_layer):
+            for rows, width, name in ((self.k, shape.n_embd_k_gqa, "cache_k"),
+                                      (self.v, shape.n_embd_v_gqa, "cache_v")):  # fmt: skip
+                ne = (width, self.n_cells)
+                rows.append(new_tensor(self._descriptors, kind, ne, f"{name}_l{il}"))
+        self._buffer = place_all([*self.k, *self.v], device)
+        # Masked cells still meet a weight of zero: zero times an old NaN would be a NaN.
+        ggml().ggml_backend_buffer_clear(self._buffer.pointer, 0)
+        self._free: list[Region] = [Region(0, self.n_cells)]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the pool."""
+        return self._buffer.n_bytes
+
+    @property
+    def n_free_cells(self) -> int:
+        """Cells that no sequence owns."""
+        return sum(region.n_cells for region in self._free)
+
+    def allocate(self, n_cells: int) -> Region | None:
+        """Take a region of at least `n_cells` from the smallest gap that fits, or None."""
+        want = round_cells(n_cells)
+        gaps = [region for region in self._free if region.n_cells >= want]
+        if not gaps:
+            return None
+        gap = min(gaps, key=lambda region: region.n_cells)
+        region = Region(gap.start, want)
+        gap.start += want
+        gap.n_cells -= want
+        if gap.n_cells == 0:
+            self._free.remove(gap)
+        return region
+
+    def release(self, region: Region) -> None:
+        """Give a region back; it must not be used again."""
+        at = bisect.bisect_left([gap.start for gap in self._free], region.start)
+        self._free.insert(at, Region(region.start, region.n_cells))
+        region.n_cells = 0
+        merged: list[Region] = []
+        for gap in self._free:
+            if merged and merged[-1].start + merged[-1].n_cells == gap.start:
+                merged[-1].n_cells += gap.n_cells
+            else:
+                merged.append(gap)
+        self._free = merged
+
+    def shrink(self, region: Region, n_cells: int) -> None:
+        """Give back what lies beyond the first `n_cells` of a region."""
+        keep = round_cells(n_cells)
+        if keep < region.n_cells:
+            tail = Region(region.start + keep, region.n_cells - keep)
+            region.n_cells = keep
+            self.release(tail)
+
+    def grow(self, region: Region, n_cells: int) -> bool:
+        """Extend a region in place to at least `n_cells`; False where a neighbour is in the way."""
+        extra = round_cells(n_cells) - region.n_cells
+        if extra <= 0:
+            return True
+        end = region.start + region.n_cells
+        for gap in self._free:
+            if gap.start == end and gap.n_cells >= extra:
+                gap.start += extra
+                gap.n_cells -= extra
+                region.n_cells += extra
+                self._free = [each for each in self._free if each.n_cells]
+                return True
+        return False
+
+    def copy(self, source: Region, target: Region, n_cells: int) -> None:
+        """Copy the first `n_cells` cells of one region into another, through host memory."""
+        g = ggml()
+        kind = KV_TYPES[self.shape.kv_type]
+        widths = (self.shape.n_embd_k_gqa, self.shape.n_embd_v_gqa)
+        for tensors, width in zip((self.k, self.v), widths, strict=True):
+            row = g.ggml_row_size(kind, width)
+            staging = np.empty(n_cells * row, np.uint8)
+            address = staging.ctypes.data
+            for tensor in tensors:
+                g.ggml_backend_tensor_get(tensor, address, source.start * row, staging.nbytes)
+                g.ggml_backend_tensor_set(tensor, address, target.start * row, staging.nbytes)
+
+    def close(self) -> None:
+        """Free the pool; safe to call twice."""
+        self._buffer.free()
+        self._descriptors.free()

@@ -1,0 +1,68 @@
+"""One account of bytes over weights, KV caches, compute buffers and, later, pages.
+
+Nothing large is allocated without an entry, and the sum never exceeds the budget.
+"""
+
+from dataclasses import dataclass
+
+from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Bytes that one owner holds."""
+
+    owner: str
+    n_bytes: int
+
+
+class Ledger:
+    """Entries under one byte budget. Not thread-safe: the engine thread owns it."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._entries: dict[str, int] = {}
+
+    @property
+    def used_bytes(self) -> int:
+        """Sum over all entries."""
+        return sum(self._entries.values())
+
+    @property
+    def free_bytes(self) -> int:
+        """Budget less what is used."""
+        return self.budget_bytes - self.used_bytes
+
+    def entries(self) -> list[Entry]:
+        """List the entries, largest first."""
+        pairs = sorted(self._entries.items(), key=lambda pair: -pair[1])
+        return [Entry(owner=owner, n_bytes=n_bytes) for owner, n_bytes in pairs]
+
+    def reserve(self, wants: dict[str, int]) -> None:
+        """Enter several owners at once, all or none.
+
+        Raises:
+            CapacityError: they do not fit; the message gives each part and the smallest
+                budget that would do. Nothing was entered.
+        """
+        repeated = wants.keys() & self._entries.keys()
+        if repeated:
+            raise ValueError(f"ledger already has {sorted(repeated)}")
+        need = self.used_bytes + sum(wants.values())
+        if need > self.budget_bytes:
+            parts = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in wants.items())
+            raise CapacityError(
+                f"{parts} make {format_bytes(need)} in all, over the budget of "
+                f"{format_bytes(self.budget_bytes)}; raise the memory budget to at least "
+                f"{need / 2**30:.2f} GiB, lower the context length, or take a smaller model"
+            )
+        self._entries.update(wants)
+
+    def release(self, owner: str) -> None:
+        """Remove an owner's entry.
+
+        Raises:
+            KeyError: there is none, which is a bug of the caller's.
+        """
+        del self._entries[owner]

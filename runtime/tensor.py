@@ -1,0 +1,112 @@
+"""Tensor descriptors: contexts that hold them, and bytes in and out of them.
+
+A ggml context here never owns tensor data, only the descriptors (`no_alloc`).
+"""
+
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeroute.runtime.device import Buffer, Device
+from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.ggml.api import Tensor, ggml
+from edgeroute.runtime.ggml.structs import InitParams, TensorStruct
+
+F32, F16, I32, I64, Q8_0 = 0, 1, 26, 27, 8
+"""ggml type numbers used for what edgeroute allocates itself. Source: ggml.h, enum ggml_type."""
+
+
+class Descriptors:
+    """A ggml context with room for `n_tensors` descriptors and, if asked, graphs.
+
+    Lifetime: every Tensor made in it dies with `free`.
+    """
+
+    def __init__(self, n_tensors: int, n_graph_nodes: int = 0) -> None:
+        g = ggml()
+        n_bytes = (n_tensors + 1) * g.ggml_tensor_overhead()
+        if n_graph_nodes:
+            n_bytes += g.ggml_graph_overhead_custom(n_graph_nodes, False)
+        ctx = g.ggml_init(InitParams(n_bytes, None, True))
+        if ctx is None:
+            raise CapacityError(f"no memory for {n_tensors} tensor descriptors")
+        self.ctx = ctx
+
+    def free(self) -> None:
+        """Free the descriptors; safe to call twice."""
+        if self.ctx:
+            ggml().ggml_free(self.ctx)
+            self.ctx = 0
+
+
+def new_tensor(descriptors: Descriptors, ggml_type: int, ne: tuple[int, ...], name: str) -> Tensor:
+    """Describe a tensor of 1 to 4 extents, fastest first; it has no data yet."""
+    ne4 = (*ne, 1, 1, 1)[:4]
+    tensor = ggml().ggml_new_tensor_4d(descriptors.ctx, ggml_type, *ne4)
+    ggml().ggml_set_name(tensor, name.encode()[:63])
+    return tensor
+
+
+def place(tensor: Tensor, buffer: Buffer, address: int) -> None:
+    """Give a tensor its memory at `address` inside `buffer`.
+
+    Raises:
+        CapacityError: ggml refused; the tensor has no memory.
+    """
+    if ggml().ggml_backend_tensor_alloc(buffer.pointer, tensor, address) != 0:
+        raise CapacityError("ggml refused to place a tensor in its buffer")
+
+
+def place_all(tensors: list[Tensor], device: Device, buffer_type: int | None = None) -> Buffer:
+    """Allocate one buffer for all of `tensors` and place them in it.
+
+    Raises:
+        CapacityError: not enough memory; nothing stays allocated.
+    """
+    g = ggml()
+    kind = buffer_type or device.buffer_type
+    align = g.ggml_backend_buft_get_alignment(kind)
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        size = g.ggml_backend_buft_get_alloc_size(kind, tensor)
+        end += -(-size // align) * align
+    buffer = device.allocate(end, kind)
+    base = buffer.base
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        place(tensor, buffer, base + offset)
+    return buffer
+
+
+def n_bytes_of(tensor: Tensor) -> int:
+    """Count the bytes of a tensor as ggml lays it out."""
+    return ggml().ggml_nbytes(tensor)
+
+
+def set_bytes(tensor: Tensor, array: npt.NDArray[np.generic]) -> None:
+    """Copy a C-contiguous array into the start of a tensor."""
+    ggml().ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
+
+
+def get_bytes(tensor: Tensor, array: npt.NDArray[np.generic]) -> None:
+    """Fill a C-contiguous array from the start of a tensor."""
+    ggml().ggml_backend_tensor_get(tensor, array.ctypes.data, 0, array.nbytes)
+
+
+def shape(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Read a tensor's extents, fastest first."""
+    ne = TensorStruct.from_address(tensor).ne
+    return ne[0], ne[1], ne[2], ne[3]
+
+
+def type_of(tensor: Tensor) -> int:
+    """Read a tensor's ggml type number."""
+    return int(TensorStruct.from_address(tensor).type)
+
+
+def strides(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Read a tensor's byte strides, fastest dimension first."""
+    nb = TensorStruct.from_address(tensor).nb
+    return nb[0], nb[1], nb[2], nb[3]
+
+

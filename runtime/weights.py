@@ -1,0 +1,236 @@
+"""Where a weight lives, behind one protocol; and the plain answer: all of them, resident.
+
+A model names the tensors it needs as TensorSpecs and asks a Weights for each. Paged stores
+in offload/ answer the same protocol.
+"""
+
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from edgeroute.runtime.device import Buffer, Device
+from edgeroute.runtime.errors import ModelFileError
+from edgeroute.runtime.ggml import api, structs
+from edgeroute.runtime.ggml.api import Tensor, ggml
+from edgeroute.runtime.gguf import GGUFFile, TensorInfo
+from edgeroute.runtime.tensor import F32, Descriptors, new_tensor, place, place_all
+
+Use = Literal["mul_mat", "get_rows", "elementwise"]
+
+_CPU_TENSOR_ALIGNMENT = 32  # Source: ggml-impl.h, TENSOR_ALIGNMENT
+_PROBE_TOKENS = 512  # as many as a prefill has, so that the answer holds for both
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor a model needs: its name, extents (fastest first) and what reads it.
+
+    `source` is the tensor in the file when that has another name (tied embeddings).
+    """
+
+    name: str
+    ne: tuple[int, ...]
+    use: Use
+    source: str | None = None
+    required: bool = True
+
+    @property
+    def file_name(self) -> str:
+        """Name of the tensor in the file."""
+        return self.source or self.name
+
+
+class Weights(Protocol):
+    """Gives a model its tensors; where they are is not the model's business."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor that can be computed with now."""
+
+    def get(self, name: str) -> Tensor | None:
+        """Return a tensor, or None where the file has none of that name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsPlan:
+    """What loading will take, known from the header alone. Bytes.
+
+    `mapped` stays in the file's pages, `copied` is allocated (repacked or not mappable).
+    """
+
+    mapped_bytes: int
+    copied_bytes: int
+    repacked: frozenset[str]
+
+
+def check_specs(file: GGUFFile, specs: Sequence[TensorSpec]) -> list[tuple[TensorSpec, TensorInfo]]:
+    """Match a model's needs with a file's tensors.
+
+    Raises:
+        ModelFileError: a required tensor is missing, or one has other extents or an
+            unusable type.
+    """
+    found = []
+    for spec in specs:
+        info = file.tensors.get(spec.file_name)
+        if info is None:
+            if spec.required:
+                raise ModelFileError(f"{file.path.name} has no tensor {spec.file_name}, which its "
+                                     "architecture needs; the file is incomplete")  # fmt: skip
+            continue
+        if _strip(info.ne) != _strip(spec.ne):
+            raise ModelFileError(
+                f"tensor {spec.file_name} in {file.path.name} has extents {list(info.ne)}, "
+                f"but its header's hyperparameters imply {list(spec.ne)}"
+            )
+        if spec.use == "elementwise" and info.type != F32:
+            raise ModelFileError(
+                f"tensor {spec.file_name} in {file.path.name} is {info.type.name}; "
+                "norms and biases must be F32; convert the file again"
+            )
+        found.append((spec, info))
+    return found
+
+
+def _strip(ne: tuple[int, ...]) -> tuple[int, ...]:
+    while len(ne) > 1 and ne[-1] == 1:
+        ne = ne[:-1]
+    return ne
+
+
+class ResidentWeights:
+    """All weights at once: mapped from the file where possible, repacked where it pays.
+
+    Lifetime: tensors are valid until `close`; `file` must stay open that long.
+    """
+
+    def __init__(self, file: GGUFFile, device: Device, specs: Sequence[TensorSpec]) -> None:
+        self._file = file
+        self._device = device
+        self._pairs = check_specs(file, specs)
+        self._descriptors = Descriptors(len(self._pairs))
+        self._tensors: dict[str, Tensor] = {}
+        self._buffers: list[Buffer] = []
+        self._homes: dict[str, int | None] = {}
+        for spec, info in self._pairs:
+            tensor = new_tensor(self._descriptors, info.type, info.ne, spec.name)
+            self._tensors[spec.name] = tensor
+            self._homes[spec.name] = self._choose_home(spec, info)
+        self.plan = self._make_plan()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self._tensors.get(name)
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """The file's entry of every tensor in use, by the model's name for it."""
+        return {spec.name: info for spec, info in self._pairs}
+
+    def load(self) -> None:
+        """Place every tensor; repacked ones are read and converted now, others on first use.
+
+        Raises:
+            CapacityError: not enough memory; what was allocated is freed by `close`.
+        """
+        by_home: dict[int | None, list[TensorInfo]] = {}
+        names: dict[int | None, list[str]] = {}
+        for spec, info in self._pairs:
+            home = self._homes[spec.name]
+            by_home.setdefault(home, []).append(info)
+            names.setdefault(home, []).append(spec.name)
+        for home, infos in by_home.items():
+            tensors = [self._tensors[name] for name in names[home]]
+            if home is None:
+                self._map(tensors, infos)
+            else:
+                self._copy(home, tensors, infos)
+
+    def close(self) -> None:
+        """Free buffers and descriptors; safe to call twice."""
+        self._tensors.clear()
+        for buffer in self._buffers:
+            buffer.free()
+        self._buffers.clear()
+        self._descriptors.free()
+
+    def _map(self, tensors: list[Tensor], infos: list[TensorInfo]) -> None:
+        """Use the file's own pages as one buffer."""
+        file = self._file
+        largest = max(info.nbytes for info in infos)
+        first = min(info.offset for info in infos) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = max(info.offset + info.nbytes for info in infos)
+        start = file.address(infos[0]) - infos[0].offset + first
+        buffer = self._device.wrap_host_memory(start, end - first, largest)
+        if buffer is None:
+            self._copy(self._device.buffer_type, tensors, infos)
+            return
+        self._buffers.append(buffer)
+        for tensor, info in zip(tensors, infos, strict=True):
+            place(tensor, buffer, file.address(info))
+
+    def _copy(self, home: int, tensors: list[Tensor], infos: list[TensorInfo]) -> None:
+        """Write tensors into a buffer of type `home`; the file's pages are let go as we go."""
+        g = ggml()
+        buffer = place_all(tensors, self._device, home)
+        self._buffers.append(buffer)
+        g.ggml_backend_buffer_set_usage(buffer.pointer, api.USAGE_WEIGHTS)
+        shared = self._mapped_sources()
+        for tensor, info in zip(tensors, infos, strict=True):
+            g.ggml_backend_tensor_set(tensor, self._file.address(info), 0, info.nbytes)
+            if info.name not in shared:
+                self._file.release(info.offset, info.nbytes)
+
+    def _mapped_sources(self) -> set[str]:
+        return {spec.file_name for spec, _ in self._pairs if self._homes[spec.name] is None}
+
+    def _choose_home(self, spec: TensorSpec, info: TensorInfo) -> int | None:
+        """Pick a buffer type: a repacking one that ggml says it can compute from, or the file."""
+        if spec.use == "mul_mat":
+            for buffer_type in self._device.extra_buffer_types:
+                if self._supports(buffer_type, info):
+                    return buffer_type
+        if not self._device.info.host_pointers or info.offset % _CPU_TENSOR_ALIGNMENT:
+            return self._device.buffer_type
+        return None
+
+    def _supports(self, buffer_type: int, info: TensorInfo) -> bool:
+        """Ask ggml whether it multiplies with a weight of this type and shape in `buffer_type`.
+
+        Using such a buffer unasked aborts the process. Source: ggml-backend.h,
+        ggml_backend_dev_supports_op.
+        """
+        g = ggml()
+        probe = Descriptors(4)
+        empty = g.ggml_backend_buft_alloc_buffer(buffer_type, 0)
+        if empty is None:
+            return False
+        try:
+            weight = new_tensor(probe, info.type, info.ne, "probe")
+            x = new_tensor(probe, F32, (info.ne[0], _PROBE_TOKENS), "probe_x")
+            op = g.ggml_mul_mat(probe.ctx, weight, x)
+            structs.TensorStruct.from_address(weight).buffer = empty
+            return g.ggml_backend_dev_supports_op(self._device.info.pointer, op)
+        finally:
+            g.ggml_backend_buffer_free(empty)
+            probe.free()
+
+    def _make_plan(self) -> WeightsPlan:
+        g = ggml()
+        mapped: dict[str, int] = {}
+        copied, repacked = 0, set()
+        for spec, info in self._pairs:
+            home = self._homes[spec.name]
+            if home is None:
+                mapped[info.name] = info.nbytes
+            else:
+                copied += g.ggml_backend_buft_get_alloc_size(home, self._tensors[spec.name])
+                if home != self._device.buffer_type:
+                    repacked.add(spec.name)
+        return WeightsPlan(
+            mapped_bytes=sum(mapped.values()), copied_bytes=copied, repacked=frozenset(repacked)
+        )
+
+
