@@ -98,7 +98,9 @@ def read_hparams(file: GGUFFile, arch: str) -> Hparams:
     n_head_kv = _same(file, kv_key, n_layer, MAX_HEADS) if kv_key in meta else n_head
     n_ff = _same(file, f"{arch}.feed_forward_length", n_layer, MAX_WIDTH * 8)
     default_head = n_embd // n_head
-    n_embd_head_k = meta.get_int(f"{arch}.attention.key_length", default_head, low=1, high=MAX_WIDTH)
+    n_embd_head_k = meta.get_int(
+        f"{arch}.attention.key_length", default_head, low=1, high=MAX_WIDTH
+    )
     n_embd_head_v = meta.get_int(
         f"{arch}.attention.value_length", default_head, low=1, high=MAX_WIDTH
     )
@@ -160,7 +162,9 @@ def read_rope(file: GGUFFile, arch: str, n_embd_head: int) -> Rope:
     n_ctx_train = meta.get_int(f"{arch}.context_length", low=1, high=MAX_CTX)
     kind = meta.get_str(f"{arch}.rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedModelError(f"rope scaling {kind!r} is not supported (none, linear, yarn are)")
+        raise UnsupportedModelError(
+            f"rope scaling {kind!r} is not supported (none, linear, yarn are)"
+        )
     n_rot = meta.get_int(f"{arch}.rope.dimension_count", n_embd_head, low=2, high=n_embd_head)
     if n_rot % 2:
         raise ModelFileError(f"{arch}.rope.dimension_count is {n_rot}, but must be even")
@@ -169,9 +173,15 @@ def read_rope(file: GGUFFile, arch: str, n_embd_head: int) -> Rope:
         factor = meta.get_float(f"{arch}.rope.scale_linear", 0.0)
     freq_base = meta.get_float(f"{arch}.rope.freq_base", 10000.0)
     attn_factor = meta.get_float(f"{arch}.rope.scaling.attn_factor", 1.0)
-    for name, value in (("freq_base", freq_base), ("factor", factor or 1.0), ("attn_factor", attn_factor)):
+    for name, value in (
+        ("freq_base", freq_base),
+        ("factor", factor or 1.0),
+        ("attn_factor", attn_factor),
+    ):
         if not (math.isfinite(value) and value > 0):
-            raise ModelFileError(f"rope {name} of {file.path.name} is {value}, not a positive number")
+            raise ModelFileError(
+                f"rope {name} of {file.path.name} is {value}, not a positive number"
+            )
     freq_scale = 1.0 / factor if factor and kind != "none" else 1.0
     ext_factor = 1.0 if kind == "yarn" else 0.0
     return Rope(

@@ -168,7 +168,9 @@ class Forward:
                     set_bytes(tensor, _mask(strip, piece, segment))
 
 
-def _mask(strip: npt.NDArray[np.float16], piece: Piece, segment: Segment) -> npt.NDArray[np.float16]:
+def _mask(
+    strip: npt.NDArray[np.float16], piece: Piece, segment: Segment
+) -> npt.NDArray[np.float16]:
     """Cut the mask rows of a piece out of the strip: F16 (n_tokens, n_kv)."""
     first = len(strip) // 2 - 1 - piece.pos
     if segment.n_tokens == 1:
@@ -183,7 +185,8 @@ def _join(parts: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
 
 
 def _out_ids(pieces: Sequence[Piece]) -> npt.NDArray[np.int32]:
-    ids, end = [], 0
+    ids: list[int] = []
+    end = 0
     for piece in pieces:
         end += len(piece.tokens)
         ids += range(end - piece.n_out, end)

@@ -4,14 +4,13 @@ Nothing here assumes that a tensor's memory is host memory: bytes go in and out 
 `ggml_backend_tensor_set` and `_get` only.
 """
 
-import contextlib
 import ctypes
 import functools
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from edgeroute.runtime.errors import CapacityError, ComputeError, LibraryError, UsageError
 from edgeroute.runtime.ggml import api, structs
@@ -19,8 +18,12 @@ from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.ggml.lib import libraries
 from edgeroute.runtime.units import format_bytes
 
-_KINDS = {api.DEVICE_CPU: "cpu", api.DEVICE_GPU: "gpu", api.DEVICE_IGPU: "igpu",
-          api.DEVICE_ACCEL: "accel"}
+_KINDS = {
+    api.DEVICE_CPU: "cpu",
+    api.DEVICE_GPU: "gpu",
+    api.DEVICE_IGPU: "igpu",
+    api.DEVICE_ACCEL: "accel",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +39,19 @@ class DeviceInfo:
     pointer: int
 
 
+def _drop(level: int, text: bytes, user: int | None) -> None:
+    """Drop one log line."""
+
+
+_SILENT = structs.LOG_CALLBACK(_drop)  # ggml keeps the pointer: it must live as long as we do
+
+
 @functools.cache
 def _load_backends() -> None:
     """Make sure that a CPU device is registered; builds with loadable backends need a search."""
     g = ggml()
+    # ggml prints to stderr by default; what matters reaches the user as an exception.
+    g.ggml_log_set(ctypes.cast(_SILENT, ctypes.c_void_p), None)
     if g.ggml_backend_dev_by_type(api.DEVICE_CPU) is None:
         g.ggml_backend_load_all_from_path(str(libraries().folder).encode())
     if g.ggml_backend_dev_by_type(api.DEVICE_CPU) is None:
@@ -134,7 +146,9 @@ class Device:
         raise UsageError(f"there is no device {name!r} here; ggml offers: {names}")
 
     @staticmethod
-    def _proc(reg: int, name: bytes, result: object, args: tuple[object, ...]) -> Callable[..., object] | None:
+    def _proc(
+        reg: int, name: bytes, result: object, args: tuple[object, ...]
+    ) -> Callable[..., object] | None:
         address = ggml().ggml_backend_reg_get_proc_address(reg, name)
         if address is None:
             return None
@@ -146,9 +160,9 @@ class Device:
                          ctypes.POINTER(ctypes.c_void_p), (ctypes.c_void_p,))  # fmt: skip
         if get is None:
             return ()
-        array = get(self.info.pointer)
-        found = []
-        while array and (pointer := array[len(found)]):  # type: ignore[index]
+        array: Any = get(self.info.pointer)
+        found: list[int] = []
+        while array and (pointer := array[len(found)]):
             found.append(pointer)
         return tuple(found)
 
@@ -217,7 +231,9 @@ class Device:
         if status == api.STATUS_ABORTED:
             return False
         if status != api.STATUS_SUCCESS:
-            raise ComputeError(f"ggml could not compute a graph on {self.info.name}: status {status}")
+            raise ComputeError(
+                f"ggml could not compute a graph on {self.info.name}: status {status}"
+            )
         return True
 
     def close(self) -> None:
@@ -230,17 +246,9 @@ class Device:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def silence_logs() -> None:
-    """Stop ggml from printing to stderr; errors reach the user as exceptions instead."""
-    with contextlib.suppress(LibraryError):
-        ggml().ggml_log_set(ctypes.cast(_SILENT, ctypes.c_void_p), None)
-
-
-@structs.LOG_CALLBACK
-def _SILENT(level: int, text: bytes, user: int | None) -> None:  # noqa: N802
-    """Drop one log line."""

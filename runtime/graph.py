@@ -301,5 +301,13 @@ def causal_mask(n_ctx: int, window: int | None = None) -> np.ndarray:
     return strip
 
 
-__all__ = ["BatchShape", "Builder", "Graph", "GraphCache", "Inputs", "Segment", "Span",
-           "causal_mask"]
+__all__ = [
+    "BatchShape",
+    "Builder",
+    "Graph",
+    "GraphCache",
+    "Inputs",
+    "Segment",
+    "Span",
+    "causal_mask",
+]

@@ -5,7 +5,7 @@ the same bits whatever else is in the batch. Regions are multiples of 256 cells,
 granularity at which graphs see the context.
 """
 
-import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,16 +102,13 @@ class KvCache:
 
     def release(self, region: Region) -> None:
         """Give a region back; it must not be used again."""
-        at = bisect.bisect_left([gap.start for gap in self._free], region.start)
-        self._free.insert(at, Region(region.start, region.n_cells))
+        self._free = _merge([*self._free, Region(region.start, region.n_cells)])
         region.n_cells = 0
-        merged: list[Region] = []
-        for gap in self._free:
-            if merged and merged[-1].start + merged[-1].n_cells == gap.start:
-                merged[-1].n_cells += gap.n_cells
-            else:
-                merged.append(gap)
-        self._free = merged
+
+    def would_fit(self, n_cells: int, regions: Sequence[Region]) -> bool:
+        """Tell whether releasing `regions` would make a gap of `n_cells`."""
+        want = round_cells(n_cells)
+        return any(gap.n_cells >= want for gap in _merge([*self._free, *regions]))
 
     def shrink(self, region: Region, n_cells: int) -> None:
         """Give back what lies beyond the first `n_cells` of a region."""
@@ -153,3 +150,14 @@ class KvCache:
         """Free the pool; safe to call twice."""
         self._buffer.free()
         self._descriptors.free()
+
+
+def _merge(gaps: Sequence[Region]) -> list[Region]:
+    """Sort regions and join neighbours, into new records."""
+    merged: list[Region] = []
+    for gap in sorted(gaps, key=lambda each: each.start):
+        if merged and merged[-1].start + merged[-1].n_cells == gap.start:
+            merged[-1].n_cells += gap.n_cells
+        else:
+            merged.append(Region(gap.start, gap.n_cells))
+    return merged

@@ -3,7 +3,6 @@
 A ggml context here never owns tensor data, only the descriptors (`no_alloc`).
 """
 
-
 import numpy as np
 import numpy.typing as npt
 
@@ -108,5 +107,3 @@ def strides(tensor: Tensor) -> tuple[int, int, int, int]:
     """Read a tensor's byte strides, fastest dimension first."""
     nb = TensorStruct.from_address(tensor).nb
     return nb[0], nb[1], nb[2], nb[3]
-
-

@@ -232,5 +232,3 @@ class ResidentWeights:
         return WeightsPlan(
             mapped_bytes=sum(mapped.values()), copied_bytes=copied, repacked=frozenset(repacked)
         )
-
-

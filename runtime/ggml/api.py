@@ -1,3 +1,4 @@
+# mypy: disable-error-code="empty-body"
 """Typed ggml functions: one stub per C function, bound when first asked for.
 
 Each stub's annotations carry the ctypes types, so that mypy and ctypes read the same
@@ -8,7 +9,7 @@ ggml-backend.h of ggml 0.25.
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any, NewType, get_args, get_origin
+from typing import Annotated, Any, NewType, TypeVar, get_args, get_origin
 
 from edgeroute.runtime.errors import LibraryError
 from edgeroute.runtime.ggml import structs
@@ -39,17 +40,19 @@ STATUS_SUCCESS, STATUS_ABORTED = 0, 1
 DEVICE_CPU, DEVICE_GPU, DEVICE_IGPU, DEVICE_ACCEL = 0, 1, 2, 3
 
 
-def c(library: str) -> Callable[[Callable[..., Any]], Any]:
+Stub = TypeVar("Stub", bound=Callable[..., Any])
+
+
+def c(library: str) -> Callable[[Stub], Stub]:
     """Mark a stub as living in one of the libraries (`base` or `ggml`)."""
 
-    def mark(stub: Callable[..., Any]) -> Callable[..., Any]:
+    def mark(stub: Stub) -> Stub:
         stub.__dict__["library"] = library
         return stub
 
     return mark
 
 
-# ruff: noqa: E704
 class Ggml:
     """The bound functions, called as `g.ggml_mul_mat(ctx, a, b)`."""
 
@@ -198,7 +201,9 @@ class Ggml:
     @c("base")
     def ggml_backend_buffer_free(self, buffer: Ptr) -> None: ...
     @c("base")
-    def ggml_backend_buffer_clear(self, buffer: Ptr, value: Annotated[int, ctypes.c_uint8]) -> None: ...
+    def ggml_backend_buffer_clear(
+        self, buffer: Ptr, value: Annotated[int, ctypes.c_uint8]
+    ) -> None: ...
     @c("base")
     def ggml_backend_buffer_get_base(self, buffer: Ptr) -> Ptr: ...
     @c("base")

@@ -1,0 +1,92 @@
+"""Settings of a run: one record, and the one place where their sources merge."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.kv_cache import KV_TYPES
+from edgeroute.runtime.units import parse_bytes
+
+ENV_PREFIX = "EDGEROUTE_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunParams:
+    """Settings of one Runtime. None means: measured on this machine.
+
+    Attributes:
+        memory: budget over weights, KV and compute buffers; bytes or text such as `2GiB`.
+        threads: compute threads; given, the number is kept even on a busy machine.
+        n_ctx: most tokens of one sequence, prompt and answer together.
+        n_kv: cells of the KV pool that running and kept sequences share; None is n_ctx.
+        n_ubatch: prompt tokens computed at once.
+        max_batch: most sequences that decode in one pass. Up to 3, a sequence's text never
+            depends on who shares the pass; from 4 on, ggml multiplies repacked weights by
+            another kernel, whose last bits differ.
+        kv_type: `f16` or `q8_0`.
+        device: a ggml device by name or kind.
+    """
+
+    memory: str | int | None = None
+    threads: int | None = None
+    n_ctx: int = 4096
+    n_kv: int | None = None
+    n_ubatch: int = 512
+    max_batch: int = 16
+    kv_type: str = "f16"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("threads", 1, 512), ("n_ctx", 32, 1 << 20), ("n_kv", 32, 1 << 22),
+                                ("n_ubatch", 64, 4096), ("max_batch", 1, 256)):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("threads", "n_kv"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise UsageError(
+                    f"{name} must be a whole number from {low} to {high}, got {value!r}"
+                )
+        if self.n_ubatch % 4:
+            raise UsageError(f"n_ubatch must be a multiple of 4, got {self.n_ubatch}")
+        if self.kv_type not in KV_TYPES:
+            raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}, got {self.kv_type!r}")
+        if self.n_kv is not None and self.n_kv < self.n_ctx:
+            raise UsageError(f"n_kv must be at least n_ctx ({self.n_ctx}), got {self.n_kv}")
+        if self.memory is not None:
+            parse_bytes(self.memory)
+
+
+def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = None) -> RunParams:
+    """Merge defaults, environment (`EDGEROUTE_N_CTX=2048`) and arguments, in rising order.
+
+    An argument of None counts as not given.
+
+    Raises:
+        UsageError: an unknown setting, or a value out of range; the message names it.
+    """
+    known = {field.name: field.type for field in dataclasses.fields(RunParams)}
+    values: dict[str, object] = {}
+    for name in known:
+        text = (os.environ if env is None else env).get(ENV_PREFIX + name.upper())
+        if text is not None:
+            values[name] = _from_text(name, text)
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}" if near else ""
+            raise UsageError(f"there is no setting {name!r}{hint}")
+        if value is not None:
+            values[name] = value
+    return RunParams(**values)  # type: ignore[arg-type]
+
+
+def _from_text(name: str, text: str) -> object:
+    """Read a setting from the environment; what it means there is what it means in Python."""
+    if name in ("memory", "kv_type", "device"):
+        return text
+    if not text.strip().isdigit():
+        raise UsageError(f"{ENV_PREFIX}{name.upper()} must be a whole number, got {text!r}")
+    return int(text)

@@ -1,0 +1,401 @@
+"""The public face: a Runtime answers prompts, from any thread, sync or async.
+
+One thread owns ggml. Calls queue to it and decode together in one batch.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypedDict, Unpack
+
+from edgeroute.config import RunParams, merge_settings
+from edgeroute.loaded import LoadedModel
+from edgeroute.models.catalogue import DEFAULT_MODEL
+from edgeroute.models.pull import pull, resolve
+from edgeroute.request import Outcome, Request
+from edgeroute.runtime import machine, template
+from edgeroute.runtime.errors import CatalogueError, ClosedError, EdgerouteError, UsageError
+from edgeroute.runtime.prefix import Mode
+from edgeroute.runtime.records import SamplingParams
+from edgeroute.runtime.sampler import Sampler
+from edgeroute.runtime.text_stream import TextStream
+from edgeroute.runtime.threads import ThreadPolicy
+from edgeroute.scheduler import Scheduler
+from edgeroute.stats import Chunk, Generation
+
+Message = Mapping[str, object]
+
+
+class Settings(TypedDict, total=False):
+    """Keyword arguments of Runtime beyond the model; see RunParams."""
+
+    memory: str | int | None
+    threads: int | None
+    n_ctx: int | None
+    n_kv: int | None
+    n_ubatch: int | None
+    max_batch: int | None
+    kv_type: str | None
+    device: str | None
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of one generation; unknown ones are errors.
+
+    `prefix` says which stored keys and values may serve the prompt: `exact` those with the
+    bits a fresh run would compute (default), `all` whatever has equal tokens (for
+    continuing a conversation at once), `off` none.
+    """
+
+    messages: Sequence[Message] | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    repeat_last_n: int
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    logprobs: int | None
+    stop: Sequence[str] | str | None
+    grammar: str | None
+    json_schema: Mapping[str, object] | str | None
+    timeout_s: float | None
+    prefix: Mode
+    prompt_ids: Sequence[int] | None
+
+
+_SAMPLING = frozenset(SamplingParams.__dataclass_fields__)
+_OTHER = frozenset({"messages", "max_tokens", "stop", "timeout_s", "prefix", "prompt_ids"})
+
+
+class Runtime:
+    """A model in memory that answers; use it as a context manager or call `close`.
+
+    Thread-safe: any number of threads and event loops may call it at once.
+
+    Args:
+        model: catalogue name, `hf:owner/repo/file.gguf`, or path to a .gguf file. A
+            catalogue's default model is pulled on first use; others must be pulled before.
+
+    Raises:
+        EdgerouteError: see LoadedModel, and UsageError for a setting out of range.
+    """
+
+    def __init__(self, model: str | Path | None = None, **settings: Unpack[Settings]) -> None:
+        self.params: RunParams = merge_settings(settings)
+        self.path = _find(model)
+        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._gate = threading.Lock()  # orders "is it open?" against "now it is closed"
+        ready: Future[tuple[LoadedModel, Scheduler]] = Future()
+        self._thread = threading.Thread(
+            target=self._serve, args=(ready,), name="edgeroute-engine", daemon=True
+        )
+        self._thread.start()
+        self._loaded, self._scheduler = ready.result()
+
+    # one answer
+
+    def generate(self, prompt: str | None = None, **options: Unpack[Options]) -> Generation:
+        """Answer a prompt, or chat messages, and return the whole answer.
+
+        Ctrl-C cancels the answer and leaves the runtime usable.
+
+        Raises:
+            UsageError: an option is unknown or out of range, or the prompt does not fit.
+            GrammarError, TemplateError: a constraint or the chat template cannot be used.
+            ClosedError: the runtime was closed.
+        """
+        for chunk in self._listen(prompt, options, streaming=False):
+            if chunk.generation is not None:
+                return chunk.generation
+        raise ClosedError("the engine ended without an answer")
+
+    def stream(self, prompt: str | None = None, **options: Unpack[Options]) -> Iterator[Chunk]:
+        """Answer piece by piece; closing the iterator cancels the rest.
+
+        Errors in the arguments are raised here, not at the first piece.
+        """
+        return self._listen(prompt, options, streaming=True)
+
+    async def agenerate(self, prompt: str | None = None, **options: Unpack[Options]) -> Generation:
+        """Answer without blocking the event loop; cancelling the task cancels the answer."""
+        async for chunk in self._alisten(prompt, options, streaming=False):
+            if chunk.generation is not None:
+                return chunk.generation
+        raise ClosedError("the engine ended without an answer")
+
+    def astream(
+        self, prompt: str | None = None, **options: Unpack[Options]
+    ) -> AsyncIterator[Chunk]:
+        """Answer piece by piece on the event loop; closing the iterator cancels the rest."""
+        return self._alisten(prompt, options, streaming=True)
+
+    def stats(self) -> dict[str, object]:
+        """Return what the runtime holds and has done, as plain JSON types."""
+        loaded, scheduler = self._loaded, self._scheduler
+        steps = scheduler.n_decode_steps
+        return {
+            "model": str(self.path),
+            "arch": loaded.model.hparams.arch,
+            "load_s": round(loaded.load_s, 6),
+            "memory": {entry.owner: entry.n_bytes for entry in loaded.ledger.entries()},
+            "memory_bytes": loaded.ledger.used_bytes,
+            "budget_bytes": loaded.ledger.budget_bytes,
+            "kv_cells": loaded.kv.n_cells,
+            "kv_free_cells": loaded.kv.n_free_cells,
+            "kv_kept_cells": scheduler.prefix.n_kept_cells,
+            "reused_cells": scheduler.prefix.n_reused_cells,
+            "running": scheduler.n_running,
+            "waiting": scheduler.n_waiting + self._inbox.qsize(),
+            "finished": scheduler.n_finished,
+            "decode_steps": steps,
+            "mean_batch": round(scheduler.n_decode_tokens / steps, 3) if steps else 0.0,
+            "graphs_built": loaded.forward.graphs.n_built,
+            "threads": scheduler.threads.n_threads,
+            "threads_max": scheduler.threads.n_max,
+            "thread_changes": scheduler.threads.n_changes,
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """Turn text into token ids as `generate` does with a prompt."""
+        tokenizer = self._loaded.tokenizer
+        return tokenizer.encode(text, add_special=True, parse_special=False)
+
+    def close(self) -> None:
+        """End running requests with ClosedError and free everything; safe to call twice."""
+        with self._gate:
+            self._closing = True
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # requests
+
+    def _request(
+        self, prompt: str | None, options: Options, emit: Callable[[Outcome], None], *,
+        streaming: bool,
+    ) -> Request:  # fmt: skip
+        """Check a call's arguments and encode its prompt, in the caller's thread."""
+        unknown = options.keys() - _SAMPLING - _OTHER
+        if unknown:
+            raise UsageError(f"generate has no option {', '.join(sorted(map(repr, unknown)))}")
+        self._check_open()
+        max_tokens = _count("max_tokens", options.get("max_tokens", 128))
+        timeout_s = options.get("timeout_s")
+        if timeout_s is not None and not 0 < timeout_s < 1e9:
+            raise UsageError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
+        prefix = options.get("prefix", "exact")
+        if prefix not in ("exact", "all", "off"):
+            raise UsageError(f"prefix must be exact, all or off, got {prefix!r}")
+        chosen: dict[str, Any] = {
+            name: value
+            for name, value in options.items()
+            if name in _SAMPLING and value is not None
+        }
+        params = SamplingParams(**chosen)
+        stop = options.get("stop") or ()
+        tokenizer = self._loaded.tokenizer
+        text = TextStream(tokenizer.piece, (stop,) if isinstance(stop, str) else stop)
+        ids = self._encode(prompt, options.get("messages"), options.get("prompt_ids"))
+        return Request(
+            prompt_ids=ids, max_tokens=max_tokens, sampler=Sampler(params, tokenizer, ids),
+            text=text, emit=emit, streaming=streaming, prefix=prefix,
+            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+        )  # fmt: skip
+
+    def _encode(
+        self, prompt: str | None, messages: Sequence[Message] | None, ids: Sequence[int] | None
+    ) -> list[int]:
+        """Turn exactly one of prompt, messages and token ids into a prompt that fits."""
+        if sum(each is not None for each in (prompt, messages, ids)) != 1:
+            raise UsageError("pass exactly one of prompt, messages and prompt_ids")
+        tokenizer, limit = self._loaded.tokenizer, self.params.n_ctx
+        if prompt is not None:
+            if not isinstance(prompt, str):
+                raise UsageError(f"prompt must be a str, got {type(prompt).__name__}")
+            found = tokenizer.encode(
+                prompt, add_special=True, parse_special=False, max_tokens=limit
+            )
+        elif messages is not None:
+            found = template.encode_chat(tokenizer, messages, max_tokens=limit)
+        else:
+            found = list(ids or ())
+            n_vocab = tokenizer.n_vocab
+            if any(
+                isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n_vocab for i in found
+            ):
+                raise UsageError(f"prompt_ids must be whole numbers from 0 to {n_vocab - 1}")
+        if not found:
+            raise UsageError("the prompt is empty, and this model adds no token of its own")
+        if len(found) > limit:
+            raise UsageError(f"the prompt has {len(found)} tokens, over n_ctx={limit}; raise n_ctx")
+        return found
+
+    def _submit(self, request: Request) -> None:
+        with self._gate:
+            try:
+                self._check_open()
+            except ClosedError:
+                request.sampler.close()
+                raise
+            self._inbox.put(request)
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise ClosedError(f"the engine stopped: {self._failure}") from self._failure
+        if self._closing:
+            raise ClosedError("this Runtime was closed; make a new one")
+
+    def _listen(self, prompt: str | None, options: Options, *, streaming: bool) -> Iterator[Chunk]:
+        inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        request = self._request(prompt, options, inbox.put, streaming=streaming)
+        self._submit(request)
+        return _drain(request, inbox)
+
+    async def _alisten(
+        self, prompt: str | None, options: Options, *, streaming: bool
+    ) -> AsyncIterator[Chunk]:
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Outcome] = asyncio.Queue()
+
+        def emit(outcome: Outcome) -> None:
+            # A loop that closed meanwhile has nobody left to tell.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(inbox.put_nowait, outcome)
+
+        request = await asyncio.to_thread(self._request, prompt, options, emit, streaming=streaming)
+        self._submit(request)
+        try:
+            while True:
+                outcome = await inbox.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                yield outcome
+                if outcome.finish_reason is not None:
+                    return
+        finally:
+            request.cancelled = True
+
+    # the engine thread
+
+    def _serve(self, ready: "Future[tuple[LoadedModel, Scheduler]]") -> None:
+        """Load, loop until closed, free: the whole life of the engine thread."""
+        try:
+            loaded = LoadedModel(self.path, self.params)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        try:
+            scheduler = self._make_scheduler(loaded)
+            ready.set_result((loaded, scheduler))
+            self._loop(scheduler)
+        finally:
+            loaded.close()
+
+    def _make_scheduler(self, loaded: LoadedModel) -> Scheduler:
+        params = self.params
+        n_max = params.threads or machine.usable_cores()
+        policy = ThreadPolicy(n_max, machine.LoadMeter(), time.monotonic,
+                              fixed=params.threads is not None)  # fmt: skip
+        return Scheduler(
+            loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
+            n_ubatch=params.n_ubatch, max_batch=params.max_batch,
+            eog_ids=loaded.tokenizer.eog_ids,
+        )  # fmt: skip
+
+    def _loop(self, scheduler: Scheduler) -> None:
+        error: BaseException = ClosedError("this Runtime was closed while the request ran")
+        try:
+            while not self._closing:
+                self._receive(scheduler, wait=not scheduler.busy)
+                scheduler.step()
+        except BaseException as failure:  # a bug: everyone waiting must hear of it
+            with self._gate:
+                self._failure = failure
+            error = ClosedError(f"the engine stopped: {failure!r}")
+            error.__cause__ = failure
+        while not self._inbox.empty():
+            self._receive(scheduler, wait=False)
+        scheduler.fail_all(error)
+
+    def _receive(self, scheduler: Scheduler, *, wait: bool) -> None:
+        """Take what has arrived; with `wait`, sleep until something does."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                request = self._inbox.get(block=wait)
+                if request is not None:
+                    scheduler.submit(request)
+                wait = False
+
+
+def generate(
+    prompt: str | None = None, *, model: str | Path | None = None, **options: Unpack[Options]
+) -> Generation:
+    """Answer one prompt with a model that is loaded for it and closed after.
+
+    For more than one answer, keep a Runtime.
+    """
+    with Runtime(model) as runtime:
+        return runtime.generate(prompt, **options)
+
+
+def _drain(request: Request, inbox: "queue.SimpleQueue[Outcome]") -> Iterator[Chunk]:
+    """Yield a request's chunks; whatever ends the iteration early cancels the request."""
+    try:
+        while True:
+            try:
+                outcome = inbox.get(
+                    timeout=0.5
+                )  # a wait without limit cannot be interrupted on Windows
+            except queue.Empty:
+                continue
+            if isinstance(outcome, BaseException):
+                raise outcome
+            yield outcome
+            if outcome.finish_reason is not None:
+                return
+    finally:
+        request.cancelled = True
+
+
+def _find(model: str | Path | None) -> Path:
+    """Find a model's file; the default model is pulled when it is not there yet."""
+    spec = DEFAULT_MODEL if model is None else str(model)
+    try:
+        return resolve(spec)
+    except CatalogueError:
+        if spec != DEFAULT_MODEL:
+            raise
+    return pull(spec).path
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+        raise UsageError(f"{name} must be a whole number from 0 on, got {value!r}")
+    return value
+
+
+__all__ = ["EdgerouteError", "Message", "Options", "Runtime", "Settings", "generate"]

@@ -1,0 +1,125 @@
+"""A model ready to run: file, vocabulary, device, weights and KV pool, under one ledger."""
+
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeroute.config import RunParams
+from edgeroute.models.base import Hparams, Model
+from edgeroute.models.forward import Forward
+from edgeroute.models.registry import describe
+from edgeroute.runtime import machine
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.runtime.kv_cache import KvCache, KvShape, round_cells
+from edgeroute.runtime.ledger import Ledger
+from edgeroute.runtime.tokenizer import Tokenizer
+from edgeroute.runtime.units import MIB, parse_bytes
+from edgeroute.runtime.weights import ResidentWeights, WeightsPlan
+
+RESERVE_RATIO, RESERVE_MIN_BYTES = 0.05, 256 * MIB
+"""Of the memory available, what stays for everything else when no budget is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by part, known before anything is allocated."""
+
+    weights: WeightsPlan
+    kv_bytes: int
+    compute_bytes: int
+
+    def wants(self) -> dict[str, int]:
+        """Return ledger entries by owner."""
+        found = {
+            "weights (mapped file)": self.weights.mapped_bytes,
+            "weights (repacked or copied)": self.weights.copied_bytes,
+            "KV cache": self.kv_bytes,
+            "compute buffer": self.compute_bytes,
+        }
+        return {owner: n_bytes for owner, n_bytes in found.items() if n_bytes}
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the parts."""
+        return sum(self.wants().values())
+
+
+def budget_bytes(params: RunParams) -> int:
+    """Return the budget given, or the memory really available less a reserve."""
+    if params.memory is not None:
+        return parse_bytes(params.memory)
+    free = machine.memory().available_bytes
+    return max(0, free - max(RESERVE_MIN_BYTES, int(RESERVE_RATIO * free)))
+
+
+def kv_shape(hparams: Hparams, params: RunParams) -> KvShape:
+    """Return what one KV cell of this model holds."""
+    return KvShape(n_layer=hparams.n_layer, n_embd_k_gqa=hparams.n_embd_k_gqa,
+                   n_embd_v_gqa=hparams.n_embd_v_gqa, kv_type=params.kv_type)  # fmt: skip
+
+
+def plan_memory(hparams: Hparams, weights: ResidentWeights, params: RunParams) -> MemoryPlan:
+    """Plan a model's bytes from its header and the settings.
+
+    The compute buffer is an upper estimate: activations that live at once, the mask, logits.
+    """
+    n_kv = round_cells(params.n_kv or params.n_ctx)
+    n_ubatch = min(params.n_ubatch, n_kv)
+    per_token = 4 * (3 * hparams.n_ff + 8 * hparams.n_embd) + 2 * round_cells(params.n_ctx)
+    logits = 4 * hparams.n_vocab * params.max_batch
+    return MemoryPlan(
+        weights=weights.plan,
+        kv_bytes=n_kv * kv_shape(hparams, params).bytes_per_cell,
+        compute_bytes=n_ubatch * per_token + logits,
+    )
+
+
+class LoadedModel:
+    """Everything one model owns, freed in reverse order by `close`.
+
+    Made, used and closed by the engine thread.
+
+    Raises:
+        ModelFileError, UnsupportedModelError: the file cannot be used.
+        CapacityError: it does not fit; nothing stays allocated.
+    """
+
+    def __init__(self, path: Path, params: RunParams) -> None:
+        began = time.perf_counter()
+        self._owned = contextlib.ExitStack()
+        try:
+            self._load(path, params)
+        except BaseException:
+            self._owned.close()
+            raise
+        self.load_s = time.perf_counter() - began
+
+    def _load(self, path: Path, params: RunParams) -> None:
+        own = self._owned
+        self.file = own.enter_context(GGUFFile.open(path))
+        self.model: Model = describe(self.file)
+        self.device = own.enter_context(Device.open(params.device))
+        weights = ResidentWeights(self.file, self.device, self.model.specs())
+        own.callback(weights.close)
+        self.plan = plan_memory(self.model.hparams, weights, params)
+        self.ledger = Ledger(budget_bytes(params))
+        self.ledger.reserve(self.plan.wants())
+        with ThreadPoolExecutor(1, "edgeroute-vocab") as aside:
+            vocabulary = aside.submit(Tokenizer.open, self.file)
+            weights.load()
+            self.kv = KvCache(self.device, kv_shape(self.model.hparams, params),
+                              params.n_kv or params.n_ctx)  # fmt: skip
+            own.callback(self.kv.close)
+            self.forward = Forward(self.model, self.device, weights, self.kv)
+            own.callback(self.forward.close)
+            self.forward.reserve(min(params.n_ubatch, self.kv.n_cells), params.n_ctx)
+            self.tokenizer = own.enter_context(vocabulary.result())
+        self.ledger.release("compute buffer")
+        self.ledger.reserve({"compute buffer": self.forward.graphs.n_bytes})
+
+    def close(self) -> None:
+        """Free everything; safe to call twice."""
+        self._owned.close()

@@ -1,0 +1,104 @@
+"""One request on its way through the engine: what was asked, how far it is, who listens."""
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edgeroute.runtime.prefix import Mode
+from edgeroute.runtime.records import TokenLogprob
+from edgeroute.runtime.sampler import Sampler
+from edgeroute.runtime.sequence import Sequence
+from edgeroute.runtime.text_stream import TextStream
+from edgeroute.stats import Chunk, FinishReason, Generation, GenerationStats
+
+Outcome = Chunk | BaseException
+"""What a listener hears: chunks, the last with a finish_reason; or one exception."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """Owned by the engine thread, except `cancelled`, which any thread may set."""
+
+    prompt_ids: list[int]
+    max_tokens: int
+    sampler: Sampler
+    text: TextStream
+    emit: Callable[[Outcome], None]
+    streaming: bool
+    prefix: Mode = "exact"
+    deadline: float | None = None
+    id: str = field(default_factory=lambda: f"gen-{uuid.uuid4().hex[:24]}")
+    created: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+    sequence: Sequence | None = None
+    n_cached: int = 0
+    started: float | None = None
+    prefill_s: float = 0.0
+    first_token: float | None = None
+    last_token: float = 0.0
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+
+    @property
+    def n_cells(self) -> int:
+        """Cells that the prompt and the longest answer need; the last token needs none."""
+        return len(self.prompt_ids) + self.max_tokens - 1
+
+    def interrupted(self) -> FinishReason | None:
+        """Tell whether the listener left or the time is over."""
+        if self.cancelled:
+            return "cancelled"
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            return "timeout"
+        return None
+
+    def add_token(self, token_id: int, now: float) -> None:
+        """Note a generated token and pass on the text it made certain."""
+        if self.first_token is None:
+            self.first_token = now
+        self.last_token = now
+        self.token_ids.append(token_id)
+        if self.sampler.last_logprob is not None:
+            self.logprobs.append(self.sampler.last_logprob)
+        self.pending.append(token_id)
+        self._pass_on(self.text.push(token_id))
+
+    def add_end(self, token_id: int, now: float) -> None:
+        """Note the model's own end-of-generation token, which has no text."""
+        if self.first_token is None:
+            self.first_token = now
+        self.last_token = now
+
+    def finish(self, reason: FinishReason, memory_bytes: int, threads: int) -> Generation:
+        """Close the texts and tell the listener; the engine has freed the cells already."""
+        self._pass_on(self.text.flush())
+        generation = Generation(
+            id=self.id, text="".join(self.pieces), token_ids=tuple(self.token_ids),
+            finish_reason=reason, stats=self._stats(memory_bytes, threads),
+            seed=self.sampler.seed, logprobs=tuple(self.logprobs),
+        )  # fmt: skip
+        self.emit(Chunk(text="", finish_reason=reason, generation=generation))
+        return generation
+
+    def _pass_on(self, text: str) -> None:
+        if not text:
+            return
+        self.pieces.append(text)
+        if self.streaming:
+            self.emit(Chunk(text=text, token_ids=tuple(self.pending)))
+            self.pending.clear()
+
+    def _stats(self, memory_bytes: int, threads: int) -> GenerationStats:
+        now = time.monotonic()
+        first = self.first_token or now
+        return GenerationStats(
+            n_prompt=len(self.prompt_ids), n_cached=self.n_cached,
+            n_generated=len(self.token_ids),
+            queue_s=(self.started or now) - self.created, prefill_s=self.prefill_s,
+            ttft_s=first - self.created, decode_s=max(0.0, self.last_token - first),
+            memory_bytes=memory_bytes, threads=threads,
+        )  # fmt: skip

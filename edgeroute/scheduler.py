@@ -1,0 +1,233 @@
+"""The engine thread's loop: admit, prefill, decode together, deliver.
+
+Sequences join and leave between tokens. A prompt is computed alone, batch by batch, so
+that its bits do not depend on who else is there; decoding sequences share one pass.
+"""
+
+import time
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeroute.models.forward import Forward, Piece
+from edgeroute.request import Request
+from edgeroute.runtime.errors import EdgerouteError
+from edgeroute.runtime.ledger import Ledger
+from edgeroute.runtime.prefix import PrefixCache
+from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
+from edgeroute.runtime.threads import ThreadPolicy
+from edgeroute.stats import FinishReason
+
+Logits = npt.NDArray[np.float32]
+
+ABORTABLE_TOKENS = 32  # asking whether to stop costs about 1 µs an operation: not while decoding
+
+
+class Scheduler:
+    """Runs requests over one Forward. Not thread-safe: the engine thread owns it."""
+
+    def __init__(
+        self, forward: Forward, ledger: Ledger, threads: ThreadPolicy, *, n_ctx: int,
+        n_ubatch: int, max_batch: int, eog_ids: frozenset[int],
+    ) -> None:  # fmt: skip
+        self.forward = forward
+        self.prefix = PrefixCache(forward.kv, n_ubatch)
+        self.threads = threads
+        self._ledger = ledger
+        self._n_ctx = n_ctx
+        self._n_ubatch = n_ubatch
+        self._max_batch = max_batch
+        self._eog_ids = eog_ids
+        self._waiting: deque[Request] = deque()
+        self._prefilling: deque[Request] = deque()
+        self._decoding: list[Request] = []
+        self.n_finished = 0
+        self.n_decode_steps = 0
+        self.n_decode_tokens = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._waiting or self._prefilling or self._decoding)
+
+    @property
+    def n_running(self) -> int:
+        """Requests that hold cells."""
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests without cells yet."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        request.max_tokens = min(request.max_tokens, self._n_ctx - len(request.prompt_ids) + 1)
+        self._waiting.append(request)
+
+    def step(self) -> None:
+        """Do one round: at most one prefill batch, then one token for all that decode."""
+        self._drop_interrupted()
+        self._admit()
+        if self._prefilling:
+            self._prefill(self._prefilling[0])
+        running = list(self._decoding)
+        for first in range(0, len(running), self._max_batch):
+            self._decode(running[first : first + self._max_batch])
+        self._decoding = [request for request in self._decoding if request.sequence is not None]
+
+    def fail_all(self, error: BaseException) -> None:
+        """End every request with `error`; nothing of theirs stays behind."""
+        for request in (*self._waiting, *self._prefilling, *self._decoding):
+            self._fail(request, error)
+        self._waiting.clear()
+        self._prefilling.clear()
+        self._decoding.clear()
+
+    # admission and leaving
+
+    def _drop_interrupted(self) -> None:
+        for group in (self._waiting, self._prefilling, self._decoding):
+            for request in list(group):
+                reason = request.interrupted()
+                if reason is not None:
+                    group.remove(request)
+                    self._finish(request, reason)
+
+    def _admit(self) -> None:
+        """Let waiting requests in, in order, while there are cells for them."""
+        while self._waiting:
+            request = self._waiting[0]
+            if request.max_tokens < 1:
+                self._waiting.popleft()
+                self._finish(request, "length")
+                continue
+            sequence = self.prefix.open(list(request.prompt_ids), request.n_cells, request.prefix)
+            if sequence is None:
+                return
+            self._waiting.popleft()
+            request.sequence = sequence
+            request.n_cached = sequence.n_past
+            request.started = time.monotonic()
+            self._prefilling.append(request)
+
+    def _finish(self, request: Request, reason: FinishReason, *, keep: bool = True) -> None:
+        """Free what a request holds, then tell its listener."""
+        self._free(request, keep=keep)
+        self.n_finished += 1
+        request.finish(reason, self._ledger.used_bytes, self.threads.n_threads)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        self._free(request, keep=False)
+        self.n_finished += 1
+        request.emit(error)
+
+    def _free(self, request: Request, *, keep: bool) -> None:
+        sequence, request.sequence = request.sequence, None
+        if sequence is not None:
+            (self.prefix.keep if keep else self.prefix.drop)(sequence)
+        request.sampler.close()
+
+    # computing
+
+    def _prefill(self, request: Request) -> None:
+        """Compute one batch of a prompt; its last gives the first token."""
+        sequence = _sequence(request)
+        self.threads.before_prefill()
+        start, n = sequence.n_past, len(request.prompt_ids)
+        end = next_chunk_end(start, n, self._n_ubatch)
+        piece = Piece(tokens=request.prompt_ids[start:end], pos=start, region=sequence.region,
+                      n_out=int(end == n))  # fmt: skip
+        began = time.monotonic()
+        logits = self._run([piece], [request])
+        request.prefill_s += time.monotonic() - began
+        if logits is None:
+            return
+        sequence.n_past = end
+        sequence.classes += chunk_classes(end - start).tobytes()
+        if end == n:
+            self._prefilling.remove(request)
+            self._decoding.append(request)
+            self._sample(request, logits[0])
+            self._decoding = [each for each in self._decoding if each.sequence is not None]
+
+    def _decode(self, batch: list[Request]) -> None:
+        """Compute one token for each request of a batch."""
+        batch = [request for request in batch if request.sequence is not None]
+        if not batch:
+            return
+        pieces = []
+        for request in batch:
+            sequence = _sequence(request)
+            pieces.append(Piece(tokens=sequence.tokens[-1:], pos=sequence.n_past,
+                                region=sequence.region))  # fmt: skip
+        began = time.perf_counter()
+        logits = self._run(pieces, batch)
+        if logits is None:
+            return
+        self.threads.observe(len(batch), time.perf_counter() - began)
+        self.n_decode_steps += 1
+        self.n_decode_tokens += len(batch)
+        for request, row in zip(batch, logits, strict=True):
+            sequence = _sequence(request)
+            sequence.n_past += 1
+            sequence.classes.append(CLASS_SINGLE)
+            self._sample(request, row)
+
+    def _run(self, pieces: list[Piece], requests: list[Request]) -> Logits | None:
+        """Run a batch; a long one can be interrupted, a failed one fails its requests only."""
+        device = self.forward.device
+        device.set_threads(self.threads.n_threads)
+        long = sum(len(piece.tokens) for piece in pieces) >= ABORTABLE_TOKENS
+        if long:
+            device.set_abort(lambda: all(request.interrupted() for request in requests))
+        try:
+            logits = self.forward.run(pieces)
+        except EdgerouteError as error:
+            for request in requests:
+                self._leave(request)
+                self._fail(request, error)
+            return None
+        finally:
+            if long:
+                device.set_abort(None)
+        if logits is None:  # stopped midway: these cells are undefined
+            for request in requests:
+                self._leave(request)
+                self._finish(request, request.interrupted() or "cancelled", keep=False)
+        return logits
+
+    def _leave(self, request: Request) -> None:
+        for group in (self._prefilling, self._decoding):
+            if request in group:
+                group.remove(request)
+
+    def _sample(self, request: Request, logits: Logits) -> None:
+        """Choose a token, pass its text on, and end the request where it ends."""
+        try:
+            token = request.sampler.sample(logits)
+            now = time.monotonic()
+            if token in self._eog_ids:
+                request.add_end(token, now)
+                self._finish(request, "stop")
+                return
+            request.sampler.accept(token)
+        except EdgerouteError as error:
+            self._fail(request, error)
+            return
+        sequence = _sequence(request)
+        sequence.tokens.append(token)
+        request.add_token(token, now)
+        if request.text.stopped:
+            self._finish(request, "stop")
+        elif len(request.token_ids) >= request.max_tokens:
+            self._finish(request, "length")
+        elif (reason := request.interrupted()) is not None:
+            self._finish(request, reason)
+
+
+def _sequence(request: Request) -> Sequence:
+    if request.sequence is None:
+        raise RuntimeError(f"request {request.id} has left the engine")
+    return request.sequence

@@ -1,0 +1,81 @@
+"""What a generation returns: text, tokens, and what it cost."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edgeroute.runtime.records import TokenLogprob
+
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationStats:
+    """Counts, seconds and bytes of one request.
+
+    `ttft_s` runs from the call to the first token; `prefill_s` only while its own prompt was
+    computed; `decode_s` from the first token to the last. `memory_bytes` is what the whole
+    runtime has entered in its ledger.
+    """
+
+    n_prompt: int
+    n_cached: int
+    n_generated: int
+    queue_s: float
+    prefill_s: float
+    ttft_s: float
+    decode_s: float
+    memory_bytes: int
+    threads: int
+
+    @property
+    def prefill_tok_s(self) -> float:
+        """Prompt tokens computed (not reused) per second."""
+        return (self.n_prompt - self.n_cached) / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens after the first per second."""
+        return (self.n_generated - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    def to_dict(self) -> dict[str, object]:
+        """Return all figures, rates included, as plain JSON types."""
+        return {
+            "n_prompt": self.n_prompt,
+            "n_cached": self.n_cached,
+            "n_generated": self.n_generated,
+            "queue_s": round(self.queue_s, 6),
+            "prefill_s": round(self.prefill_s, 6),
+            "ttft_s": round(self.ttft_s, 6),
+            "decode_s": round(self.decode_s, 6),
+            "prefill_tok_s": round(self.prefill_tok_s, 3),
+            "decode_tok_s": round(self.decode_tok_s, 3),
+            "memory_bytes": self.memory_bytes,
+            "threads": self.threads,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of streamed text: whole characters, nothing of a stop string.
+
+    The last chunk has a `finish_reason` and the whole `generation`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    generation: "Generation | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A finished answer."""
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: GenerationStats
+    adapter: str | None = None
+    seed: int | None = None
+    logprobs: tuple[TokenLogprob, ...] = field(default=())

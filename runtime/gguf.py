@@ -1,0 +1,152 @@
+"""A GGUF model file, mapped read-only: its header checked, its tensors in place.
+
+Nothing is copied: `view` and `address` point into the mapping. A file that shrinks while
+it is mapped cannot be caught here (the kernel ends the process that touches the lost
+pages), so writers must replace model files, never rewrite them.
+"""
+
+import mmap
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+import numpy as np
+
+from edgeroute.runtime.errors import ClosedError, ModelFileError
+from edgeroute.runtime.gguf_header import Header, parse_header
+from edgeroute.runtime.gguf_metadata import Metadata
+from edgeroute.runtime.gguf_types import GGMLType, TensorInfo, ValueType
+
+__all__ = ["GGMLType", "GGUFFile", "Metadata", "TensorInfo", "ValueType"]
+
+_MIN_FILE_BYTES = 4 + 4 + 8 + 8
+
+
+class GGUFFile:
+    """A mapped GGUF file; use it as a context manager or call `close`."""
+
+    def __init__(self, path: Path, mapping: mmap.mmap, buffer: memoryview, header: Header) -> None:
+        self.path = path
+        self.size_bytes = len(mapping)
+        self.version = header.version
+        self.alignment = header.alignment
+        self.data_offset = header.data_offset
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(header.tensors)
+        self.metadata: Metadata = header.metadata
+        self._mapping: mmap.mmap | None = mapping
+        self._buffer = buffer
+        self._base_address = int(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Map a file and check its header.
+
+        Raises:
+            ModelFileError: not a readable regular file, or a malformed header; nothing
+                stays open.
+        """
+        where = Path(path)
+        mapping = _map(where)
+        buffer = memoryview(mapping)
+        try:
+            header = parse_header(buffer, where.name)
+        except BaseException:
+            # The error's frames still refer to the buffer and would keep the mapping open.
+            buffer.release()
+            mapping.close()
+            raise
+        return cls(where, mapping, buffer, header)
+
+    def view(self, info: TensorInfo) -> memoryview:
+        """Return the bytes of one tensor, not copied.
+
+        Lifetime: the mapping stays until every view is dropped, also after `close`.
+        """
+        return memoryview(self._open_mapping())[info.offset : info.offset + info.nbytes]
+
+    def address(self, info: TensorInfo) -> int:
+        """Return the address of a tensor's first byte.
+
+        Lifetime: valid until `close`.
+        """
+        self._open_mapping()
+        return self._base_address + info.offset
+
+    def release(self, offset: int, nbytes: int) -> int:
+        """Tell the system that these bytes of the file need not stay in memory.
+
+        Only whole pages inside the range are given back; touching them again reads the
+        file again. Does nothing where the system offers no such advice.
+
+        Returns:
+            The bytes given back.
+        """
+        mapping = self._open_mapping()
+        start = (max(offset, 0) + mmap.PAGESIZE - 1) & -mmap.PAGESIZE
+        end = min(offset + nbytes, self.size_bytes) & -mmap.PAGESIZE
+        if end <= start or not hasattr(mmap, "MADV_DONTNEED"):
+            return 0
+        mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+        return end - start
+
+    def close(self) -> None:
+        """Unmap the file, or leave that to the last view of it that is still held."""
+        mapping, self._mapping = self._mapping, None
+        self.metadata.close()
+        if mapping is None:
+            return
+        try:
+            self._buffer.release()
+            mapping.close()
+        except BufferError:
+            # Views are out: dropping our reference unmaps the file when the last one goes.
+            return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_mapping(self) -> mmap.mmap:
+        if self._mapping is None:
+            raise ClosedError(f"{self.path.name} is closed; open it again to read tensors")
+        return self._mapping
+
+
+def _map(path: Path) -> mmap.mmap:
+    """Map a regular file read-only.
+
+    Raises:
+        ModelFileError: missing, unreadable, not a regular file, or too short for a header.
+    """
+    # O_NONBLOCK: opening a FIFO must not wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelFileError(f"cannot open the model file {path}: {reason}") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+            raise ModelFileError(f"the model file {path} is {kind}, not a regular file")
+        if status.st_size < _MIN_FILE_BYTES:
+            raise ModelFileError(
+                f"the model file {path} has {status.st_size} bytes, fewer than the "
+                f"{_MIN_FILE_BYTES} of a GGUF header; fetch it again"
+            )
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ModelFileError(f"cannot map the model file {path}: {error}") from error
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,445 @@
+"""Turn a JSON schema into a GBNF grammar, or refuse it by name.
+
+What the grammar admits is always valid under the schema: a keyword that cannot be
+expressed is an error, never ignored. Where the schema leaves a choice (extra properties,
+their order) the grammar takes the narrower one: named properties only, in their order.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgeroute.runtime.errors import GrammarError
+from edgeroute.runtime.gbnf import MAX_REPEAT
+from edgeroute.runtime.json_pattern import pattern_to_gbnf
+from edgeroute.runtime.json_ranges import integer_range
+
+MAX_CHARS = 1 << 17
+MAX_DEPTH = 40
+MAX_NODES = 4000
+MAX_ENUM = 1000
+
+TYPES = ("string", "number", "integer", "boolean", "null", "object", "array")
+ANNOTATIONS = frozenset(
+    [
+        "title",
+        "description",
+        "default",
+        "examples",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "discriminator",
+        "$schema",
+        "$id",
+        "$comment",
+        "$defs",
+        "definitions",
+    ]
+)
+COMBINERS = frozenset(("$ref", "anyOf", "oneOf", "allOf"))
+_OF_TYPE = {
+    "string": "minLength maxLength pattern format",
+    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
+    "object": "properties required additionalProperties minProperties maxProperties",
+    "array": "items prefixItems minItems maxItems uniqueItems",
+}
+KEYWORDS = {word: kind for kind, words in _OF_TYPE.items() for word in words.split()}
+KNOWN = ANNOTATIONS | COMBINERS | KEYWORDS.keys() | {"type", "const", "enum"}
+
+_DAYS = '"0" [1-9] | "1" [0-9] | "2" [0-8]'
+_DATE = (
+    f'[0-9]{{4}} "-" ("02-" ({_DAYS}) | ("04" | "06" | "09" | "11") "-" ({_DAYS} | "29" | "30") '
+    f'| ("01" | "03" | "05" | "07" | "08" | "10" | "12") "-" ({_DAYS} | "29" | "3" [01]))'
+)
+_TIME = (
+    '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{1,6})? '
+    '("Z" | [+-] ([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9])'
+)
+FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f'{_DATE} "T" {_TIME}',
+    "uuid": '[0-9a-f]{8} "-" [0-9a-f]{4} "-" [0-9a-f]{4} "-" [0-9a-f]{4} "-" [0-9a-f]{12}',
+}
+
+PRIMITIVES = {
+    "ws": r'| " " | "\n" [ \t]{0,20}',
+    "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt/] | "u" [0-9a-fA-F]{4})',
+    "string": r'"\"" char* "\""',
+    "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
+    "fraction": '("." [0-9]{1,16})? ([eE] [-+]? [0-9]{1,2})?',
+    "number": "integer fraction",
+    "boolean": '"true" | "false"',
+    "null": '"null"',
+    "object": '"{" ws (string ":" ws value ("," ws string ":" ws value)*  ws)? "}"',
+    "array": '"[" ws (value ("," ws value)* ws)? "]"',
+    "value": "object | array | string | number | boolean | null",
+}
+
+
+def to_gbnf(schema: Mapping[str, object] | str) -> str:
+    """Translate a schema, given as data or as JSON text.
+
+    Raises:
+        GrammarError: not a schema, beyond a limit, or a keyword that is not supported; the
+            message gives the place and the keyword.
+    """
+    root = _load(schema)
+    _check_size(root)
+    converter = _Converter(root)
+    top = converter.rule(root, "#", 0)
+    rules = [f"root ::= {top}", *(f"{k} ::= {v}" for k, v in converter.rules.items())]
+    rules += [f"{name} ::= {body}" for name, body in PRIMITIVES.items()]
+    return "\n".join(rules)
+
+
+def _load(schema: Mapping[str, object] | str) -> Any:
+    if isinstance(schema, str):
+        if len(schema) > MAX_CHARS:
+            raise GrammarError(f"the schema has {len(schema)} characters, limit {MAX_CHARS}")
+        try:
+            return json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(f"the schema is not JSON: {error}") from None
+    if not isinstance(schema, Mapping | bool):
+        raise GrammarError(f"a schema must be an object, got {type(schema).__name__}")
+    return schema
+
+
+def _check_size(root: object) -> None:
+    """Bound nodes, depth and text before anything recurses."""
+    todo: list[tuple[object, int]] = [(root, 0)]
+    n_nodes = n_chars = 0
+    while todo:
+        node, depth = todo.pop()
+        n_nodes += 1
+        children: list[object] = []
+        if isinstance(node, str):
+            n_chars += len(node)
+        elif isinstance(node, Mapping):
+            if not all(isinstance(key, str) for key in node):
+                raise GrammarError("the schema has a key that is not a text")
+            children = [*node.keys(), *node.values()]
+        elif isinstance(node, list | tuple):
+            children = list(node)
+        elif not isinstance(node, bool | int | float | None):
+            raise GrammarError(f"the schema contains a {type(node).__name__}, which is not JSON")
+        if depth > MAX_DEPTH or n_nodes > 4 * MAX_NODES or n_chars > MAX_CHARS:
+            raise GrammarError(
+                f"the schema is too large: nested {depth} deep (limit {MAX_DEPTH}), at least "
+                f"{n_nodes} values (limit {4 * MAX_NODES}), {n_chars} characters "
+                f"(limit {MAX_CHARS})"
+            )
+        todo += [(child, depth + 1) for child in children]
+
+
+class _Converter:
+    """One rule per schema; a schema reached by `$ref` has one rule however often it is used."""
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        self.rules: dict[str, str] = {}
+        self.refs: dict[str, str] = {}
+        self.n_nodes = 0
+
+    def add(self, where: str, body: str) -> str:
+        """Name a rule after its place in the schema."""
+        stem = "s-" + (re.sub(r"[^a-zA-Z0-9]+", "-", where).strip("-")[:60] or "root")
+        name, n = stem, 1
+        while name in self.rules:
+            n += 1
+            name = f"{stem}-{n}"
+        self.rules[name] = body
+        return name
+
+    def rule(self, schema: Any, where: str, depth: int) -> str:
+        """The name of a rule that matches a schema's instances."""
+        self.n_nodes += 1
+        if depth > MAX_DEPTH or self.n_nodes > MAX_NODES:
+            raise GrammarError(
+                f"schema {where}: more than {MAX_NODES} parts, or {MAX_DEPTH} levels"
+            )
+        if schema is True:
+            return "value"
+        if not isinstance(schema, Mapping):
+            raise GrammarError(f"schema {where}: expected a schema that can be met, got {schema!r}")
+        words = _meaningful(schema, where)
+        combiner = next((w for w in words if w in COMBINERS), None)
+        if combiner is not None:
+            if len(words) > 1:
+                others = ", ".join(w for w in words if w != combiner)
+                raise _unsupported(where, f"{combiner} beside {others}")
+            return self.combined(combiner, schema[combiner], where, depth)
+        if "const" in schema or "enum" in schema:
+            return self.add(where, self.literals(schema, where))
+        kinds = _kinds(schema, words, where)
+        bodies = [self.kind(kind, schema, where, depth) for kind in kinds]
+        return self.add(where, " | ".join(bodies)) if kinds else "value"
+
+    def combined(self, word: str, value: Any, where: str, depth: int) -> str:
+        if word == "$ref":
+            return self.reference(value, where, depth)
+        if not isinstance(value, list) or not value:
+            raise GrammarError(f"schema {where}: {word} must be a list that is not empty")
+        if word == "allOf" and len(value) > 1:
+            raise _unsupported(where, "allOf with more than one schema")
+        if word == "oneOf" and not _are_disjoint(value):
+            raise _unsupported(
+                where, "oneOf whose schemas may overlap; use anyOf, or one type or const each"
+            )
+        names = [self.rule(s, f"{where}/{word}/{i}", depth + 1) for i, s in enumerate(value)]
+        return self.add(where, " | ".join(names))
+
+    def reference(self, ref: Any, where: str, depth: int) -> str:
+        """The rule of a local reference; remote ones are never fetched."""
+        if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
+            raise _unsupported(where, f"$ref to {ref!r} (only '#/...' inside the schema)")
+        if ref not in self.refs:
+            target = _resolve(self.root, ref, where)
+            # Named before it is visited, so that a schema may contain itself.
+            name = self.refs[ref] = self.add(ref, "")
+            self.rules[name] = self.rule(target, ref, depth + 1)
+        return self.refs[ref]
+
+    def literals(self, schema: Mapping[str, Any], where: str) -> str:
+        """The alternatives of `const` or `enum`, without those that `type` excludes."""
+        values = [schema["const"]] if "const" in schema else schema["enum"]
+        if not isinstance(values, list) or len(values) > MAX_ENUM:
+            raise GrammarError(f"schema {where}: enum must be a list of at most {MAX_ENUM} values")
+        extra = schema.keys() & KEYWORDS.keys()
+        if extra or ("const" in schema and "enum" in schema):
+            raise _unsupported(where, "const or enum beside other constraints")
+        if "type" in schema:
+            kinds = _kinds(schema, ["type"], where)
+            values = [v for v in values if any(_is_of(v, kind) for kind in kinds)]
+        if not values:
+            raise GrammarError(f"schema {where}: no value is allowed by enum and type together")
+        return " | ".join(dict.fromkeys(_literal(v, where) for v in values))
+
+    def kind(self, kind: str, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        if kind == "string":
+            return _string(schema, where)
+        if kind in ("number", "integer"):
+            return _number(kind, schema, where)
+        if kind == "object":
+            return self.object(schema, where, depth)
+        if kind == "array":
+            return self.array(schema, where, depth)
+        return kind
+
+    def object(self, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        for word in ("minProperties", "maxProperties"):
+            if word in schema:
+                raise _unsupported(where, word)
+        properties, extra = schema.get("properties", {}), schema.get("additionalProperties", True)
+        required = schema.get("required", [])
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            raise GrammarError(f"schema {where}: properties or required is malformed")
+        if not all(isinstance(name, str) for name in required):
+            raise GrammarError(f"schema {where}: required must be a list of names")
+        missing = [name for name in required if name not in properties]
+        if missing and extra is False:
+            raise GrammarError(f"schema {where}: {missing[0]!r} is required but not allowed")
+        members = {**properties, **{name: extra for name in missing}}
+        if not members:
+            return self.open_object(extra, where, depth)
+        pairs = [
+            (self.member(name, s, where, depth), name in required) for name, s in members.items()
+        ]
+        return f'"{{" ws {self.members(pairs, where)} "}}"'
+
+    def open_object(self, extra: Any, where: str, depth: int) -> str:
+        if extra is False:
+            return '"{" ws "}"'
+        if extra is True:
+            return "object"
+        value = self.rule(extra, f"{where}/additionalProperties", depth + 1)
+        pair = f'string ":" ws {value}'
+        return f'"{{" ws ({pair} ("," ws {pair})* ws)? "}}"'
+
+    def member(self, name: str, schema: Any, where: str, depth: int) -> str:
+        place = f"{where}/properties/{name}"
+        return f'{_literal(name, where)} ":" ws {self.rule(schema, place, depth + 1)}'
+
+    def members(self, pairs: Sequence[tuple[str, bool]], where: str) -> str:
+        """Properties in order, the optional ones left out at will, with commas between."""
+        after, first = "ws", ""
+        for body, is_required in reversed(pairs):
+            here = self.add(f"{where}/member", body)
+            begun, fresh = f'"," ws {here} {after}', f"{here} {after}"
+            if not is_required:
+                fresh = f"{fresh} | {first}" if first else f"({fresh})?"
+                begun = f"{begun} | {after}"
+            after, first = self.add(f"{where}/more", begun), self.add(f"{where}/first", fresh)
+        return first
+
+    def array(self, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        if schema.get("uniqueItems", False) is not False:
+            raise _unsupported(where, "uniqueItems")
+        low, high = _bounds(schema, "minItems", "maxItems", where)
+        prefix, items = schema.get("prefixItems", []), schema.get("items", True)
+        if not isinstance(prefix, list):
+            raise GrammarError(f"schema {where}: prefixItems must be a list")
+        if prefix:
+            if low > len(prefix) or (high is not None and high < len(prefix)):
+                raise _unsupported(where, "prefixItems of another length than minItems..maxItems")
+            parts = [
+                self.rule(s, f"{where}/prefixItems/{i}", depth + 1) for i, s in enumerate(prefix)
+            ]
+            listed = ' "," ws '.join(parts)
+            return f'"[" ws {listed} ws "]"'
+        if items is False or high == 0:
+            if low:
+                raise GrammarError(f"schema {where}: minItems {low} of nothing cannot be met")
+            return '"[" ws "]"'
+        item = self.rule(items, f"{where}/items", depth + 1)
+        more = f"{{{max(low - 1, 0)},{'' if high is None else high - 1}}}"
+        body = f'{item} ("," ws {item}){more} ws'
+        return f'"[" ws {body} "]"' if low else f'"[" ws ({body})? "]"'
+
+
+def _meaningful(schema: Mapping[str, Any], where: str) -> list[str]:
+    """Keywords that constrain; unknown ones are refused, because ignoring them is not safe."""
+    words = []
+    for word in schema:
+        if word not in KNOWN and not word.startswith("x-"):
+            raise _unsupported(where, word)
+        if word in KNOWN - ANNOTATIONS:
+            words.append(word)
+    return words
+
+
+def _kinds(schema: Mapping[str, Any], words: Sequence[str], where: str) -> list[str]:
+    """The types a schema allows, taken from its keywords where it names none."""
+    if "type" in schema:
+        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    else:
+        kinds = sorted({KEYWORDS[word] for word in words})
+        if len(kinds) > 1:
+            raise _unsupported(where, f"keywords of several types without type ({words})")
+    if not all(kind in TYPES for kind in kinds) or ("type" in schema and not kinds):
+        raise GrammarError(f"schema {where}: type must be among {', '.join(TYPES)}, got {kinds!r}")
+    return list(dict.fromkeys(kinds))
+
+
+def _string(schema: Mapping[str, Any], where: str) -> str:
+    low, high = _bounds(schema, "minLength", "maxLength", where)
+    has_length = low > 0 or high is not None
+    special = [word for word in ("pattern", "format") if word in schema]
+    if len(special) + has_length > 1:
+        raise _unsupported(where, "more than one of pattern, format and a length")
+    if "pattern" in schema:
+        return rf'"\"" {pattern_to_gbnf(schema["pattern"], where)} "\""'
+    if "format" in schema:
+        if schema["format"] not in FORMATS:
+            raise _unsupported(where, f"format {schema['format']!r} (known: {', '.join(FORMATS)})")
+        return rf'"\"" {FORMATS[schema["format"]]} "\""'
+    if not has_length:
+        return "string"
+    return rf'"\"" char{{{low},{"" if high is None else high}}} "\""'
+
+
+def _number(kind: str, schema: Mapping[str, Any], where: str) -> str:
+    words = [w for w in _OF_TYPE["number"].split() if w in schema]
+    if not words:
+        return kind
+    if "multipleOf" in words:
+        raise _unsupported(where, "multipleOf")
+    limits = {w: schema[w] for w in words}
+    for word, value in limits.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise GrammarError(f"schema {where}: {word} must be a number, got {value!r}")
+    if kind == "number":
+        if limits == {"minimum": 0}:
+            return '("0" | [1-9] [0-9]{0,15}) fraction'
+        raise _unsupported(where, f"{', '.join(words)} on a number; use integer, or minimum 0")
+    return integer_range(limits, where)
+
+
+def _bounds(
+    schema: Mapping[str, Any], low_word: str, high_word: str, where: str
+) -> tuple[int, int | None]:
+    low, high = schema.get(low_word, 0), schema.get(high_word)
+    for word, value in ((low_word, low), (high_word, high)):
+        if word not in schema:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_REPEAT:
+            raise GrammarError(
+                f"schema {where}: {word} must be between 0 and {MAX_REPEAT}, got {value!r}"
+            )
+    if high is not None and high < low:
+        raise GrammarError(f"schema {where}: {low_word} {low} is above {high_word} {high}")
+    return low, high
+
+
+def _resolve(root: Any, ref: str, where: str) -> Any:
+    target = root
+    for part in ref.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(target, Mapping) and key in target:
+            target = target[key]
+        elif isinstance(target, list) and key.isdecimal() and int(key) < len(target):
+            target = target[int(key)]
+        else:
+            raise GrammarError(f"schema {where}: $ref {ref!r} leads nowhere")
+    return target
+
+
+def _are_disjoint(schemas: Sequence[Any]) -> bool:
+    """Whether no value can meet two of the schemas, as far as types and tags tell."""
+    return all(_differ(a, b) for i, a in enumerate(schemas) for b in schemas[i + 1 :])
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if not isinstance(a, Mapping) or not isinstance(b, Mapping):
+        return False
+    one, other = _values(a), _values(b)
+    if one is not None and other is not None:
+        return not set(one) & set(other)
+    types = [{s["type"]} if isinstance(s.get("type"), str) else set() for s in (a, b)]
+    if all(types) and not types[0] & types[1] and types[0] | types[1] != {"number", "integer"}:
+        return True
+    properties = [s.get("properties", {}) for s in (a, b)]
+    if not all(isinstance(p, Mapping) for p in properties):
+        return False
+    shared = set(properties[0]) & set(properties[1])
+    shared &= set(a.get("required", [])) & set(b.get("required", []))
+    return any(
+        _values(properties[0][n])
+        and _values(properties[1][n])
+        and _differ(properties[0][n], properties[1][n])
+        for n in shared
+    )
+
+
+def _values(schema: Any) -> list[str] | None:
+    """The JSON texts of a const or enum."""
+    if isinstance(schema, Mapping) and "const" in schema:
+        return [json.dumps(schema["const"])]
+    if isinstance(schema, Mapping) and isinstance(schema.get("enum"), list):
+        return [json.dumps(v) for v in schema["enum"]]
+    return None
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    classes = {"string": str, "number": int | float, "integer": int, "null": type(None)}
+    return isinstance(value, classes.get(kind, Mapping if kind == "object" else list))
+
+
+def _literal(value: Any, where: str) -> str:
+    """A GBNF literal of a value's JSON text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError as error:
+        raise GrammarError(f"schema {where}: {value!r} has no JSON text ({error})") from None
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\x7f", "\\x7F")
+    return f'"{escaped}"'
+
+
+def _unsupported(where: str, what: str) -> GrammarError:
+    return GrammarError(f"schema {where}: {what} is not supported; nothing was generated")

@@ -1,0 +1,150 @@
+"""Cells of finished sequences, kept for the next prompt that begins alike.
+
+The longest common prefix wins, within one adapter: cells computed under another adapter
+are other numbers.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
+from edgeroute.runtime.sequence import Classes, Sequence, common_prefix, exact_reuse
+
+Mode = Literal["exact", "all", "off"]
+"""What may be reused: cells with a fresh run's bits, any cells of equal tokens, or none."""
+
+MIN_REUSE = 8  # copying fewer cells costs more than computing them
+
+
+@dataclass(slots=True)
+class _Kept:
+    tokens: npt.NDArray[np.int32]
+    classes: Classes
+    region: Region
+    adapter: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    kept: _Kept
+    n_reuse: int
+
+
+class PrefixCache:
+    """Opens sequences in the pool, on kept cells where it can; keeps those that end.
+
+    Not thread-safe: the engine thread owns it.
+    """
+
+    def __init__(self, kv: KvCache, n_ubatch: int) -> None:
+        self._kv = kv
+        self._n_ubatch = n_ubatch
+        self._kept: list[_Kept] = []  # least recently used first
+        self.n_reused_cells = 0
+
+    def open(
+        self, tokens: list[int], n_cells: int, mode: Mode = "exact", adapter: str | None = None
+    ) -> Sequence | None:
+        """Give a prompt a region of `n_cells`, with as many cells already filled as may be.
+
+        Kept sequences are dropped, least recently used first, until there is room.
+
+        Returns:
+            None while running sequences hold the room; ask again when one ends.
+        """
+        match = self._match(tokens, mode, adapter)
+        if match is None:
+            region = self._make_room(n_cells, None)
+            return None if region is None else Sequence(tokens, region, adapter=adapter)
+        region = self._kv.allocate(n_cells)
+        if region is None and self._take_over(match.kept, n_cells):
+            region = match.kept.region
+        elif region is None:
+            region = self._make_room(n_cells, match.kept)
+        if region is None:  # only the matching cells themselves are in the way
+            region = self._make_room(n_cells, None)
+            return None if region is None else Sequence(tokens, region, adapter=adapter)
+        if region is not match.kept.region:
+            self._kv.copy(match.kept.region, region, match.n_reuse)
+            self._touch(match.kept)
+        self.n_reused_cells += match.n_reuse
+        classes = bytearray(match.kept.classes[: match.n_reuse].tobytes())
+        return Sequence(tokens, region, match.n_reuse, classes, adapter)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Take a finished sequence's region; its cells serve later prompts."""
+        n = sequence.n_past
+        if n < MIN_REUSE:
+            self._kv.release(sequence.region)
+            return
+        self._kv.shrink(sequence.region, n)
+        tokens = np.array(sequence.tokens[:n], np.int32)
+        classes = np.frombuffer(bytes(sequence.classes[:n]), np.uint8)
+        for old in list(self._kept):  # what the new one covers serves nobody any more
+            same = old.adapter == sequence.adapter
+            if (
+                same
+                and common_prefix(old.tokens, tokens) == len(old.tokens)
+                and np.array_equal(old.classes, classes[: len(old.classes)])
+            ):
+                self._drop(old)
+        self._kept.append(_Kept(tokens, classes, sequence.region, sequence.adapter))
+
+    def drop(self, sequence: Sequence) -> None:
+        """Give a region back whose cells are not worth keeping, or undefined."""
+        self._kv.release(sequence.region)
+
+    def clear(self) -> None:
+        """Drop everything kept."""
+        for kept in list(self._kept):
+            self._drop(kept)
+
+    @property
+    def n_kept_cells(self) -> int:
+        """Cells that kept sequences hold."""
+        return sum(kept.region.n_cells for kept in self._kept)
+
+    def _match(self, tokens: list[int], mode: Mode, adapter: str | None) -> _Match | None:
+        if mode == "off":
+            return None
+        wanted = np.array(tokens, np.int32)
+        best: _Match | None = None
+        for kept in self._kept:
+            if kept.adapter != adapter:
+                continue
+            n = min(common_prefix(kept.tokens, wanted), len(tokens) - 1)
+            if mode == "exact":
+                n = exact_reuse(n, kept.classes, len(tokens), self._n_ubatch)
+            if n >= MIN_REUSE and (best is None or n >= best.n_reuse):
+                best = _Match(kept, n)
+        return best
+
+    def _take_over(self, kept: _Kept, n_cells: int) -> bool:
+        """Make a kept region the new sequence's own, where it is or can be made large enough."""
+        if not self._kv.grow(kept.region, n_cells):
+            return False
+        self._kept.remove(kept)
+        if kept.region.n_cells > round_cells(n_cells):
+            self._kv.shrink(kept.region, n_cells)
+        return True
+
+    def _make_room(self, n_cells: int, spare: _Kept | None) -> Region | None:
+        region = self._kv.allocate(n_cells)
+        victims = [kept for kept in self._kept if kept is not spare]
+        if region is None and not self._kv.would_fit(n_cells, [kept.region for kept in victims]):
+            return None  # dropping would not help: keep them for later prompts
+        while region is None:
+            self._drop(victims.pop(0))
+            region = self._kv.allocate(n_cells)
+        return region
+
+    def _drop(self, kept: _Kept) -> None:
+        self._kept.remove(kept)
+        self._kv.release(kept.region)
+
+    def _touch(self, kept: _Kept) -> None:
+        self._kept.remove(kept)
+        self._kept.append(kept)

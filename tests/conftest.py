@@ -1,0 +1,38 @@
+"""Fixtures: the default model, tiny synthetic models, and a clean environment."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import edgeroute
+from edgeroute.models.catalogue import DEFAULT_MODEL
+from edgeroute.models.pull import resolve
+from edgeroute.runtime.errors import CatalogueError
+
+MODELS_ENV = "EDGEROUTE_MODELS"
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The default model's file; `make test` pulls it before pytest starts."""
+    try:
+        return resolve(DEFAULT_MODEL)
+    except CatalogueError as error:
+        pytest.fail(f"run the tests by `make test`, which pulls {DEFAULT_MODEL}: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> Iterator[edgeroute.Runtime]:
+    """The default model loaded once, at two threads so that results do not depend on load."""
+    with edgeroute.Runtime(smollm2_path, n_ctx=2048, threads=2) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment() -> None:
+    """Settings from the developer's shell must not change what the tests see."""
+    for name in list(os.environ):
+        if name.startswith("EDGEROUTE_") and name != MODELS_ENV:
+            del os.environ[name]
