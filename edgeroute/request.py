@@ -16,7 +16,7 @@ Outcome = Chunk | BaseException
 """What a listener hears: chunks, the last with a finish_reason; or one exception."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Request:
     """Owned by the engine thread, except `cancelled`, which any thread may set."""
 

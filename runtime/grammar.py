@@ -1,6 +1,5 @@
 """Constrain sampling to a GBNF grammar or a JSON schema, with llama.cpp's matcher."""
 
-import codecs
 import ctypes
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -40,7 +39,6 @@ class Grammar:
         check(parse(gbnf))
         self._lib = llama()
         self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._admitted: int | None = None
         self._one = np.zeros(1, dtype=np.dtype(list(lib.TOKEN_DATA_FIELDS)))
         last_errors()
@@ -86,8 +84,6 @@ class Grammar:
             logits: F32 (n_vocab,), changed in place.
         """
         logits[self._tokenizer.hidden_ids] = -np.inf
-        if self._is_inside_character():
-            logits[list(self._tokenizer.eog_ids)] = -np.inf
         ids = np.flatnonzero(logits > -np.inf)
         candidates = np.zeros(len(ids), dtype=self._one.dtype)
         candidates["id"], candidates["logit"] = ids, 1.0
@@ -104,21 +100,15 @@ class Grammar:
             raise GrammarError(f"the grammar does not admit token {token_id} here")
         self._admitted = None
         self._lib.llama_sampler_accept(self._open(), token_id)
-        self._utf8.decode(self._tokenizer.piece(token_id))
 
     def _open(self) -> int:
         if self._sampler is None:
             raise ClosedError("the grammar is closed")
         return self._sampler
 
-    def _is_inside_character(self) -> bool:
-        return bool(self._utf8.getstate()[0])
-
     def _is_hidden(self, token_id: int) -> bool:
         """Whether a token may not occur whatever the grammar says."""
-        if self._tokenizer.is_eog(token_id):
-            return self._is_inside_character()
-        return not self._tokenizer.piece(token_id)
+        return not (self._tokenizer.piece(token_id) or self._tokenizer.is_eog(token_id))
 
     def _apply(self, candidates: NDArray[np.void]) -> None:
         array = lib.TokenDataArray(candidates.ctypes.data, candidates.size, -1, False)

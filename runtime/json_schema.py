@@ -12,6 +12,7 @@ from typing import Any
 
 from edgeroute.runtime.errors import GrammarError
 from edgeroute.runtime.gbnf import MAX_REPEAT
+from edgeroute.runtime.json_disjoint import are_disjoint
 from edgeroute.runtime.json_pattern import pattern_to_gbnf
 from edgeroute.runtime.json_ranges import integer_range
 
@@ -19,25 +20,14 @@ MAX_CHARS = 1 << 17
 MAX_DEPTH = 40
 MAX_NODES = 4000
 MAX_ENUM = 1000
+MAX_CHOICES = 200
 
 TYPES = ("string", "number", "integer", "boolean", "null", "object", "array")
-ANNOTATIONS = frozenset(
-    [
-        "title",
-        "description",
-        "default",
-        "examples",
-        "deprecated",
-        "readOnly",
-        "writeOnly",
-        "discriminator",
-        "$schema",
-        "$id",
-        "$comment",
-        "$defs",
-        "definitions",
-    ]
+_ANNOTATIONS = (
+    "title description default examples deprecated readOnly writeOnly discriminator "
+    "$schema $id $comment $defs definitions"
 )
+ANNOTATIONS = frozenset(_ANNOTATIONS.split())
 COMBINERS = frozenset(("$ref", "anyOf", "oneOf", "allOf"))
 _OF_TYPE = {
     "string": "minLength maxLength pattern format",
@@ -181,11 +171,11 @@ class _Converter:
     def combined(self, word: str, value: Any, where: str, depth: int) -> str:
         if word == "$ref":
             return self.reference(value, where, depth)
-        if not isinstance(value, list) or not value:
-            raise GrammarError(f"schema {where}: {word} must be a list that is not empty")
+        if not isinstance(value, list) or not 0 < len(value) <= MAX_CHOICES:
+            raise GrammarError(f"schema {where}: {word} must list 1 to {MAX_CHOICES} schemas")
         if word == "allOf" and len(value) > 1:
             raise _unsupported(where, "allOf with more than one schema")
-        if word == "oneOf" and not _are_disjoint(value):
+        if word == "oneOf" and not are_disjoint(value):
             raise _unsupported(
                 where, "oneOf whose schemas may overlap; use anyOf, or one type or const each"
             )
@@ -333,7 +323,7 @@ def _string(schema: Mapping[str, Any], where: str) -> str:
     if "pattern" in schema:
         return rf'"\"" {pattern_to_gbnf(schema["pattern"], where)} "\""'
     if "format" in schema:
-        if schema["format"] not in FORMATS:
+        if not isinstance(schema["format"], str) or schema["format"] not in FORMATS:
             raise _unsupported(where, f"format {schema['format']!r} (known: {', '.join(FORMATS)})")
         return rf'"\"" {FORMATS[schema["format"]]} "\""'
     if not has_length:
@@ -385,42 +375,6 @@ def _resolve(root: Any, ref: str, where: str) -> Any:
         else:
             raise GrammarError(f"schema {where}: $ref {ref!r} leads nowhere")
     return target
-
-
-def _are_disjoint(schemas: Sequence[Any]) -> bool:
-    """Whether no value can meet two of the schemas, as far as types and tags tell."""
-    return all(_differ(a, b) for i, a in enumerate(schemas) for b in schemas[i + 1 :])
-
-
-def _differ(a: Any, b: Any) -> bool:
-    if not isinstance(a, Mapping) or not isinstance(b, Mapping):
-        return False
-    one, other = _values(a), _values(b)
-    if one is not None and other is not None:
-        return not set(one) & set(other)
-    types = [{s["type"]} if isinstance(s.get("type"), str) else set() for s in (a, b)]
-    if all(types) and not types[0] & types[1] and types[0] | types[1] != {"number", "integer"}:
-        return True
-    properties = [s.get("properties", {}) for s in (a, b)]
-    if not all(isinstance(p, Mapping) for p in properties):
-        return False
-    shared = set(properties[0]) & set(properties[1])
-    shared &= set(a.get("required", [])) & set(b.get("required", []))
-    return any(
-        _values(properties[0][n])
-        and _values(properties[1][n])
-        and _differ(properties[0][n], properties[1][n])
-        for n in shared
-    )
-
-
-def _values(schema: Any) -> list[str] | None:
-    """The JSON texts of a const or enum."""
-    if isinstance(schema, Mapping) and "const" in schema:
-        return [json.dumps(schema["const"])]
-    if isinstance(schema, Mapping) and isinstance(schema.get("enum"), list):
-        return [json.dumps(v) for v in schema["enum"]]
-    return None
 
 
 def _is_of(value: Any, kind: str) -> bool:

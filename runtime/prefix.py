@@ -19,7 +19,7 @@ Mode = Literal["exact", "all", "off"]
 MIN_REUSE = 8  # copying fewer cells costs more than computing them
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Kept:
     tokens: npt.NDArray[np.int32]
     classes: Classes

@@ -6,7 +6,9 @@ counts steps, characters and processor time, so that no single step can grow lar
 it is refused.
 """
 
+import functools
 import json
+import string
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -180,6 +182,17 @@ def _check_replace(whole: str, before: str, after: str) -> None:
     METER.get().grow(len(whole) + times * max(0, len(after) - len(before)))
 
 
+def _format(_text: str, /, *args: Any, **kwargs: Any) -> str:
+    fields = list(string.Formatter().parse(_text))
+    for _, name, spec, conversion in fields:
+        if name is not None and (spec or conversion or not (name.isalnum() or name == "")):
+            raise LimitError(f"it formats a field {name!r} with more than its name")
+    texts, named = [text_of(a) for a in args], {k: text_of(v) for k, v in kwargs.items()}
+    longest = max([*map(len, texts), *map(len, named.values())], default=0)
+    METER.get().grow(len(_text) + longest * len(fields))
+    return _text.format(*texts, **named)
+
+
 def _indent(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     whole = text_of(text)
     n = len(width) if isinstance(width, str) else int(width)
@@ -305,8 +318,12 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
             raise LimitError("it has no body")
         return rewritten
 
-    def wrap_str_format(self, value: Any) -> None:
-        """Give `format` no special way in: its width fields can ask for any size."""
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Let `format` fill plain fields in; widths and attributes could ask for anything."""
+        owner, name = getattr(value, "__self__", None), getattr(value, "__name__", "")
+        if isinstance(owner, str) and name == "format":
+            return functools.partial(_format, owner)
+        return None
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr not in _STR_METHODS:

@@ -10,6 +10,7 @@ import edgeroute
 from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.models.pull import resolve
 from edgeroute.runtime.errors import CatalogueError
+from edgeroute.tools.synth import make
 
 MODELS_ENV = "EDGEROUTE_MODELS"
 
@@ -25,8 +26,8 @@ def smollm2_path() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path: Path) -> Iterator[edgeroute.Runtime]:
-    """The default model loaded once, at two threads so that results do not depend on load."""
-    with edgeroute.Runtime(smollm2_path, n_ctx=2048, threads=2) as runtime:
+    """The default model loaded once; one thread, so that a busy machine slows tests least."""
+    with edgeroute.Runtime(smollm2_path, n_ctx=2048, threads=1) as runtime:
         yield runtime
 
 
@@ -36,3 +37,18 @@ def _clean_environment() -> None:
     for name in list(os.environ):
         if name.startswith("EDGEROUTE_") and name != MODELS_ENV:
             del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight llama of three layers; quick enough for thousands of requests."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny-llama.gguf"
+    make("llama", path)
+    return path
+
+
+@pytest.fixture
+def tiny(tiny_path: Path) -> Iterator[edgeroute.Runtime]:
+    """The tiny model in a Runtime of its own, one thread."""
+    with edgeroute.Runtime(tiny_path, n_ctx=512, n_kv=2048, threads=1) as runtime:
+        yield runtime

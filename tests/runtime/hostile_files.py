@@ -238,8 +238,9 @@ def layout_cases() -> Iterator[Hostile]:
     same = tensor("same", [8])
     yield case("tensor-twice", two(same, tensor("same", [8], offset=32)), "appears twice")
     yield case("overlap-same-offset", two(tensor("a", [8]), tensor("b", [8])), "overlaps")
-    overlap = two(tensor("a", [24]), tensor("b", [8], offset=64))
-    yield case("overlap-partial", overlap, "overlaps")
+    yield case(
+        "overlap-partial", two(tensor("a", [24]), tensor("b", [8], TYPE_F32, 64)), "overlaps"
+    )
     yield case("gap", two(tensor("a", [8]), tensor("b", [8], offset=64)), "leaves a gap")
     order = two(tensor("a", [8], offset=32), tensor("b", [8]))
     yield case("out-of-order", order, "leaves a gap")
@@ -251,7 +252,7 @@ def layout_cases() -> Iterator[Hostile]:
     yield case("data-cut", gguf([ARCH], [tensor("t", [8])], b"\0" * 31), "truncated")
     yield case("data-missing", gguf([ARCH], [tensor("t", [8])]), "truncated")
     yield case("trailing-data", gguf([ARCH], [tensor("t", [8])], b"\0" * 33), "bytes follow")
-    yield case("trailing-data-no-tensor", gguf([ARCH], data=b"\0" * 64), "bytes follow")
+    yield case("trailing-data-no-tensor", gguf([ARCH], (), b"\0" * 64), "bytes follow")
 
 
 GGML = "tokenizer.ggml."
@@ -326,8 +327,9 @@ def token_cases() -> Iterator[Hostile]:
         "byte-token-space": "<0x 1>",
     }
     for name, token in byte_names.items():
-        yield vocab_case(f"{name}", "byte token 12", with_tokens(token, types=[6]))
-        yield vocab_case(f"{name}-spm", "byte token 3", spm(tokens=_spm_tokens(token)))
+        yield vocab_case(name, "byte token 12", with_tokens(token, types=[6]))
+        spm_tokens = strings(GGML + "tokens", ["<s>", "</s>", "<unk>", token, *BYTES[1:]])
+        yield vocab_case(f"{name}-spm", "byte token 3", spm(tokens=spm_tokens))
     lacks = strings(GGML + "tokens", ["<s>", "</s>", "<unk>", *BYTES[:255], "x"])
     types = ints(GGML + "token_type", [3, 3, 2] + [6] * 255 + [1])
     yield vocab_case("byte-token-missing", "the byte 0xFF", spm(tokens=lacks, token_type=types))
@@ -336,8 +338,8 @@ def token_cases() -> Iterator[Hostile]:
 def type_and_id_cases() -> Iterator[Hostile]:
     """Yield vocabularies whose token types or special ids are wrong."""
     for n in (11, 29, 31, 0):
-        data = vocab(token_type=ints(GGML + "token_type", [1] * n))
-        yield vocab_case(f"types-{n}-for-30", f"{n} elements for 30 tokens", data)
+        few = vocab(token_type=ints(GGML + "token_type", [1] * n))
+        yield vocab_case(f"types-{n}-for-30", f"{n} elements for 30 tokens", few)
     wide = array(GGML + "token_type", I64, 30, b"\0" * 240)
     yield vocab_case("types-64-bit", "ARRAY of INT64", vocab(token_type=wide))
     for value in (-1, 7, 2**31 - 1):
@@ -384,10 +386,6 @@ def score_and_merge_cases() -> Iterator[Hostile]:
         yield vocab_case(f"merge-{name}-space", "merge 1 is", data)
     named = a_string("general.name", "my Phi-3 tune")
     yield vocab_case("phi-3-without-its-tokens", "lacks the token", vocab(name=named))
-
-
-def _spm_tokens(first_byte: str) -> bytes:
-    return strings(GGML + "tokens", ["<s>", "</s>", "<unk>", first_byte, *BYTES[1:]])
 
 
 TABLES = (

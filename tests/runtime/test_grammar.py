@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeroute.runtime import gbnf, gbnf_check
 from edgeroute.runtime.errors import GrammarError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.grammar import Grammar
-from edgeroute.runtime.json_schema import to_gbnf
+from edgeroute.runtime.json_schema import KNOWN, to_gbnf
 from edgeroute.runtime.records import SamplingParams
 from edgeroute.runtime.sampler import Sampler
 from edgeroute.runtime.tokenizer import Tokenizer
@@ -119,12 +119,14 @@ def test_hostile_grammars_are_refused_in_time(grammar: str, reason: str) -> None
     assert time.thread_time() - began_s < 5  # measured: 0.5 s at most
 
 
+@settings(deadline=None)
 @given(st.text(alphabet='root:= "ab[]()|*+?{},0129\\-^.#\n', max_size=80))
 def test_any_text_is_a_grammar_or_a_grammar_error(text: str) -> None:
     with contextlib.suppress(GrammarError):
         gbnf_check.check(gbnf.parse("root ::= " + text))
 
 
+@settings(deadline=None)
 @given(st.text(alphabet='ab"[]()|*+?{}12,-^. ', max_size=30))
 def test_what_passes_the_check_llama_cpp_accepts(tokenizer: Tokenizer, text: str) -> None:
     try:
@@ -292,6 +294,17 @@ def test_integer_ranges_are_exact(tokenizer: Tokenizer, low: int, high: int) -> 
         assert accepts(tokenizer, grammar, str(n)) == (low <= n <= high), n
 
 
+def test_optional_properties_may_be_left_out(tokenizer: Tokenizer) -> None:
+    schema = {"properties": {k: {"type": "null"} for k in "abc"}, "required": ["b"]}
+    grammar = to_gbnf(schema)
+    good = ["b", "ab", "bc", "abc"]
+    bad = ["", "a", "ac", "ba", "bb"]
+    spelt = {n: "{" + ", ".join(f'"{k}": null' for k in n) + "}" for n in good + bad}
+    assert [n for n in good if not accepts(tokenizer, grammar, spelt[n])] == []
+    assert [n for n in bad if accepts(tokenizer, grammar, spelt[n])] == []
+    assert accepts(tokenizer, to_gbnf({**schema, "required": []}), "{}")
+
+
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "remote $ref": ({"$ref": "https://example.com/schema"}, "inside the schema"),
     "relative $ref": ({"$ref": "other.json"}, "inside the schema"),
@@ -337,6 +350,30 @@ def test_unsupported_schemas_are_refused_by_name(schema: Any, reason: str) -> No
     with pytest.raises(GrammarError, match=reason):
         gbnf_check.check(gbnf.parse(to_gbnf(schema)))
     assert time.thread_time() - began_s < 5  # measured: 0.1 s at most
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 5) | st.floats() | st.sampled_from(
+        ["string", "integer", "object", "array", "#", "#/$defs/a", "^a+$", "date", "a", "[", "^"]
+    ),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from([*sorted(KNOWN - {"$ref"}), "$ref", "a"]), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(KNOWN)), VALUES, max_size=3))
+def test_any_data_is_a_schema_or_a_grammar_error(schema: dict[str, Any]) -> None:
+    with contextlib.suppress(GrammarError):
+        gbnf_check.check(gbnf.parse(to_gbnf(schema)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet='ab1^$.*+?()[]{},-\\dwsxu0|"é', max_size=20))
+def test_any_text_is_a_pattern_or_a_grammar_error(pattern: str) -> None:
+    with contextlib.suppress(GrammarError):
+        gbnf.parse(to_gbnf({"type": "string", "pattern": pattern}))
 
 
 def test_annotations_are_ignored(tokenizer: Tokenizer) -> None:

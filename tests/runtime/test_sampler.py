@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -84,7 +84,7 @@ def test_greedy_without_adjustments_copies_nothing() -> None:
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "top_p": 0.5, "repeat_penalty": 2.0}])
-def test_the_caller_s_logits_stay_as_they_are(params: dict[str, float]) -> None:
+def test_the_caller_s_logits_stay_as_they_are(params: dict[str, Any]) -> None:
     logits = np.linspace(-3, 3, 50, dtype=np.float32)
     logits.setflags(write=False)
     grammar = FakeGrammar({4})
@@ -127,6 +127,7 @@ def test_min_p_is_relative_to_the_strongest() -> None:
     assert kept(logits, min_p=1.0) == {1}
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=300),
     top_p=st.floats(0.01, 0.999),
@@ -145,7 +146,11 @@ def test_top_p_against_a_full_sort(values: list[float], top_p: float) -> None:
 
 def test_penalties_are_those_of_llama_cpp() -> None:
     logits = np.array([2.0, -2.0, 1.0, 0.5], dtype=np.float32)
-    params = {"repeat_penalty": 2.0, "frequency_penalty": 0.5, "presence_penalty": 0.25}
+    params: dict[str, Any] = {
+        "repeat_penalty": 2.0,
+        "frequency_penalty": 0.5,
+        "presence_penalty": 0.25,
+    }
     got = sampler(4, [0, 0, 1], **params)._adjust(logits)
     expected = [2.0 / 2 - 2 * 0.5 - 0.25, -2.0 * 2 - 0.5 - 0.25, 1.0, 0.5]
     np.testing.assert_allclose(got, expected, rtol=1e-6)

@@ -41,6 +41,7 @@ def test_chatml() -> None:
         ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
         ("{% generation %}a{% endgeneration %}b", "ab"),
         ("{{ strftime_now('%Y')[:2] }}", "20"),
+        ("{{ '{}-{b}'.format(1, b='x') }}", "1-x"),
         ("{{ '<' }}{{ missing }}{{ none }}", "<None"),
         ("{{ ' x ' | trim }}{{ 'a,b'.split(',')[-1] }}", "xb"),
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
@@ -62,6 +63,8 @@ def test_constructs_that_templates_use(template: str, expected: str) -> None:
 HANGS = {
     "one long range": "{% for i in range(10**9) %}{% endfor %}",
     "nested ranges": "{% for i in range(100000) %}{% for j in range(100000) %}"
+    "{% endfor %}{% endfor %}",
+    "nested loops without calls": "{% set r = range(100000) %}{% for i in r %}{% for j in r %}"
     "{% endfor %}{% endfor %}",
     "a product of text": "{{ 'a' * 10**9 }}",
     "a product of lists": "{{ [0] * 10**9 }}",
@@ -92,9 +95,12 @@ HANGS = {
     "join method": "{{ ('b' * 1000000).join(('a' * 1000000) | list) }}",
     "list as text": "{{ ['a' * 1000000] * 100000 }}",
     "long output": "{% for i in range(100000) %}" + "x" * 10000 + "{% endfor %}",
+    "format of long texts": "{{ ('{0}' * 10000).format('a' * 1000000) }}",
     "bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
     "nested parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "nested blocks": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
+    "long to compile": "{{a+a+a}}" * 14_000,
+    "long to lex": "{##}" * 32_000 + "{{",
     "long source": "x" * (MAX_SOURCE_CHARS + 1),
 }
 

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeroute.runtime.errors import UsageError
@@ -30,6 +30,7 @@ FEW_LETTERS = st.text(alphabet="ab<é€😀", max_size=40)
 STOPS = st.lists(st.text(alphabet="ab<é€😀", min_size=1, max_size=6), max_size=4)
 
 
+@settings(deadline=None)
 @given(text=FEW_LETTERS, places=st.lists(st.integers(0, 200), max_size=20), stop=STOPS)
 def test_pushes_and_flush_give_the_text_up_to_the_first_stop(
     text: str, places: list[int], stop: list[str]
@@ -39,12 +40,14 @@ def test_pushes_and_flush_give_the_text_up_to_the_first_stop(
     assert stream.stopped == any(s in text for s in stop)
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=40), places=st.lists(st.integers(0, 200), max_size=20))
 def test_any_bytes_decode_as_they_do_at_once(data: bytes, places: list[int]) -> None:
     parts, _ = run(cut(data, places), [])
     assert "".join(parts) == data.decode(errors="replace")
 
 
+@settings(deadline=None)
 @given(text=FEW_LETTERS, places=st.lists(st.integers(0, 200), max_size=20), stop=STOPS)
 def test_nothing_is_shown_that_could_become_part_of_a_stop(
     text: str, places: list[int], stop: list[str]

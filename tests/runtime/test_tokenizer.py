@@ -62,6 +62,11 @@ def test_user_text_never_becomes_a_control_token(tokenizer: Tokenizer) -> None:
     assert [i for i in parsed if tokenizer.is_control(i)] == [2, 1]
 
 
+def test_half_a_character_decodes_to_a_replacement(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("\U0001f9ff", add_special=False, parse_special=False)
+    assert len(ids) > 1 and tokenizer.decode(ids[:1]) == "�"
+
+
 @pytest.mark.parametrize("token_id", [-1, 49152, 2**40])
 def test_ids_outside_the_vocabulary(tokenizer: Tokenizer, token_id: int) -> None:
     for call in (tokenizer.piece, tokenizer.is_eog, tokenizer.is_control, tokenizer.text):

@@ -1,0 +1,138 @@
+"""`edgeroute generate`: one prompt, one answer, streamed."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from edgeroute.commands.generate_shared import (
+    SAMPLING,
+    Answer,
+    budget_of,
+    check_options,
+    file_errors,
+    find_model,
+    has_chat_template,
+    listen,
+    model_options,
+    open_runtime,
+    pick,
+    sampling_options,
+    stats_line,
+    writer,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgeroute.engine import Options
+
+_EXIT_INTERRUPTED = 130
+_EPILOG = """\b
+Examples:
+  edgeroute generate "Why is the sky blue?"
+  edgeroute generate --raw "Once upon a time" --temperature 0.8 --seed 7
+  edgeroute generate "A colour as JSON" --json-schema colour.json --max-tokens 40
+  git diff | edgeroute generate --prompt-file - --system "Write a commit message."
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("prompt", required=False)
+@click.option("--prompt-file", metavar="FILE", help="Read the prompt from FILE; - is standard "
+              "input.")  # fmt: skip
+@click.option("--chat/--raw", "chat", default=None, help="Send the prompt as a chat message, or "
+              "continue it as text.  [default: chat if the model has a template]")  # fmt: skip
+@click.option("--system", metavar="TEXT", help="System message before the prompt (chat only).")
+@click.option("--max-tokens", "-n", type=int, default=256, show_default=True,
+              help="Longest answer.")  # fmt: skip
+@sampling_options
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may repeat.")
+@click.option("--grammar-file", metavar="FILE", help="GBNF grammar that the answer obeys.")
+@click.option("--json-schema", metavar="FILE", help="JSON schema that the answer obeys.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="End the answer after so long.")
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.pass_context
+def command(ctx: click.Context, as_json: bool, **given: Any) -> None:
+    """Answer PROMPT, streaming the text as it comes.
+
+    A model with a chat template gets PROMPT as one user message; --raw makes it continue the
+    text instead, which is also what a model without a template does. The text goes to
+    standard output, one line of statistics to standard error. Ctrl-C ends the answer.
+    """
+    check_options(given)
+    options = _options(given)
+    prompt = _read_prompt(given["prompt"], given["prompt_file"])
+    path = find_model(given["model"])
+    if _as_chat(path, given):
+        system = given["system"]
+        first = [{"role": "system", "content": system}] if system is not None else []
+        options["messages"] = [*first, {"role": "user", "content": prompt}]
+    show = (lambda text: None) if as_json else writer()
+    with open_runtime(path, given) as runtime:
+        answer = listen(runtime, None if "messages" in options else prompt, options, show)
+        budget_bytes = budget_of(runtime)
+    _report(answer, given["model"] or path.stem, budget_bytes, as_json=as_json)
+    if answer.finish_reason == "cancelled":
+        ctx.exit(_EXIT_INTERRUPTED)
+
+
+def _report(answer: Answer, model: str, budget_bytes: int, *, as_json: bool) -> None:
+    if as_json:
+        stats = answer.stats | {"budget_bytes": budget_bytes}
+        click.echo(json.dumps(asdict(answer) | {"stats": stats, "model": model}))
+        return
+    if not answer.text.endswith("\n"):
+        click.echo()
+    click.echo(stats_line(answer, budget_bytes), err=True)
+
+
+def _options(given: dict[str, Any]) -> "Options":
+    """Collect what the engine's `stream` takes, files read."""
+    options = pick(given, (*SAMPLING, "max_tokens"))
+    if given["timeout"] is not None:
+        options["timeout_s"] = given["timeout"]
+    if given["stop"]:
+        options["stop"] = list(given["stop"])
+    for name, option in (("grammar_file", "grammar"), ("json_schema", "json_schema")):
+        if given[name] is not None:
+            options[option] = _read_text("--" + name.replace("_", "-"), given[name])
+    return cast("Options", options)
+
+
+def _read_prompt(prompt: str | None, file: str | None) -> str:
+    """Take the prompt from the argument or a file.
+
+    Raises:
+        UsageError: both or none were given, or the file cannot be read.
+    """
+    if (prompt is None) == (file is None):
+        both = "not both" if prompt is not None else "there is neither"
+        raise click.UsageError(f"give a PROMPT or --prompt-file FILE; {both}")
+    return prompt if file is None else _read_text("--prompt-file", file)  # type: ignore[return-value]
+
+
+def _read_text(option: str, name: str) -> str:
+    with file_errors(option, name):
+        if name == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        with open(name, encoding="utf-8") as file:
+            return file.read()
+
+
+def _as_chat(path: "Path", given: dict[str, Any]) -> bool:
+    """Decide between a chat message and plain text.
+
+    Raises:
+        UsageError: a system message was given for plain text.
+    """
+    chat = given["chat"]
+    if chat is None:
+        chat = has_chat_template(path)
+    if not chat and given["system"] is not None:
+        why = "--raw continues a text" if given["chat"] is False else "this model has no template"
+        raise click.UsageError(f"--system needs a chat, but {why}; put the text in PROMPT")
+    return bool(chat)

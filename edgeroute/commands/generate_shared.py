@@ -1,0 +1,260 @@
+"""What `generate` and `chat` share: options, opening a model, one streamed answer."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from edgeroute.runtime.units import format_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgeroute.engine import Options, Runtime, Settings
+    from edgeroute.stats import Chunk
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_MODEL_OPTIONS = (
+    click.option("--model", "-m", metavar="NAME", help="Catalogue name, hf:owner/repo/file.gguf, "
+                 "or a path to a .gguf file; without it the default model."),
+    click.option("--memory", metavar="BYTES", help="Budget over everything, such as 2GiB; "
+                 "without it what is free, less a reserve."),
+    click.option("--threads", "-t", type=int, metavar="N", help="Compute threads; without it "
+                 "measured while decoding."),
+    click.option("--n-ctx", type=int, metavar="N", help="Most tokens of prompt and answer "
+                 "together.  [default: 4096]"),
+    click.option("--kv-type", metavar="TYPE", help="How keys and values are kept: f16 or "
+                 "q8_0.  [default: f16]"),
+    click.option("--device", metavar="NAME", help="A ggml device by name or kind.  "
+                 "[default: cpu]"),
+)  # fmt: skip
+_SAMPLING_OPTIONS = (
+    click.option("--temperature", type=float, default=0.0, show_default=True,
+                 help="0 always takes the likeliest token."),
+    click.option("--top-p", type=float, default=1.0, show_default=True,
+                 help="Keep the likeliest tokens of this total probability."),
+    click.option("--top-k", type=int, default=0, show_default=True,
+                 help="Keep that many likeliest tokens; 0 keeps all."),
+    click.option("--min-p", type=float, default=0.0, show_default=True,
+                 help="Drop tokens below this share of the likeliest one's probability."),
+    click.option("--repeat-penalty", type=float, default=1.0, show_default=True,
+                 help="Divide the logits of recent tokens; 1 does nothing."),
+    click.option("--seed", type=int, help="Same seed, same text; without it a random one."),
+)  # fmt: skip
+SETTINGS = ("memory", "threads", "n_ctx", "kv_type", "device")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that say which model runs, and how."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the options that say how tokens are chosen."""
+    for option in reversed(_SAMPLING_OPTIONS):
+        command = option(command)
+    return command
+
+
+def pick(given: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Take the named options that were given; None means not given."""
+    return {name: given[name] for name in names if given.get(name) is not None}
+
+
+def check_options(given: dict[str, Any]) -> None:
+    """Refuse values out of range now, not after the model was loaded.
+
+    Raises:
+        UsageError: the message names the option's value and its range.
+    """
+    from edgeroute.config import merge_settings
+    from edgeroute.runtime.records import SamplingParams
+
+    SamplingParams(**pick(given, SAMPLING))
+    merge_settings(pick(given, SETTINGS))
+
+
+def find_model(name: str | None) -> "Path":
+    """Find a model's file; the default model is pulled, with its progress shown.
+
+    Raises:
+        CatalogueError: it is not here; the message names the `edgeroute pull` to run.
+    """
+    from edgeroute.models.catalogue import DEFAULT_MODEL
+    from edgeroute.models.pull import pull, resolve
+    from edgeroute.runtime.errors import CatalogueError
+
+    spec = name or DEFAULT_MODEL
+    try:
+        return resolve(spec)
+    except CatalogueError:
+        if spec != DEFAULT_MODEL:
+            raise
+    from edgeroute.commands.pull import progress_on_stderr
+
+    click.echo(f"pulling the default model, {spec}", err=True)
+    with progress_on_stderr() as report:
+        return pull(spec, progress=report).path
+
+
+def has_chat_template(path: "Path") -> bool:
+    """Tell from the header whether a model was trained to chat.
+
+    Raises:
+        ModelFileError: the header is malformed.
+    """
+    from edgeroute.runtime.gguf import GGUFFile
+
+    with GGUFFile.open(path) as file:
+        return bool(file.metadata.get_str("tokenizer.chat_template", None))
+
+
+@contextmanager
+def open_runtime(path: "Path", given: dict[str, Any]) -> "Iterator[Runtime]":
+    """Load a model for the time of a command."""
+    from edgeroute.engine import Runtime
+
+    settings = cast("Settings", pick(given, SETTINGS))
+    with Runtime(path, **settings) as runtime:
+        yield runtime
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """An answer as far as it came. `stats` are the engine's, or ours when it was interrupted."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "cancelled"
+    seed: int | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+def listen(
+    runtime: "Runtime", prompt: str | None, options: "Options", write: Callable[[str], None]
+) -> Answer:
+    """Ask for an answer and pass its text on as it comes.
+
+    Ctrl-C ends the answer and returns what there is of it, with `finish_reason`
+    `cancelled`.
+
+    Raises:
+        EdgerouteError: the request was refused; nothing was written.
+    """
+    answer, began, times = Answer(), monotonic(), list[float]()
+    # Refusals come here, before the loop: nothing has been written then.
+    stream = runtime.stream(prompt, **options)
+    try:
+        for chunk in stream:
+            _take(answer, chunk, times, write)
+    except KeyboardInterrupt:
+        # The stream is dead with the interrupt, so the counts are those seen from here.
+        answer.stats = _seen(answer, runtime, [t - began for t in times])
+    finally:
+        if isinstance(stream, Generator):
+            stream.close()
+    return answer
+
+
+def _take(
+    answer: Answer, chunk: "Chunk", times: list[float], write: Callable[[str], None]
+) -> None:
+    if chunk.token_ids:
+        times.append(monotonic())
+        answer.token_ids += chunk.token_ids
+    if chunk.text:
+        answer.text += chunk.text
+        write(chunk.text)
+    generation = chunk.generation
+    if generation is not None:
+        answer.token_ids = list(generation.token_ids)
+        answer.finish_reason, answer.seed = generation.finish_reason, generation.seed
+        answer.stats = generation.stats.to_dict()
+
+
+def _seen(answer: Answer, runtime: "Runtime", times: list[float]) -> dict[str, Any]:
+    """Statistics of an interrupted answer, under the names of GenerationStats.to_dict."""
+    n, state = len(answer.token_ids), runtime.stats()
+    decode_s = times[-1] - times[0] if times else 0.0
+    return {
+        "n_generated": n,
+        "ttft_s": round(times[0], 6) if times else None,
+        "decode_s": round(decode_s, 6),
+        "decode_tok_s": round((n - 1) / decode_s, 3) if n > 1 and decode_s > 0 else 0.0,
+        "memory_bytes": state["memory_bytes"],
+        "threads": state["threads"],
+    }
+
+
+def stats_line(answer: Answer, budget_bytes: int) -> str:
+    """Say on one line what an answer took."""
+    stats = answer.stats
+    n = stats["n_generated"]
+    head = [f"{n} token{'' if n == 1 else 's'}"]
+    if stats["decode_tok_s"]:
+        head.append(f"{stats['decode_tok_s']:.1f} tok/s")
+    parts = [", ".join(head)]
+    if n and stats["ttft_s"] is not None:
+        parts.append(f"first token after {stats['ttft_s']:.2f} s")
+    if "n_prompt" in stats:
+        parts.append(_prompt_part(stats))
+    memory = f"memory {format_bytes(stats['memory_bytes'])} of {format_bytes(budget_bytes)}"
+    parts += [memory, f"{stats['threads']} thread{'' if stats['threads'] == 1 else 's'}"]
+    ends = {"length": "ended at --max-tokens or --n-ctx", "cancelled": "stopped",
+            "timeout": "ended by --timeout"}  # fmt: skip
+    if answer.finish_reason in ends:
+        parts.append(ends[answer.finish_reason])
+    return f"[{'; '.join(parts)}]"
+
+
+def _prompt_part(stats: dict[str, Any]) -> str:
+    part = f"prompt {stats['n_prompt']} tokens"
+    if stats["n_cached"]:
+        part += f", {stats['n_cached']} of them kept"
+    if stats["prefill_tok_s"]:
+        part += f" at {stats['prefill_tok_s']:.0f} tok/s"
+    return part
+
+
+def budget_of(runtime: "Runtime") -> int:
+    """The byte budget a runtime keeps to."""
+    return cast(int, runtime.stats()["budget_bytes"])
+
+
+def writer(*, err: bool = False) -> Callable[[str], None]:
+    """Return a function that writes text at once, unbuffered.
+
+    On a terminal, control characters other than newline and tab are shown as a
+    replacement character: a model's text must not move the cursor or retitle the window.
+    """
+    stream = sys.stderr if err else sys.stdout
+    on_terminal = stream.isatty()
+
+    def write(text: str) -> None:
+        stream.write(text.translate(_HARMLESS) if on_terminal else text)
+        stream.flush()
+
+    return write
+
+
+_HARMLESS = {i: "�" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
+
+
+@contextlib.contextmanager
+def file_errors(option: str, name: str) -> Iterator[None]:
+    """Turn a file that cannot be read or written into a usage error that names the option."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{option} {name} is not UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise click.UsageError(f"{option} {name}: {error.strerror or error}") from error

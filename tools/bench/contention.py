@@ -1,0 +1,238 @@
+"""Decoding beside busy processes: the thread policy against fixed counts and llama.cpp's defaults.
+
+What is slow here is a thread that lost its core while the others wait for it. Two parts:
+steady speed beside 0, 1 and 2 busy processes, and how soon the policy settles when load
+comes and goes.
+"""
+
+import functools
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import psutil
+
+from edgeroute.engine import Runtime
+from edgeroute.runtime import machine
+from edgeroute.runtime.errors import UsageError
+from edgeroute.tools.bench import pairs, report
+from edgeroute.tools.bench.busy import BusyProcesses
+from edgeroute.tools.bench.pairs import Series
+from edgeroute.tools.bench.peer import Peer, PeerParams, default_threads
+from edgeroute.tools.bench.report import BenchParams, Criterion, Report
+from edgeroute.tools.bench.settle import settle_s
+from edgeroute.tools.bench.text import text_tokens
+
+N_BUSY = (0, 1, 2)
+N_PROMPT, N_CTX = 32, 2048
+LEAD_RATIO = 0.5  # of a window, run before it and not counted: time to settle
+TARGETS = {1: 2.0, 2: 4.0}
+IDLE_TARGET, SETTLE_TARGET_S = 0.95, 2.0
+POLICY = "edgeroute, policy"
+
+Stamps = list[tuple[float, int]]
+
+
+def peer_thread_counts() -> dict[int, str]:
+    """What llama.cpp's own callers use when told nothing, by number of threads."""
+    found: dict[int, str] = {}
+    for n_threads, whose in (
+        (default_threads(), "llama_context_default_params"),
+        (psutil.cpu_count(logical=False) or machine.usable_cores(), "its programs: cores"),
+        (max(multiprocessing.cpu_count() // 2, 1), "llama-cpp-python: cores // 2"),
+    ):
+        found[n_threads] = f"{found[n_threads]}; {whose}" if n_threads in found else whose
+    return found
+
+
+def run(
+    params: BenchParams, progress: pairs.Progress, n_busy: Sequence[int] = N_BUSY
+) -> Report:
+    """Measure steady tokens per second beside each number of busy processes, then settling."""
+    settings = PeerParams(n_ctx=N_CTX, threads=params.threads)
+    counts = peer_thread_counts()
+    measured: dict[int, dict[str, Series]] = {}
+    with Runtime(params.path, threads=1, n_ctx=N_CTX) as runtime:
+        prompt = text_tokens(runtime.encode, N_PROMPT)
+    with Peer(params.path, settings) as peer:
+        runners: dict[str, Callable[[], float]] = {
+            POLICY: functools.partial(_ours, params, prompt, None)
+        }
+        for threads in sorted({1, machine.usable_cores()}):
+            runners[_fixed(threads)] = functools.partial(_ours, params, prompt, threads)
+        for threads in counts:
+            runners[_peer(threads)] = functools.partial(_theirs, peer, params, prompt, threads)
+        for n in n_busy:
+            progress(f"beside {n} busy processes")
+            plan = pairs.Plan(reps=params.reps, warmup=params.warmup, pause_s=params.pause_s,
+                              expected_others=float(n))  # fmt: skip
+            with BusyProcesses(n):
+                measured[n] = pairs.alternate(runners, plan, progress)
+    progress("settling when load comes and goes")
+    settled = {n: _settling(params, prompt, n, progress) for n in n_busy if n}
+    return _report(params, counts, measured, settled)
+
+
+def _fixed(threads: int) -> str:
+    return f"edgeroute, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _peer(threads: int) -> str:
+    return f"llama.cpp, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _ours(params: BenchParams, prompt: list[int], threads: int | None) -> float:
+    """Decode in a fresh runtime for a lead and a window; tokens per second in the window."""
+    lead_s = LEAD_RATIO * params.window_s
+    with Runtime(params.path, threads=threads, n_ctx=N_CTX) as runtime:
+        stamps = _stream(runtime, prompt, lead_s + params.window_s)
+    return _rate_after(stamps, lead_s)
+
+
+def _stream(runtime: Runtime, prompt: list[int], seconds: float) -> Stamps:
+    """Decode for a time, beginning anew where an answer ends; note when tokens arrived."""
+    stamps: Stamps = []
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        for chunk in runtime.stream(prompt_ids=prompt, max_tokens=N_CTX - len(prompt),
+                                    temperature=0.0, prefix="all", timeout_s=left):  # fmt: skip
+            if chunk.token_ids:
+                stamps.append((time.monotonic(), len(chunk.token_ids)))
+    return stamps
+
+
+def _rate_after(stamps: Stamps, lead_s: float) -> float:
+    """Tokens per second after the first `lead_s`; at least the last two stamps count."""
+    if len(stamps) < 2:
+        raise UsageError("fewer than two tokens came in the window; measure longer (--seconds)")
+    start = stamps[0][0] + lead_s
+    counted = [stamp for stamp in stamps if stamp[0] >= start]
+    if len(counted) < 2:
+        counted = stamps[-2:]
+    return sum(n for _, n in counted[1:]) / (counted[-1][0] - counted[0][0])
+
+
+def _theirs(peer: Peer, params: BenchParams, prompt: list[int], threads: int) -> float:
+    """The same with llama_decode and argmax; a token that takes longer than all is one token."""
+    peer.set_threads(threads)
+    lead_s = LEAD_RATIO * params.window_s
+    stamps: Stamps = []
+    pos, token = N_CTX, 0
+    end = time.monotonic() + lead_s + params.window_s
+    while len(stamps) < 2 or time.monotonic() < end:
+        if pos >= N_CTX:
+            peer.clear()
+            token, pos = int(np.argmax(peer.prefill(prompt))), len(prompt)
+        token = int(np.argmax(peer.step(token, pos)))
+        pos += 1
+        stamps.append((time.monotonic(), 1))
+    return _rate_after(stamps, lead_s)
+
+
+def _settling(
+    params: BenchParams, prompt: list[int], n: int, progress: pairs.Progress
+) -> tuple[Series, Series]:
+    """Let load come and go in the middle of decoding; how long until speed is steady again.
+
+    Returns:
+        Seconds after it came, and after it went.
+    """
+    came, went = [], []
+    busy = BusyProcesses(n)
+    segment_s = max(params.window_s, 0.2)
+    for rep in range(params.reps):
+        with Runtime(params.path, n_ctx=N_CTX) as runtime, busy_schedule(busy, segment_s) as at:
+            stamps = _stream(runtime, prompt, 3 * segment_s)
+        came.append(settle_s([s for s in stamps if at[0] <= s[0] < at[1]], at[0]))
+        went.append(settle_s([s for s in stamps if s[0] >= at[1]], at[1]))
+        progress(f"load of {n}, run {rep + 1}/{params.reps}: "
+                 f"settled {came[-1]:.2f} s after it came, {went[-1]:.2f} s after it went")  # fmt: skip
+    return Series(values=tuple(came), others=()), Series(values=tuple(went), others=())
+
+
+@contextmanager
+def busy_schedule(busy: BusyProcesses, segment_s: float) -> Iterator[list[float]]:
+    """Start the processes one segment from now and kill them after another.
+
+    Yields:
+        A list that holds both times once the context is left.
+    """
+    times: list[float] = []
+    leave = threading.Event()
+
+    def play() -> None:
+        leave.wait(segment_s)
+        times.append(time.monotonic())
+        if not leave.is_set():
+            busy.start()
+            leave.wait(segment_s)
+        times.append(time.monotonic())
+        busy.stop()
+
+    with ThreadPoolExecutor(1, "busy-schedule") as aside:
+        playing = aside.submit(play)
+        try:
+            yield times
+        finally:
+            leave.set()
+            try:
+                playing.result()
+            finally:
+                busy.stop()
+
+
+def _report(
+    params: BenchParams, counts: dict[int, str], measured: dict[int, dict[str, Series]],
+    settled: dict[int, tuple[Series, Series]],
+) -> Report:  # fmt: skip
+    rows, results, criteria = [], [], []
+    for n, found in measured.items():
+        policy = found[POLICY]
+        over = {name: pairs.ratio(policy, series) for name, series in found.items()}
+        for name, series in found.items():
+            rows.append((str(n), name, report.spread(series), f"{over[name]:.2f}",
+                         report.noise(series)))  # fmt: skip
+        result: dict[str, object] = {
+            "n_busy": n,
+            "unit": "tok/s",
+            "runs": {name: series.to_dict() for name, series in found.items()},
+            "policy_over": {name: report.plain(value) for name, value in over.items()},
+        }
+        if n in settled:
+            came, went = settled[n]
+            result |= {"settled_after_load_came_s": came.to_dict(),
+                       "settled_after_load_went_s": went.to_dict()}  # fmt: skip
+        results.append(result)
+        criteria += _criteria(n, found, counts, settled.get(n))
+    return Report(
+        bench="contention", params=params, rows=tuple(rows), results=results,
+        columns=("busy", "", "tok/s", "policy over it", "runs"), criteria=tuple(criteria),
+        notes=tuple(f"{_peer(threads)} is the default of {whose}"
+                    for threads, whose in counts.items()),
+    )  # fmt: skip
+
+
+def _criteria(
+    n: int, found: dict[str, Series], counts: dict[int, str],
+    settled: tuple[Series, Series] | None,
+) -> list[Criterion]:  # fmt: skip
+    policy, made = found[POLICY], []
+    if n == 0:
+        fixed = [s for name, s in found.items() if name.startswith("edgeroute") and name != POLICY]
+        best = max(fixed, key=lambda series: series.median)
+        made.append(Criterion(what="idle, policy over the best fixed number of threads",
+                              value=pairs.ratio(policy, best), limit=IDLE_TARGET))  # fmt: skip
+    for threads, whose in counts.items():
+        # On one thread nobody waits for anybody: that caller is shown, but is not the demand.
+        if n in TARGETS and threads > 1:
+            what = f"{n} busy, policy over {_peer(threads)} ({whose})"
+            value = pairs.ratio(policy, found[_peer(threads)])
+            made.append(Criterion(what=what, value=value, limit=TARGETS[n]))
+    for what, series in zip(("came", "went"), settled or (), strict=False):
+        made.append(Criterion(what=f"{n} busy, seconds to settle after load {what}",
+                              value=series.median, limit=SETTLE_TARGET_S, at_most=True))  # fmt: skip
+    return made
