@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from edgeroute.cli import EXIT_INTERRUPTED
 from edgeroute.commands.generate_shared import (
     SAMPLING,
     Answer,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from edgeroute.engine import Options
 
-_EXIT_INTERRUPTED = 130
 _EPILOG = """\b
 Examples:
   edgeroute generate "Why is the sky blue?"
@@ -77,7 +77,7 @@ def command(ctx: click.Context, as_json: bool, **given: Any) -> None:
         budget_bytes = budget_of(runtime)
     _report(answer, given["model"] or path.stem, budget_bytes, as_json=as_json)
     if answer.finish_reason == "cancelled":
-        ctx.exit(_EXIT_INTERRUPTED)
+        ctx.exit(EXIT_INTERRUPTED)
 
 
 def _report(answer: Answer, model: str, budget_bytes: int, *, as_json: bool) -> None:

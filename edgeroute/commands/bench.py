@@ -1,0 +1,159 @@
+"""`edgeroute bench`: speeds as ratios against llama.cpp on this machine, and parity with it."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from edgeroute.tools.bench.report import BenchParams, Report
+
+_DEFAULT_MODEL = "smollm2-135m-instruct"
+_EPILOG = """\b
+Examples:
+  edgeroute bench decode
+  edgeroute bench prefill --model qwen2.5-coder-0.5b-instruct --reps 9
+  edgeroute bench contention --reps 5 --seconds 4 --json
+  edgeroute bench parity --model gemma3-270m --nmse
+"""
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def _examples(name: str, *options: str) -> str:
+    lines = [f"  edgeroute bench {name} {option}".rstrip() for option in options]
+    return "\b\nExamples:\n" + "\n".join(lines)
+
+
+def _shared(command: F) -> F:
+    """Add the options that every benchmark has."""
+    for option in reversed((
+        click.option("--model", default=_DEFAULT_MODEL, show_default=True,
+                     help="Catalogue name, or path of a .gguf file."),
+        click.option("--reps", default=5, show_default=True, type=click.IntRange(1, 1000),
+                     help="Counted runs of each engine, alternating, after one uncounted."),
+        click.option("--threads", type=click.IntRange(1, 512),
+                     help="Compute threads of both engines; default: the usable cores."),
+        click.option("--check", is_flag=True, help="Exit with status 1 if a target is missed."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object last."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+_tokens = click.option("--tokens", default=128, show_default=True, type=click.IntRange(8, 4096),
+                       help="Tokens to decode in one run.")  # fmt: skip
+
+
+@click.group(epilog=_EPILOG)
+def command() -> None:
+    """Measure edgeroute against llama.cpp, in turn, on this machine.
+
+    Every speed is the ratio of two medians over alternating runs, with quartiles, and says
+    how many runs were disturbed by other programs. Targets are printed as met or missed.
+    """
+
+
+@command.command(epilog=_examples("decode", "", "--tokens 256 --threads 1"))
+@_shared
+@_tokens
+def decode(**options: Any) -> None:
+    """Greedy decoding of one sequence, after 64 and after 1024 tokens."""
+    from edgeroute.tools.bench import decode as bench
+
+    _finish(bench.run(_params(options), _progress), options)
+
+
+@command.command(epilog=_examples("prefill", "", "--reps 9 --json"))
+@_shared
+def prefill(**options: Any) -> None:
+    """A prompt of 512 tokens in one batch."""
+    from edgeroute.tools.bench import prefill as bench
+
+    _finish(bench.run(_params(options), _progress), options)
+
+
+@command.command(epilog=_examples("load", "", "--model qwen2.5-coder-1.5b-instruct"))
+@_shared
+def load(**options: Any) -> None:
+    """From process start to the first token, and peak memory; page cache warm."""
+    from edgeroute.tools.bench import load as bench
+
+    _finish(bench.run(_params(options), _progress), options)
+
+
+@command.command(epilog=_examples("batch", "", "--tokens 256"))
+@_shared
+@_tokens
+def batch(**options: Any) -> None:
+    """Four sequences decoding together, in sum; and what one alone does."""
+    from edgeroute.tools.bench import batch as bench
+
+    _finish(bench.run(_params(options), _progress), options)
+
+
+@command.command(epilog=_examples("contention", "", "--reps 5 --seconds 4"))
+@_shared
+@click.option("--seconds", "window_s", default=4.0, show_default=True,
+              type=click.FloatRange(0.5, 600), help="Length of one counted window.")  # fmt: skip
+def contention(**options: Any) -> None:
+    """Decoding beside 0, 1 and 2 busy processes, and settling when load comes and goes.
+
+    The busy processes are this command's own and end with it.
+    """
+    from edgeroute.tools.bench import contention as bench
+
+    _finish(bench.run(_params(options), _progress), options)
+
+
+@command.command(epilog=_examples("parity", "", "--model gemma3-270m --nmse --positions 256"))
+@_shared
+@_tokens
+@click.option("--positions", default=512, show_default=True, type=click.IntRange(2, 8192),
+              help="Positions whose logits are compared.")  # fmt: skip
+@click.option("--prompts", default=20, show_default=True, type=click.IntRange(1, 20),
+              help="Prompts answered greedily by both.")  # fmt: skip
+@click.option("--exact/--nmse", default=True, show_default=True,
+              help="Demand llama.cpp's bits, or an error within llama.cpp's own.")  # fmt: skip
+def parity(positions: int, prompts: int, exact: bool, **options: Any) -> None:
+    """Compare logits and greedy answers with llama.cpp's; status 1 if they differ."""
+    from edgeroute.tools.bench import parity as bench
+
+    wanted = bench.ParityParams(n_positions=positions, n_prompts=prompts,
+                                n_greedy=options["tokens"], exact=exact)  # fmt: skip
+    _finish(bench.run(_params(options), _progress, wanted), options | {"check": True})
+
+
+def _params(options: dict[str, Any]) -> "BenchParams":
+    from edgeroute.models.catalogue import DEFAULT_MODEL
+    from edgeroute.models.pull import pull, resolve
+    from edgeroute.runtime import machine
+    from edgeroute.runtime.errors import CatalogueError
+    from edgeroute.tools.bench.report import BenchParams
+
+    model = options["model"]
+    try:
+        path = resolve(model)
+    except CatalogueError:
+        if model != DEFAULT_MODEL:
+            raise
+        _progress(f"pulling {model}")
+        path = pull(model).path
+    given = {name: options[name] for name in ("reps", "tokens", "window_s") if name in options}
+    return BenchParams(path=path, name=model,
+                       threads=options["threads"] or machine.usable_cores(), **given)  # fmt: skip
+
+
+def _progress(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _finish(report: "Report", options: dict[str, Any]) -> None:
+    """Print table and JSON; leave with status 1 if a target was missed and that was asked."""
+    from edgeroute.tools.bench import report as reports
+
+    reports.show(report)
+    if options["as_json"]:
+        reports.show_json(report)
+    if options["check"] and not report.met:
+        raise click.exceptions.Exit(1)
