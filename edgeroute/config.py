@@ -23,9 +23,9 @@ class RunParams:
         n_ctx: most tokens of one sequence, prompt and answer together.
         n_kv: cells of the KV pool that running and kept sequences share; None is n_ctx.
         n_ubatch: prompt tokens computed at once.
-        max_batch: most sequences that decode in one pass. Up to 3, a sequence's text never
-            depends on who shares the pass; from 4 on, ggml multiplies repacked weights by
-            another kernel, whose last bits differ.
+        max_batch: most sequences that decode in one pass. Up to 3, no bit of a quantised
+            model's answer depends on who shares the pass; from 4 on, ggml multiplies
+            repacked weights by another kernel, whose last bits differ.
         kv_type: `f16` or `q8_0`.
         device: a ggml device by name or kind.
     """

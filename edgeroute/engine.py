@@ -19,7 +19,7 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.models.pull import pull, resolve
 from edgeroute.request import Outcome, Request
-from edgeroute.runtime import machine, template
+from edgeroute.runtime import machine
 from edgeroute.runtime.errors import CatalogueError, ClosedError, EdgerouteError, UsageError
 from edgeroute.runtime.prefix import Mode
 from edgeroute.runtime.records import SamplingParams
@@ -240,7 +240,10 @@ class Runtime:
                 prompt, add_special=True, parse_special=False, max_tokens=limit
             )
         elif messages is not None:
-            found = template.encode_chat(tokenizer, messages, max_tokens=limit)
+            # Jinja costs 50 ms to import, which plain prompts need not pay.
+            from edgeroute.runtime.template import encode_chat
+
+            found = encode_chat(tokenizer, messages, max_tokens=limit)
         else:
             found = list(ids or ())
             n_vocab = tokenizer.n_vocab

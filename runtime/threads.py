@@ -5,6 +5,7 @@ its core stops all the others. On a machine that is never idle, the number of th
 the lever: as many as there are cores that nobody else uses.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -72,10 +73,10 @@ class ThreadPolicy:
         if self._fixed or self._meter.age_s < READ_EVERY_S:
             return
         self._read_load()
-        if self._others >= BUSY_CORES:
+        if self._crowded():
             self._give_up_cores()
-        elif self._trial_from is None and self._others <= FREE_CORES:
-            self._set(self.n_max)
+        elif self._trial_from is None:
+            self._set(max(self.n_threads, self._free_cores(FREE_CORES)))
 
     def usual_s(self, n_tokens: int) -> float | None:
         """Median seconds of recent steps at the current number of threads, if there are enough."""
@@ -102,20 +103,27 @@ class ThreadPolicy:
                 self._n_slow = 0
             return False
         very = usual is not None and seconds > VERY_SLOW_RATIO * usual
-        return very or self._n_slow >= 2 or self._others >= BUSY_CORES
+        return very or self._n_slow >= 2 or self._crowded()
+
+    def _crowded(self) -> bool:
+        """Whether others use cores that our threads count on."""
+        return self._others >= BUSY_CORES and self.n_threads > self._free_cores(BUSY_CORES)
+
+    def _free_cores(self, margin: float) -> int:
+        """Cores left by others; a core counts as theirs from `margin` of its time on."""
+        return max(1, self.n_max - math.ceil(self._others - margin + 1e-9))
 
     def _give_up_cores(self) -> None:
         self._trial_from = None
-        free = self.n_max - max(1, round(self._others))
-        self._set(max(1, min(free, self.n_threads - 1)) if self.n_threads > 1 else 1)
+        self._set(max(1, min(self._free_cores(BUSY_CORES), self.n_threads - 1)))
         self._retry_at = self._clock() + self._backoff_s
 
     def _room(self) -> bool:
-        return self._others <= FREE_CORES and self._clock() >= self._retry_at
+        return self._free_cores(FREE_CORES) > self.n_threads and self._clock() >= self._retry_at
 
     def _start_trial(self) -> None:
         self._trial_from, self._trial = self.n_threads, []
-        self._set(self.n_max)
+        self._set(self._free_cores(FREE_CORES))
 
     def _judge_trial(self, n_tokens: int, seconds: float) -> None:
         """Keep more threads if the trial's steps were faster than before; else go back."""

@@ -45,7 +45,7 @@ def format_bytes(n_bytes: int | float) -> str:
     """Print a byte count with three significant digits: `98.4 MiB`, `1.04 GiB`."""
     value = float(n_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1000:
+        if abs(value) < 999.5:  # from there on, three digits would print as 1e+03
             return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1024
     return f"{value:.3g} TiB"

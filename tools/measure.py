@@ -173,9 +173,7 @@ def _best(work: Callable[[], object], seconds: float) -> tuple[float, int]:
 _Read = Callable[[int, mmap.mmap], int]
 
 
-def _read_blocks(
-    read: _Read, blocks: range, queue_depth: int, max_s: float
-) -> tuple[int, float]:
+def _read_blocks(read: _Read, blocks: range, queue_depth: int, max_s: float) -> tuple[int, float]:
     """Read blocks by several threads; return how many were read and in how many seconds."""
     todo, lock = iter(blocks), threading.Lock()
     began = time.perf_counter()

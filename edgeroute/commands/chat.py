@@ -39,7 +39,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the conversation as one JSON object "
               "at the end; answers go to standard error.")  # fmt: skip
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, **given: Any) -> None:
+def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     """Talk with a model, turn by turn.
 
     Lines from a pipe are messages, too. /help lists the commands. Ctrl-C stops an answer and

@@ -56,7 +56,7 @@ Examples:
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, **given: Any) -> None:
+def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     """Answer PROMPT, streaming the text as it comes.
 
     A model with a chat template gets PROMPT as one user message; --raw makes it continue the

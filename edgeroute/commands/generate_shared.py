@@ -165,9 +165,7 @@ def listen(
     return answer
 
 
-def _take(
-    answer: Answer, chunk: "Chunk", times: list[float], write: Callable[[str], None]
-) -> None:
+def _take(answer: Answer, chunk: "Chunk", times: list[float], write: Callable[[str], None]) -> None:
     if chunk.token_ids:
         times.append(monotonic())
         answer.token_ids += chunk.token_ids

@@ -164,7 +164,9 @@ def test_bad_options_are_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize("bad", [{"grammar": "root ::= ("}, {"json_schema": {"type": "flower"}}])
-def test_a_bad_constraint_is_an_error_never_free_text(tiny: Runtime, bad: dict[str, object]) -> None:
+def test_a_bad_constraint_is_an_error_never_free_text(
+    tiny: Runtime, bad: dict[str, object]
+) -> None:
     """Guards against failing open: llama.cpp issues 19051 and 24144."""
     with pytest.raises(errors.GrammarError):
         tiny.generate("hello", **bad)  # type: ignore[arg-type]
@@ -289,9 +291,7 @@ def test_what_does_not_fit_is_refused_with_numbers(tiny_path: Path) -> None:
     [({"n_ctx": 1}, "n_ctx"), ({"thread": 2}, "did you mean threads"), ({"kv_type": "f64"}, "kv_type"),
      ({"memory": "lots"}, "lots"), ({"device": "abacus"}, "abacus"), ({"n_kv": 64}, "n_kv")],
 )  # fmt: skip
-def test_bad_settings_are_refused(
-    tiny_path: Path, settings: dict[str, object], words: str
-) -> None:
+def test_bad_settings_are_refused(tiny_path: Path, settings: dict[str, object], words: str) -> None:
     with pytest.raises(errors.UsageError, match=words):
         Runtime(tiny_path, **settings)  # type: ignore[arg-type]
 

@@ -1,0 +1,157 @@
+"""`edgeroute doctor`: what this machine is, measured, and what is missing."""
+
+import json
+from typing import Any
+
+import click
+
+from edgeroute.cli import EXIT_REFUSED
+from edgeroute.commands.doctor_table import Row, show
+from edgeroute.runtime.units import format_bytes
+
+_EPILOG = """\b
+Examples:
+  edgeroute doctor
+  edgeroute doctor --no-measure
+  edgeroute doctor --json
+"""
+_CACHE_NOTES = {
+    "bypassed": "past the page cache",
+    "dropped": "page cache dropped first",
+    "possible": "perhaps from the page cache: this system cannot bypass it",
+}
+
+
+@click.command(epilog=_EPILOG)
+@click.option("--measure/--no-measure", default=True, show_default=True,
+              help="Measure disk and memory bandwidth (a few seconds, at most 256 MiB read).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@click.pass_context
+def command(ctx: click.Context, /, measure: bool, as_json: bool) -> None:
+    """Measure this machine, check the ggml build, and say what is missing.
+
+    Whatever could not be found out is shown as failed, with its reason. Ends with code 3
+    when ggml cannot be used here, so that no model would run.
+    """
+    from edgeroute.commands.doctor_facts import gather
+
+    facts = gather(measured=measure)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        _print(facts)
+    if "error" in facts["ggml"]:
+        ctx.exit(EXIT_REFUSED)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    about = facts["edgeroute"]
+    show("Machine", [
+        ("edgeroute", f"{about['version']} on Python {about['python']}"),
+        *_system(facts), *_section(facts, "cpu", _cpu), *_section(facts, "memory", _memory),
+    ])  # fmt: skip
+    show("Bandwidth", [
+        *_section(facts, "memory_bandwidth", _memory_bandwidth),
+        *_section(facts, "disk_bandwidth", _disk_bandwidth),
+    ])  # fmt: skip
+    show("ggml", _section(facts, "ggml", _ggml))
+    show("Models", _section(facts, "models", _models))
+    rows = [(each["what"], f"{each['why']}\n{each['command']}") for each in facts["missing"]]
+    show("Missing", _plain_lines(rows) or [("nothing", "")])
+
+
+def _plain_lines(rows: list[Row]) -> list[Row]:
+    """Give the second line of a value a row of its own."""
+    lines: list[Row] = []
+    for name, value in rows:
+        first, _, rest = value.partition("\n")
+        lines += [(name, first), ("", rest)]
+    return lines
+
+
+def _section(facts: dict[str, Any], name: str, rows: Any) -> list[Row]:
+    """Rows of a section, or the reason why there are none."""
+    section = facts.get(name)
+    if section is None:
+        return []
+    if "error" in section:
+        return [(name.replace("_", " "), f"failed: {section['error']}")]
+    found: list[Row] = rows(section)
+    return found
+
+
+def _system(facts: dict[str, Any]) -> list[Row]:
+    def rows(section: dict[str, Any]) -> list[Row]:
+        found = [("system", f"{section['os']} ({section['machine']})")]
+        return [*found, ("board", section["board"])] if section["board"] else found
+
+    return _section(facts, "system", rows)
+
+
+def _cpu(cpu: dict[str, Any]) -> list[Row]:
+    quota = f", quota of {cpu['quota']:g} cores" if cpu["quota"] else ""
+    return [
+        ("cores", f"{cpu['logical']} logical, {cpu['physical'] or '?'} physical{quota}"),
+        ("usable cores", f"{cpu['usable']} (limit: {cpu['usable_because']})"),
+        ("busy with others", f"{cpu['others_busy']:.1f} cores"),
+    ]
+
+
+def _memory(memory: dict[str, Any]) -> list[Row]:
+    total, free = memory["total_bytes"], memory["available_bytes"]
+    swap = "none"
+    if memory["swap_total_bytes"]:
+        used, size = memory["swap_used_bytes"], memory["swap_total_bytes"]
+        swap = f"{format_bytes(size)}, {format_bytes(used)} used"
+    return [
+        ("memory", f"{format_bytes(free)} available of {format_bytes(total)}"),
+        ("memory limit", memory["limit"]),
+        ("swap", swap),
+    ]
+
+
+def _memory_bandwidth(found: dict[str, Any]) -> list[Row]:
+    read, copy = _rate(found["read_bytes_s"]), _rate(found["copy_bytes_s"])
+    return [("memory", f"read {read}, copy {copy}, by {found['n_threads']} threads")]
+
+
+def _disk_bandwidth(found: dict[str, Any]) -> list[Row]:
+    block = format_bytes(found["block_bytes"])
+    return [
+        (f"disk, depth {depth}", f"read {_rate(run['bytes_s'])} in blocks of {block}, "
+                                 f"{format_bytes(run['n_bytes'])} of {found['file']}")
+        for depth, run in found["by_queue_depth"].items()
+    ] + [("disk cache", _CACHE_NOTES[found["cache"]])]  # fmt: skip
+
+
+def _rate(bytes_s: float) -> str:
+    return f"{format_bytes(bytes_s)}/s"
+
+
+def _ggml(ggml: dict[str, Any]) -> list[Row]:
+    rows = [
+        ("version", f"{ggml['version']} in llama-cpp-python {ggml['llama_cpp_python']}"),
+        ("folder", ggml["folder"]),
+    ]
+    for device in ggml["devices"]:
+        memory = ""
+        if device["memory_total_bytes"]:
+            free, total = device["memory_free_bytes"], device["memory_total_bytes"]
+            memory = f", {format_bytes(free)} free of {format_bytes(total)}"
+        rows.append((f"device {device['name']}", f"{device['description']}{memory}"))
+    return [
+        *rows,
+        ("CPU build uses", " ".join(ggml["features"]) or "?"),
+        ("CPU buffer types", ", ".join(ggml["buffer_types"])),
+        ("RPC", "yes" if ggml["rpc"] else "no"),
+    ]
+
+
+def _models(models: dict[str, Any]) -> list[Row]:
+    free, total = models["disk_free_bytes"], models["disk_total_bytes"]
+    rows = [
+        ("folder", models["folder"]),
+        ("disk", f"{format_bytes(free)} free of {format_bytes(total)}"),
+    ]
+    installed = models["installed"] or [{"name": "none installed", "n_bytes": 0}]
+    return rows + [(each["name"], format_bytes(each["n_bytes"])) for each in installed]
