@@ -288,7 +288,8 @@ def test_what_does_not_fit_is_refused_with_numbers(tiny_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"n_ctx": 1}, "n_ctx"), ({"thread": 2}, "did you mean threads"), ({"kv_type": "f64"}, "kv_type"),
+    [({"n_ctx": 1}, "n_ctx"), ({"thread": 2}, "did you mean threads"),
+     ({"kv_type": "f64"}, "kv_type"),
      ({"memory": "lots"}, "lots"), ({"device": "abacus"}, "abacus"), ({"n_kv": 64}, "n_kv")],
 )  # fmt: skip
 def test_bad_settings_are_refused(tiny_path: Path, settings: dict[str, object], words: str) -> None:

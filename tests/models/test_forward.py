@@ -141,7 +141,8 @@ def test_smollm2_bits_do_not_depend_on_any_batch(smollm2_path: Path) -> None:
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
 @pytest.mark.parametrize(
     ("n_old", "n_common", "n_new"),
-    [(200, 150, 230), (300, 300, 301), (90, 64, 70), (129, 129, 256), (60, 59, 61), (257, 200, 400)],
+    [(200, 150, 230), (300, 300, 301), (90, 64, 70), (129, 129, 256), (60, 59, 61),
+     (257, 200, 400)],
 )  # fmt: skip
 def test_cached_equals_uncached(
     synthetic: Path, kv_type: str, n_old: int, n_common: int, n_new: int
