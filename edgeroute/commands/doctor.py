@@ -23,8 +23,12 @@ _CACHE_NOTES = {
 
 
 @click.command(epilog=_EPILOG)
-@click.option("--measure/--no-measure", default=True, show_default=True,
-              help="Measure disk and memory bandwidth (a few seconds, at most 256 MiB read).")
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="Measure disk and memory bandwidth (a few seconds, at most 256 MiB read).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.pass_context
 def command(ctx: click.Context, /, measure: bool, as_json: bool) -> None:
@@ -54,7 +58,7 @@ def _print(facts: dict[str, Any]) -> None:
         *_section(facts, "memory_bandwidth", _memory_bandwidth),
         *_section(facts, "disk_bandwidth", _disk_bandwidth),
     ])  # fmt: skip
-    show("ggml", _section(facts, "ggml", _ggml))
+    show("ggml", [*_section(facts, "ggml", _ggml), *_section(facts, "build", _build)])
     show("Models", _section(facts, "models", _models))
     rows = [(each["what"], f"{each['why']}\n{each['command']}") for each in facts["missing"]]
     show("Missing", _plain_lines(rows) or [("nothing", "")])
@@ -130,7 +134,7 @@ def _rate(bytes_s: float) -> str:
 
 def _ggml(ggml: dict[str, Any]) -> list[Row]:
     rows = [
-        ("version", f"{ggml['version']} in llama-cpp-python {ggml['llama_cpp_python']}"),
+        ("version", f"{ggml['version']} in llama-cpp-python {ggml['llama_cpp_python'] or '?'}"),
         ("folder", ggml["folder"]),
     ]
     for device in ggml["devices"]:
@@ -139,11 +143,13 @@ def _ggml(ggml: dict[str, Any]) -> list[Row]:
             free, total = device["memory_free_bytes"], device["memory_total_bytes"]
             memory = f", {format_bytes(free)} free of {format_bytes(total)}"
         rows.append((f"device {device['name']}", f"{device['description']}{memory}"))
+    return [*rows, ("CPU buffer types", ", ".join(ggml["buffer_types"]))]
+
+
+def _build(build: dict[str, Any]) -> list[Row]:
     return [
-        *rows,
-        ("CPU build uses", " ".join(ggml["features"]) or "?"),
-        ("CPU buffer types", ", ".join(ggml["buffer_types"])),
-        ("RPC", "yes" if ggml["rpc"] else "no"),
+        ("build uses", " ".join(build["features"]) or "no CPU features"),
+        ("RPC", "yes" if build["rpc"] else "no"),
     ]
 
 

@@ -19,7 +19,7 @@ from edgeroute.models import store
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device, devices
 from edgeroute.runtime.errors import EdgerouteError
-from edgeroute.runtime.ggml.lib import libraries
+from edgeroute.runtime.ggml.lib import REMEDY, libraries
 from edgeroute.tools import measure
 
 Facts = dict[str, Any]
@@ -46,6 +46,7 @@ def gather(*, measured: bool) -> Facts:
         "memory": _try(_memory),
         "models": _try(_models),
         "ggml": _try(_ggml),
+        "build": _try(_build),
     }
     if measured:
         facts["memory_bandwidth"] = _try(_memory_bandwidth)
@@ -132,10 +133,9 @@ def _existing(folder: Path) -> Path:
 
 def _ggml() -> Facts:
     libs = libraries()
-    cpu = _cpu_build()
     return {
         "version": libs.version,
-        "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
+        "llama_cpp_python": _package_version(),
         "folder": str(libs.folder),
         "devices": [
             {
@@ -148,8 +148,6 @@ def _ggml() -> Facts:
             for info in devices()
         ],
         "buffer_types": _buffer_types(),
-        "rpc": cpu["rpc"],
-        "features": cpu["features"],
     }
 
 
@@ -160,7 +158,7 @@ def _buffer_types() -> list[str]:
         return [device.buffer_type_name(each) for each in types]
 
 
-def _cpu_build() -> Facts:
+def _build() -> Facts:
     """Ask llama-cpp-python what its build uses, in a process of its own.
 
     Raises:
@@ -247,7 +245,7 @@ def missing(facts: Facts) -> list[dict[str, str]]:
     has_gpu = any(device["kind"] in _GPU_KINDS for device in ggml["devices"])
     if not has_gpu:
         found += _missing_gpu(hardware)
-    if not ggml["rpc"]:
+    if facts["build"].get("rpc") is False:
         why = "layers on other machines (ggml's RPC backend) are not built in"
         found.append({"what": "RPC", "why": why, "command": _install("RPC")})
     if not facts["models"].get("installed"):
@@ -276,7 +274,8 @@ def _missing_gpu(hardware: Facts) -> list[dict[str, str]]:
 def _install(*backends: str) -> str:
     """The command that builds llama-cpp-python again, with these backends."""
     flags = " ".join(f"-DGGML_{name}=ON" for name in backends)
-    pip = f"{sys.executable} -m pip install --force-reinstall --no-cache-dir --no-deps"
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    pip = f"{python} -m pip install --force-reinstall --no-cache-dir --no-deps"
     wanted = f'"llama-cpp-python{_requirement()}"'
     if sys.platform == "win32":
         return f'set "CMAKE_ARGS={flags}" && {pip} {wanted}'
@@ -285,9 +284,13 @@ def _install(*backends: str) -> str:
 
 def _requirement() -> str:
     """The version that is here, or the range that edgeroute asks for."""
-    try:
-        return f"=={importlib.metadata.version('llama-cpp-python')}"
-    except importlib.metadata.PackageNotFoundError:
-        from edgeroute.runtime.ggml.lib import REMEDY
+    version = _package_version()
+    return f"=={version}" if version else REMEDY.rpartition("llama-cpp-python")[2].strip("'")
 
-        return REMEDY.rpartition("llama-cpp-python")[2].strip("'")
+
+def _package_version() -> str | None:
+    """Version of llama-cpp-python; None where only its libraries are here."""
+    try:
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return None
