@@ -3,7 +3,6 @@
 One thread owns ggml. Calls queue to it and decode together in one batch.
 """
 
-import asyncio
 import contextlib
 import queue
 import threading
@@ -281,6 +280,8 @@ class Runtime:
     async def _alisten(
         self, prompt: str | None, options: Options, *, streaming: bool
     ) -> AsyncIterator[Chunk]:
+        import asyncio  # 25 ms that synchronous callers need not pay
+
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Outcome] = asyncio.Queue()
 

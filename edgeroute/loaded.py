@@ -58,7 +58,8 @@ def budget_bytes(params: RunParams) -> int:
 def kv_shape(hparams: Hparams, params: RunParams) -> KvShape:
     """Return what one KV cell of this model holds."""
     return KvShape(n_layer=hparams.n_layer, n_embd_k_gqa=hparams.n_embd_k_gqa,
-                   n_embd_v_gqa=hparams.n_embd_v_gqa, kv_type=params.kv_type)  # fmt: skip
+                   n_embd_v_gqa=hparams.n_embd_v_gqa,
+        n_embd_head=hparams.n_embd_head_k, kv_type=params.kv_type)  # fmt: skip
 
 
 def plan_memory(hparams: Hparams, weights: ResidentWeights, params: RunParams) -> MemoryPlan:

@@ -33,7 +33,18 @@ class KvShape:
     n_layer: int
     n_embd_k_gqa: int
     n_embd_v_gqa: int
+    n_embd_head: int
     kv_type: str = "f16"
+
+    def __post_init__(self) -> None:
+        if self.kv_type not in KV_TYPES:
+            raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}, got {self.kv_type!r}")
+        block = ggml().ggml_blck_size(KV_TYPES[self.kv_type])
+        if self.n_embd_head % block:
+            raise UsageError(
+                f"kv_type {self.kv_type} needs heads of a multiple of {block} values, this model "
+                f"has {self.n_embd_head}; use f16"
+            )
 
     @property
     def bytes_per_cell(self) -> int:
@@ -58,8 +69,6 @@ class KvCache:
     """
 
     def __init__(self, device: Device, shape: KvShape, n_cells: int) -> None:
-        if shape.kv_type not in KV_TYPES:
-            raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}, got {shape.kv_type!r}")
         kind = KV_TYPES[shape.kv_type]
         self.shape = shape
         self.n_cells = round_cells(n_cells)

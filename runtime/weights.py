@@ -13,12 +13,15 @@ from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.errors import ModelFileError
 from edgeroute.runtime.ggml import api, structs
 from edgeroute.runtime.ggml.api import Tensor, ggml
-from edgeroute.runtime.gguf import GGUFFile, TensorInfo
+from edgeroute.runtime.gguf import GGMLType, GGUFFile, TensorInfo
 from edgeroute.runtime.tensor import F32, Descriptors, new_tensor, place, place_all
 
 Use = Literal["mul_mat", "get_rows", "elementwise"]
 
 _CPU_TENSOR_ALIGNMENT = 32  # Source: ggml-impl.h, TENSOR_ALIGNMENT
+_NOT_WEIGHTS = frozenset(
+    GGMLType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+)  # ggml has no product for these, and does not check: it would call a null pointer
 _PROBE_TOKENS = 512  # as many as a prefill has, so that the answer holds for both
 
 
@@ -82,6 +85,11 @@ def check_specs(file: GGUFFile, specs: Sequence[TensorSpec]) -> list[tuple[Tenso
             raise ModelFileError(
                 f"tensor {spec.file_name} in {file.path.name} has extents {list(info.ne)}, "
                 f"but its header's hyperparameters imply {list(spec.ne)}"
+            )
+        if info.type in _NOT_WEIGHTS:
+            raise ModelFileError(
+                f"tensor {spec.file_name} in {file.path.name} is {info.type.name}, which ggml "
+                "cannot multiply with; convert the file again"
             )
         if spec.use == "elementwise" and info.type != F32:
             raise ModelFileError(

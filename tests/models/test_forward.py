@@ -76,6 +76,7 @@ def open_bench(path: Path, n_cells: int = 2048, kv_type: str = "f16") -> Iterato
             n_layer=hp.n_layer,
             n_embd_k_gqa=hp.n_embd_k_gqa,
             n_embd_v_gqa=hp.n_embd_v_gqa,
+            n_embd_head=hp.n_embd_head_k,
             kv_type=kv_type,
         )
         kv = KvCache(device, shape, n_cells)

@@ -22,7 +22,7 @@ from edgeroute.runtime.sequence import (
     prefill_classes,
 )
 
-SHAPE = KvShape(n_layer=1, n_embd_k_gqa=32, n_embd_v_gqa=32)
+SHAPE = KvShape(n_layer=1, n_embd_k_gqa=32, n_embd_v_gqa=32, n_embd_head=32)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,9 @@ def test_regions_always_tile_the_pool(device: Device, seed: int, n_steps: int) -
 def test_bytes_are_the_planned_ones(kv: KvCache) -> None:
     assert kv.n_bytes == kv.n_cells * SHAPE.bytes_per_cell
     with pytest.raises(UsageError, match="f64"):
-        KvCache(None, KvShape(n_layer=1, n_embd_k_gqa=1, n_embd_v_gqa=1, kv_type="f64"), 1)  # type: ignore[arg-type]
+        KvShape(n_layer=1, n_embd_k_gqa=1, n_embd_v_gqa=1, n_embd_head=1, kv_type="f64")
+    with pytest.raises(UsageError, match="multiple of 32"):
+        KvShape(n_layer=1, n_embd_k_gqa=40, n_embd_v_gqa=40, n_embd_head=40, kv_type="q8_0")
 
 
 def filled(kv: KvCache, prefix: PrefixCache, tokens: list[int], n_cells: int) -> Sequence:

@@ -7,6 +7,7 @@ peak resident memory.
 
 import json
 import sys
+from typing import Any
 
 
 def main(engine: str, path: str, prompt: str, n_ctx: int, threads: int) -> None:
@@ -22,7 +23,7 @@ def main(engine: str, path: str, prompt: str, n_ctx: int, threads: int) -> None:
 
         model = llama_cpp.Llama(path, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads,
                                 flash_attn=True, verbose=False)  # fmt: skip
-        answer = model.create_completion(prompt, max_tokens=1, temperature=0.0)
+        answer: Any = model.create_completion(prompt, max_tokens=1, temperature=0.0)
         _tell("first_token", answer["choices"][0]["text"])
         model.close()
     _tell("peak_rss_bytes", peak_rss_bytes())

@@ -13,19 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import numpy as np
 import psutil
 
-from edgeroute.engine import Runtime
 from edgeroute.runtime import machine
-from edgeroute.runtime.errors import UsageError
 from edgeroute.tools.bench import pairs, report
 from edgeroute.tools.bench.busy import BusyProcesses
+from edgeroute.tools.bench.engines import Ours, Stamps, Theirs, rate_after
 from edgeroute.tools.bench.pairs import Series
-from edgeroute.tools.bench.peer import Peer, PeerParams, default_threads
+from edgeroute.tools.bench.peer import PeerParams, default_threads
 from edgeroute.tools.bench.report import BenchParams, Criterion, Report
 from edgeroute.tools.bench.settle import settle_s
-from edgeroute.tools.bench.text import text_tokens
+from edgeroute.tools.bench.workers import Engine, Worker
 
 N_BUSY = (0, 1, 2)
 N_PROMPT, N_CTX = 32, 2048
@@ -33,8 +31,6 @@ LEAD_RATIO = 0.5  # of a window, run before it and not counted: time to settle
 TARGETS = {1: 2.0, 2: 4.0}
 IDLE_TARGET, SETTLE_TARGET_S = 0.95, 2.0
 POLICY = "edgeroute, policy"
-
-Stamps = list[tuple[float, int]]
 
 
 def peer_thread_counts() -> dict[int, str]:
@@ -53,84 +49,50 @@ def run(
     params: BenchParams, progress: pairs.Progress, n_busy: Sequence[int] = N_BUSY
 ) -> Report:
     """Measure steady tokens per second beside each number of busy processes, then settling."""
-    settings = PeerParams(n_ctx=N_CTX, threads=params.threads)
     counts = peer_thread_counts()
+    with Worker(Ours, params.path, {"threads": 1, "n_ctx": N_CTX}) as worker:
+        prompt = worker.call("text", N_PROMPT)
+    runners: dict[str, Callable[[], float]] = {POLICY: _ours(params, prompt, None)}
+    for threads in sorted({1, machine.usable_cores()}):
+        runners[_name("edgeroute", threads)] = _ours(params, prompt, threads)
+    for threads in counts:
+        runners[_peer(threads)] = _theirs(params, prompt, threads)
     measured: dict[int, dict[str, Series]] = {}
-    with Runtime(params.path, threads=1, n_ctx=N_CTX) as runtime:
-        prompt = text_tokens(runtime.encode, N_PROMPT)
-    with Peer(params.path, settings) as peer:
-        runners: dict[str, Callable[[], float]] = {
-            POLICY: functools.partial(_ours, params, prompt, None)
-        }
-        for threads in sorted({1, machine.usable_cores()}):
-            runners[_fixed(threads)] = functools.partial(_ours, params, prompt, threads)
-        for threads in counts:
-            runners[_peer(threads)] = functools.partial(_theirs, peer, params, prompt, threads)
-        for n in n_busy:
-            progress(f"beside {n} busy processes")
-            plan = pairs.Plan(reps=params.reps, warmup=params.warmup, pause_s=params.pause_s,
-                              expected_others=float(n))  # fmt: skip
-            with BusyProcesses(n):
-                measured[n] = pairs.alternate(runners, plan, progress)
+    for n in n_busy:
+        progress(f"beside {n} busy processes")
+        with BusyProcesses(n):
+            measured[n] = pairs.alternate(runners, params.plan, progress)
     progress("settling when load comes and goes")
     settled = {n: _settling(params, prompt, n, progress) for n in n_busy if n}
     return _report(params, counts, measured, settled)
 
 
-def _fixed(threads: int) -> str:
-    return f"edgeroute, {threads} thread{'s' if threads > 1 else ''}"
+def _name(engine: str, threads: int) -> str:
+    return f"{engine}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _peer(threads: int) -> str:
-    return f"llama.cpp, {threads} thread{'s' if threads > 1 else ''}"
+    return _name("llama.cpp", threads)
 
 
-def _ours(params: BenchParams, prompt: list[int], threads: int | None) -> float:
-    """Decode in a fresh runtime for a lead and a window; tokens per second in the window."""
+def _ours(params: BenchParams, prompt: list[int], threads: int | None) -> Callable[[], float]:
+    """Decode in a fresh process for a lead and a window; tokens per second in the window."""
+    return functools.partial(_rate, params, prompt, Ours, {"threads": threads, "n_ctx": N_CTX})
+
+
+def _theirs(params: BenchParams, prompt: list[int], threads: int) -> Callable[[], float]:
+    """The same with llama_decode and argmax."""
+    settings = PeerParams(n_ctx=N_CTX, threads=threads)
+    return functools.partial(_rate, params, prompt, Theirs, settings)
+
+
+def _rate(
+    params: BenchParams, prompt: list[int], engine: Callable[..., Engine], settings: object
+) -> float:
     lead_s = LEAD_RATIO * params.window_s
-    with Runtime(params.path, threads=threads, n_ctx=N_CTX) as runtime:
-        stamps = _stream(runtime, prompt, lead_s + params.window_s)
-    return _rate_after(stamps, lead_s)
-
-
-def _stream(runtime: Runtime, prompt: list[int], seconds: float) -> Stamps:
-    """Decode for a time, beginning anew where an answer ends; note when tokens arrived."""
-    stamps: Stamps = []
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        for chunk in runtime.stream(prompt_ids=prompt, max_tokens=N_CTX - len(prompt),
-                                    temperature=0.0, prefix="all", timeout_s=left):  # fmt: skip
-            if chunk.token_ids:
-                stamps.append((time.monotonic(), len(chunk.token_ids)))
-    return stamps
-
-
-def _rate_after(stamps: Stamps, lead_s: float) -> float:
-    """Tokens per second after the first `lead_s`; at least the last two stamps count."""
-    if len(stamps) < 2:
-        raise UsageError("fewer than two tokens came in the window; measure longer (--seconds)")
-    start = stamps[0][0] + lead_s
-    counted = [stamp for stamp in stamps if stamp[0] >= start]
-    if len(counted) < 2:
-        counted = stamps[-2:]
-    return sum(n for _, n in counted[1:]) / (counted[-1][0] - counted[0][0])
-
-
-def _theirs(peer: Peer, params: BenchParams, prompt: list[int], threads: int) -> float:
-    """The same with llama_decode and argmax; a token that takes longer than all is one token."""
-    peer.set_threads(threads)
-    lead_s = LEAD_RATIO * params.window_s
-    stamps: Stamps = []
-    pos, token = N_CTX, 0
-    end = time.monotonic() + lead_s + params.window_s
-    while len(stamps) < 2 or time.monotonic() < end:
-        if pos >= N_CTX:
-            peer.clear()
-            token, pos = int(np.argmax(peer.prefill(prompt))), len(prompt)
-        token = int(np.argmax(peer.step(token, pos)))
-        pos += 1
-        stamps.append((time.monotonic(), 1))
-    return _rate_after(stamps, lead_s)
+    with Worker(engine, params.path, settings) as worker:
+        stamps: Stamps = worker.call("stream", prompt, lead_s + params.window_s)
+    return rate_after(stamps, lead_s)
 
 
 def _settling(
@@ -142,15 +104,19 @@ def _settling(
         Seconds after it came, and after it went.
     """
     came, went = [], []
-    busy = BusyProcesses(n)
-    segment_s = max(params.window_s, 0.2)
+    segment_s = params.window_s
     for rep in range(params.reps):
-        with Runtime(params.path, n_ctx=N_CTX) as runtime, busy_schedule(busy, segment_s) as at:
-            stamps = _stream(runtime, prompt, 3 * segment_s)
+        with (
+            Worker(Ours, params.path, {"n_ctx": N_CTX}) as worker,
+            busy_schedule(BusyProcesses(n), segment_s) as at,
+        ):
+            stamps: Stamps = worker.call("stream", prompt, 3 * segment_s)
         came.append(settle_s([s for s in stamps if at[0] <= s[0] < at[1]], at[0]))
         went.append(settle_s([s for s in stamps if s[0] >= at[1]], at[1]))
-        progress(f"load of {n}, run {rep + 1}/{params.reps}: "
-                 f"settled {came[-1]:.2f} s after it came, {went[-1]:.2f} s after it went")  # fmt: skip
+        progress(
+            f"load of {n}, run {rep + 1}/{params.reps}: "
+            f"settled {came[-1]:.2f} s after it came, {went[-1]:.2f} s after it went"
+        )
     return Series(values=tuple(came), others=()), Series(values=tuple(went), others=())
 
 
@@ -233,6 +199,8 @@ def _criteria(
             value = pairs.ratio(policy, found[_peer(threads)])
             made.append(Criterion(what=what, value=value, limit=TARGETS[n]))
     for what, series in zip(("came", "went"), settled or (), strict=False):
-        made.append(Criterion(what=f"{n} busy, seconds to settle after load {what}",
-                              value=series.median, limit=SETTLE_TARGET_S, at_most=True))  # fmt: skip
+        what = f"{n} busy, seconds to settle after load {what}"
+        made.append(
+            Criterion(what=what, value=series.median, limit=SETTLE_TARGET_S, at_most=True)
+        )
     return made

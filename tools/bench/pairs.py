@@ -4,6 +4,7 @@ A speed alone says little on a machine that others use too; a ratio of medians o
 alternating runs, with its spread, says more; and runs that others disturbed say so.
 """
 
+import contextlib
 import os
 import statistics
 import time
@@ -11,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import psutil
+
 from edgeroute.runtime.errors import UsageError
-from edgeroute.runtime.machine import LoadMeter
 
 NOISY_CORES = 0.2
 """Cores that others may keep busy before a run counts as disturbed."""
@@ -32,36 +34,40 @@ class Probe(Protocol):
 
 
 class OthersProbe:
-    """Counts everything as others but this process and the children it has waited for."""
+    """Counts as others all but this process and everything it started."""
 
     def __init__(self) -> None:
-        self._meter = LoadMeter()
-        self._children = 0.0
+        self._at, self._busy_s = 0.0, 0.0
 
     def start(self) -> None:
-        self._meter.read()
-        self._children = _children_s()
+        self._at, self._busy_s = time.monotonic(), _others_s()
 
     def stop(self) -> float:
-        others, wall = self._meter.read()
-        if wall <= 0:
-            return 0.0
-        return max(0.0, others - (_children_s() - self._children) / wall)
+        busy_s, wall_s = _others_s() - self._busy_s, time.monotonic() - self._at
+        return max(0.0, busy_s) / wall_s if wall_s > 0 else 0.0
 
 
-def _children_s() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
+def _others_s() -> float:
+    """Core seconds that were used on this machine, less our own and our descendants'."""
+    times = psutil.cpu_times()
+    used = times.user + times.system + getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
+    used += getattr(times, "nice", 0.0)
+    own = os.times()
+    mine = own.user + own.system + own.children_user + own.children_system
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that ended meanwhile is in children_user
+            spent = child.cpu_times()
+            mine += spent.user + spent.system + spent.children_user + spent.children_system
+    return float(used - mine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How often to run. `expected_others`: cores that the benchmark itself keeps busy."""
+    """How often to run, and how long to rest before each run."""
 
     reps: int = 5
     warmup: int = 1
     pause_s: float = 0.2
-    expected_others: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reps < 1 or self.warmup < 0:
@@ -74,7 +80,6 @@ class Series:
 
     values: tuple[float, ...]
     others: tuple[float, ...]
-    expected_others: float = 0.0
 
     @property
     def median(self) -> float:
@@ -91,7 +96,7 @@ class Series:
     @property
     def n_noisy(self) -> int:
         """Runs during which others used more than NOISY_CORES."""
-        return sum(other - self.expected_others > NOISY_CORES for other in self.others)
+        return sum(other > NOISY_CORES for other in self.others)
 
     def to_dict(self) -> dict[str, object]:
         """Return all figures as plain JSON types."""
@@ -120,14 +125,14 @@ def alternate(
     values: dict[str, list[float]] = {name: [] for name in runners}
     others: dict[str, list[float]] = {name: [] for name in runners}
     for round_ in range(-plan.warmup, plan.reps):
-        names = list(runners) if round_ % 2 == 0 else list(reversed(runners))
+        names = list(runners) if round_ % 2 == 0 else list(runners)[::-1]
         shown = []
         for name in names:
             sleep(plan.pause_s)
             probe.start()
             value = runners[name]()
             other = probe.stop()
-            noisy = "!" if other - plan.expected_others > NOISY_CORES else ""
+            noisy = "!" if other > NOISY_CORES else ""
             shown.append(f"{name} {value:.4g}{noisy}")
             if round_ >= 0:
                 values[name].append(value)
@@ -135,10 +140,8 @@ def alternate(
         label = f"run {round_ + 1}/{plan.reps}" if round_ >= 0 else "warm-up"
         progress(f"{label}: {', '.join(shown)}")
     return {
-        name: Series(values=tuple(values[name]), others=tuple(others[name]),
-                     expected_others=plan.expected_others)
-        for name in runners
-    }  # fmt: skip
+        name: Series(values=tuple(values[name]), others=tuple(others[name])) for name in runners
+    }
 
 
 def ratio(ours: Series, theirs: Series) -> float:

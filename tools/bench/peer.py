@@ -100,10 +100,15 @@ class Peer:
     def step(self, token: int, pos: int) -> Logits:
         """Decode one token of sequence 0. Lifetime: the row is valid until the next decode."""
         self._batch.one(token, pos)
-        return self._decode(1)[0]
+        row: Logits = self._decode(1)[0]
+        return row
 
     def step_all(self, tokens: Sequence[int], pos: int) -> Logits:
-        """Decode one token of each sequence, all at `pos`: F32 (n_seq, n_vocab), valid as `step`'s."""
+        """Decode one token of each sequence, all at `pos`.
+
+        Returns:
+            F32 (n_seq, n_vocab), valid until the next decode.
+        """
         n = len(tokens)
         self._batch.fill(tokens, [pos] * n, range(n), n)
         return self._decode(n)
@@ -113,7 +118,8 @@ class Peer:
         row: Logits = np.empty((0, self.n_vocab), np.float32)
         for start in range(0, len(tokens), self.params.n_ubatch):
             row = self.decode(tokens[start : start + self.params.n_ubatch], start, seq=seq)
-        return row[0]
+        last: Logits = row[0]
+        return last
 
     def clear(self) -> None:
         """Forget all sequences."""

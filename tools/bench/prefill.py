@@ -1,13 +1,11 @@
 """A prompt in one batch: Runtime.generate's prefill against one llama_decode."""
 
-import time
-
-from edgeroute.engine import Runtime
 from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.tools.bench import pairs, report
-from edgeroute.tools.bench.peer import Peer, PeerParams
+from edgeroute.tools.bench.engines import Ours, Theirs
+from edgeroute.tools.bench.peer import PeerParams
 from edgeroute.tools.bench.report import BenchParams, Criterion, Report
-from edgeroute.tools.bench.text import text_tokens
+from edgeroute.tools.bench.workers import Worker
 
 N_PROMPT = 512
 TARGET_RATIO = 0.98
@@ -17,27 +15,16 @@ def run(params: BenchParams, progress: pairs.Progress, n_prompt: int = N_PROMPT)
     """Measure prompt tokens per second, logits of the last token included."""
     n_ctx = round_cells(n_prompt + 1)
     settings = PeerParams(n_ctx=n_ctx, threads=params.threads)
-    plan = pairs.Plan(reps=params.reps, warmup=params.warmup, pause_s=params.pause_s)
     with (
-        Runtime(params.path, threads=params.threads, n_ctx=n_ctx) as runtime,
-        Peer(params.path, settings) as peer,
+        Worker(Ours, params.path, {"threads": params.threads, "n_ctx": n_ctx}) as ours,
+        Worker(Theirs, params.path, settings) as theirs,
     ):
         progress(f"prefill of {n_prompt} tokens")
-        prompt = text_tokens(runtime.encode, n_prompt)
-
-        def ours() -> float:
-            answer = runtime.generate(
-                prompt_ids=prompt, max_tokens=1, temperature=0.0, prefix="off"
-            )
-            return answer.stats.prefill_tok_s
-
-        def theirs() -> float:
-            peer.clear()
-            began = time.perf_counter()
-            peer.prefill(prompt)
-            return n_prompt / (time.perf_counter() - began)
-
-        measured = pairs.alternate({"edgeroute": ours, "llama.cpp": theirs}, plan, progress)
+        prompt = ours.call("text", n_prompt)
+        measured = pairs.alternate({
+            "edgeroute": lambda: float(ours.call("prefill", prompt)),
+            "llama.cpp": lambda: float(theirs.call("prefill", prompt)),
+        }, params.plan, progress)  # fmt: skip
     a, b = measured["edgeroute"], measured["llama.cpp"]
     found = pairs.ratio(a, b)
     return Report(

@@ -15,7 +15,7 @@ import psutil
 
 from edgeroute.runtime import machine
 from edgeroute.runtime.units import format_bytes
-from edgeroute.tools.bench.pairs import Series, ratio
+from edgeroute.tools.bench.pairs import Plan, Series, ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,11 @@ class BenchParams:
     warmup: int = 1
     pause_s: float = 0.2
     window_s: float = 4.0
+
+    @property
+    def plan(self) -> Plan:
+        """How to alternate."""
+        return Plan(reps=self.reps, warmup=self.warmup, pause_s=self.pause_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
