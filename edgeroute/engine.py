@@ -10,8 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from edgeroute.config import RunParams, merge_settings
 from edgeroute.loaded import LoadedModel
@@ -19,6 +18,7 @@ from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.models.pull import pull, resolve
 from edgeroute.request import Outcome, Request
 from edgeroute.runtime import machine
+from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import CatalogueError, ClosedError, EdgerouteError, UsageError
 from edgeroute.runtime.prefix import Mode
 from edgeroute.runtime.records import SamplingParams
@@ -77,7 +77,7 @@ _SAMPLING = frozenset(SamplingParams.__dataclass_fields__)
 _OTHER = frozenset({"messages", "max_tokens", "stop", "timeout_s", "prefix", "prompt_ids"})
 
 
-class Runtime:
+class Runtime(Closing):
     """A model in memory that answers; use it as a context manager or call `close`.
 
     Thread-safe: any number of threads and event loops may call it at once.
@@ -179,17 +179,6 @@ class Runtime:
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # requests
 
@@ -327,7 +316,7 @@ class Runtime:
         return Scheduler(
             loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
             n_ubatch=params.n_ubatch, max_batch=params.max_batch,
-            eog_ids=loaded.tokenizer.eog_ids,
+            is_eog=loaded.tokenizer.is_eog,
         )  # fmt: skip
 
     def _loop(self, scheduler: Scheduler) -> None:

@@ -6,6 +6,7 @@ that its bits do not depend on who else is there; decoding sequences share one p
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class Scheduler:
 
     def __init__(
         self, forward: Forward, ledger: Ledger, threads: ThreadPolicy, *, n_ctx: int,
-        n_ubatch: int, max_batch: int, eog_ids: frozenset[int],
+        n_ubatch: int, max_batch: int, is_eog: Callable[[int], bool],
     ) -> None:  # fmt: skip
         self.forward = forward
         self.prefix = PrefixCache(forward.kv, n_ubatch)
@@ -38,7 +39,7 @@ class Scheduler:
         self._n_ctx = n_ctx
         self._n_ubatch = n_ubatch
         self._max_batch = max_batch
-        self._eog_ids = eog_ids
+        self._is_eog = is_eog
         self._waiting: deque[Request] = deque()
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
@@ -208,7 +209,7 @@ class Scheduler:
         try:
             token = request.sampler.sample(logits)
             now = time.monotonic()
-            if token in self._eog_ids:
+            if self._is_eog(token):
                 request.add_end(token, now)
                 self._finish(request, "stop")
                 return

@@ -9,9 +9,9 @@ import functools
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
+from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import CapacityError, ComputeError, LibraryError, UsageError
 from edgeroute.runtime.ggml import api, structs
 from edgeroute.runtime.ggml.api import ggml
@@ -104,7 +104,7 @@ class Buffer:
             self.pointer = 0
 
 
-class Device:
+class Device(Closing):
     """One backend instance: it allocates buffers and computes graphs.
 
     Not thread-safe: one thread owns it. Close it after everything allocated from it.
@@ -241,14 +241,3 @@ class Device:
         if self._backend:
             ggml().ggml_backend_free(self._backend)
             self._backend = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()

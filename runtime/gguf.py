@@ -10,11 +10,12 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
 
+from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError, ModelFileError
 from edgeroute.runtime.gguf_header import Header, parse_header
 from edgeroute.runtime.gguf_metadata import Metadata
@@ -25,7 +26,7 @@ __all__ = ["GGMLType", "GGUFFile", "Metadata", "TensorInfo", "ValueType"]
 _MIN_FILE_BYTES = 4 + 4 + 8 + 8
 
 
-class GGUFFile:
+class GGUFFile(Closing):
     """A mapped GGUF file; use it as a context manager or call `close`."""
 
     def __init__(self, path: Path, mapping: mmap.mmap, buffer: memoryview, header: Header) -> None:
@@ -104,17 +105,6 @@ class GGUFFile:
         except BufferError:
             # Views are out: dropping our reference unmaps the file when the last one goes.
             return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open_mapping(self) -> mmap.mmap:
         if self._mapping is None:

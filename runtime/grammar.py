@@ -1,12 +1,12 @@
 """Constrain sampling to a GBNF grammar or a JSON schema, with llama.cpp's matcher."""
 
 import ctypes
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError, GrammarError
 from edgeroute.runtime.gbnf import ROOT, parse
 from edgeroute.runtime.gbnf_check import check
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgeroute.runtime.tokenizer import Tokenizer
 
 
-class Grammar:
+class Grammar(Closing):
     """A compiled grammar and how far one output has got in it; a context manager.
 
     libllama ends the process when it is given a token that the grammar does not admit,
@@ -55,17 +55,6 @@ class Grammar:
         sampler, self._sampler = self._sampler, None
         if sampler is not None:
             self._lib.llama_sampler_free(sampler)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def allows(self, token_id: int) -> bool:
         """Whether the output may go on with this token."""

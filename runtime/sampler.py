@@ -3,12 +3,12 @@
 import os
 from collections import Counter, deque
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ComputeError, GrammarError, UsageError
 from edgeroute.runtime.records import SamplingParams, TokenLogprob
 
@@ -43,7 +43,7 @@ class Vocabulary(Protocol):
         """Compile the grammar or JSON schema in `params`, if it has one."""
 
 
-class Sampler:
+class Sampler(Closing):
     """One request's way of choosing tokens; use it as a context manager.
 
     The order is llama.cpp's: logit bias, penalties over the last `repeat_last_n` tokens of
@@ -87,17 +87,6 @@ class Sampler:
         grammar, self._grammar = self._grammar, None
         if grammar is not None:
             grammar.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def sample(self, logits: F32) -> int:
         """Choose the next token; `accept` must follow before the next call.

@@ -3,12 +3,12 @@
 import ctypes
 import functools
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError, ContextError, ModelFileError, UsageError
 from edgeroute.runtime.fence import Fence
 from edgeroute.runtime.ggml import llama as lib
@@ -31,7 +31,7 @@ _SPACES = b" \t\r\n\v\f"
 _SPECIAL = lib.ATTR_CONTROL | lib.ATTR_UNKNOWN
 
 
-class Tokenizer:
+class Tokenizer(Closing):
     """A vocabulary and its special tokens; use it as a context manager.
 
     Text is encoded with `parse_special=False` unless the caller wrote it: what a user
@@ -99,17 +99,6 @@ class Tokenizer:
         model, self._model = self._model, None
         if model is not None:
             self._lib.llama_model_free(model)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def vocab(self) -> int:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NewType, TypeVar, get_args, get_origin
 
 from edgeroute.runtime.errors import LibraryError
 from edgeroute.runtime.ggml import structs
-from edgeroute.runtime.ggml.lib import REMEDY, Libraries, bind, libraries
+from edgeroute.runtime.ggml.lib import REMEDY, bind, libraries
 
 Tensor = NewType("Tensor", int)
 """Address of a struct ggml_tensor."""
@@ -244,18 +244,24 @@ def ggml() -> Ggml:
     libs = libraries()
     bound = Ggml()
     for name, stub in vars(Ggml).items():
-        if "library" in getattr(stub, "__dict__", {}):
-            setattr(bound, name, _bind_stub(libs, name, stub))
+        home = getattr(stub, "__dict__", {}).get("library")
+        if home:
+            setattr(bound, name, bind_stub(getattr(libs, home), name, stub))
     _check_layout(bound)
     return bound
 
 
-def _bind_stub(libs: Libraries, name: str, stub: Callable[..., Any]) -> Any:
-    function = bind(getattr(libs, stub.__dict__["library"]), name)
+def bind_stub(library: ctypes.CDLL, name: str, stub: Callable[..., Any]) -> Any:
+    """Look a stub's C function up and give it the types of the stub's annotations.
+
+    Raises:
+        LibraryError: the library has no such function.
+    """
+    function = bind(library, name)
     types = dict(stub.__annotations__)
     result = types.pop("return")
     function.restype = None if result is None else _ctype(result)
-    function.argtypes = [_ctype(t) for t in types.values()]
+    function.argtypes = [_ctype(annotation) for annotation in types.values()]
     return function
 
 

@@ -10,11 +10,11 @@ against llama-cpp-python's own declaration.
 import ctypes
 import functools
 from collections import deque
-from typing import Annotated, Any, get_args
+from typing import Annotated
 
 from edgeroute.runtime.errors import LibraryError
-from edgeroute.runtime.ggml.api import I32, Bool, OptPtr, OptStr, Ptr, Str, Struct
-from edgeroute.runtime.ggml.lib import REMEDY, bind, libraries
+from edgeroute.runtime.ggml.api import I32, Bool, OptPtr, OptStr, Ptr, Str, Struct, bind_stub
+from edgeroute.runtime.ggml.lib import REMEDY, libraries
 
 TOKEN_NULL = -1
 ATTR_UNKNOWN, ATTR_CONTROL, ATTR_USER_DEFINED = 1 << 0, 1 << 3, 1 << 4
@@ -144,12 +144,7 @@ def llama() -> Llama:
     bound = Llama()
     for name, stub in vars(Llama).items():
         if name.startswith("llama_"):
-            function = bind(library, name)
-            types: dict[str, Any] = dict(stub.__annotations__)
-            result = types.pop("return")
-            function.restype = None if result is None else get_args(result)[1]
-            function.argtypes = [get_args(annotation)[1] for annotation in types.values()]
-            setattr(bound, name, function)
+            setattr(bound, name, bind_stub(library, name, stub))
     bound.llama_log_set(ctypes.cast(_ON_LOG, ctypes.c_void_p), None)
     _check_layout(bound)
     return bound
