@@ -41,7 +41,8 @@ def command(ctx: click.Context, /, model: str, as_json: bool, **given: Any) -> N
     from edgeroute.config import merge_settings
     from edgeroute.models.pull import resolve
 
-    plan = plan_model(resolve(model), merge_settings(pick(given, SETTINGS)))
+    params = merge_settings(pick(given, SETTINGS))
+    plan = plan_model(resolve(model), params)
     found = _facts(model, plan) | {"decode": predict(plan)}
     if as_json:
         click.echo(json.dumps(found))

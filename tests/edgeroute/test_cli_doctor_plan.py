@@ -71,20 +71,19 @@ def test_a_token_reads_all_weights_but_one_row_of_the_embedding(tiny_path: Path)
 
 def test_a_refusal_names_the_budget_and_the_context_that_would_do(tiny_path: Path) -> None:
     """Both remedies are tried: they must fit, and a byte or a bucket more must not."""
-    model = str(tiny_path)
-    found = as_json("plan", model, "--n-ctx", "2048", "--memory", "10MiB", code=4)
-    assert found["verdict"] == "REFUSED"
-    least, longest = found["smallest_budget_bytes"], found["largest_n_ctx"]
-    plan = ("plan", model, "--n-ctx", "2048", "--memory")
-    assert as_json(*plan, str(least))["verdict"] == "FITS"
-    assert as_json(*plan, str(least - 1), code=4)["verdict"] == "REFUSED"
-    assert longest is not None and longest % 256 == 0
-    plan = ("plan", model, "--memory", "10MiB", "--n-ctx")
-    assert as_json(*plan, str(longest))["verdict"] == "FITS"
-    assert as_json(*plan, str(longest + 1), code=4)["verdict"] == "REFUSED"
-    with edgeroute.Runtime(tiny_path, n_ctx=longest, memory="10MiB") as runtime:
+    plan = ("plan", str(tiny_path))
+    budget = str(as_json(*plan, "--n-ctx", "1024")["total_bytes"] + 1000)
+    found = as_json(*plan, "--n-ctx", "2048", "--memory", budget, code=4)
+    assert found["verdict"] == "REFUSED" and found["largest_n_ctx"] == 1024
+    least = found["smallest_budget_bytes"]
+    longer = (*plan, "--n-ctx", "2048", "--memory")
+    assert as_json(*longer, str(least))["verdict"] == "FITS"
+    assert as_json(*longer, str(least - 1), code=4)["verdict"] == "REFUSED"
+    assert as_json(*plan, "--memory", budget, "--n-ctx", "1024")["verdict"] == "FITS"
+    assert as_json(*plan, "--memory", budget, "--n-ctx", "1025", code=4)["verdict"] == "REFUSED"
+    with edgeroute.Runtime(tiny_path, n_ctx=1024, memory=budget) as runtime:
         assert runtime.generate("Hi", max_tokens=1).token_ids
-    text = run(*plan, "2048")
+    text = run(*longer, budget)
     assert text.exit_code == 4 and "REFUSED" in text.stdout and "smallest budget" in text.stdout
 
 

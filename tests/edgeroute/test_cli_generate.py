@@ -17,7 +17,7 @@ from edgeroute.cli import cli
 from edgeroute.commands import generate_shared
 from edgeroute.models import pull as pulling
 from edgeroute.models.catalogue import DEFAULT_MODEL
-from edgeroute.models.sources import PullProgress
+from edgeroute.models.sources import PullProgress, Report
 
 LINE = re.compile(
     r"\[(\d+) tokens, [\d.]+ tok/s; first token after [\d.]+ s; "
@@ -167,7 +167,7 @@ def test_the_default_model_is_pulled_with_progress(
 ) -> None:
     monkeypatch.setenv("EDGEROUTE_MODELS", str(tmp_path))
 
-    def pull(spec: str, *, progress: pulling.Report) -> pulling.PullResult:
+    def pull(spec: str, *, progress: Report) -> pulling.PullResult:
         progress(PullProgress(name=spec, phase="download", n_done=1, n_total=1))
         return pulling.PullResult(path=tiny_path, n_bytes=1, sha256="", source="here", seconds=0.0,
                                   cached=False)  # fmt: skip

@@ -45,9 +45,7 @@ def peer_thread_counts() -> dict[int, str]:
     return found
 
 
-def run(
-    params: BenchParams, progress: pairs.Progress, n_busy: Sequence[int] = N_BUSY
-) -> Report:
+def run(params: BenchParams, progress: pairs.Progress, n_busy: Sequence[int] = N_BUSY) -> Report:
     """Measure steady tokens per second beside each number of busy processes, then settling."""
     counts = peer_thread_counts()
     with Worker(Ours, params.path, {"threads": 1, "n_ctx": N_CTX}) as worker:
@@ -200,7 +198,5 @@ def _criteria(
             made.append(Criterion(what=what, value=value, limit=TARGETS[n]))
     for what, series in zip(("came", "went"), settled or (), strict=False):
         what = f"{n} busy, seconds to settle after load {what}"
-        made.append(
-            Criterion(what=what, value=series.median, limit=SETTLE_TARGET_S, at_most=True)
-        )
+        made.append(Criterion(what=what, value=series.median, limit=SETTLE_TARGET_S, at_most=True))
     return made

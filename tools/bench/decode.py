@@ -39,8 +39,9 @@ def run(
                 "ceiling_tok_s": report.plain(bandwidth / n_bytes),
             })  # fmt: skip
             found = pairs.ratio(a, b)
-            rows.append((f"{n_past} + {n_tokens}", report.spread(a), report.spread(b), f"{found:.3f}",
-                         f"{bandwidth / n_bytes:.1f}", report.noise(a, b)))  # fmt: skip
+            rows.append((f"{n_past} + {n_tokens}", report.spread(a), report.spread(b),
+                         f"{found:.3f}", f"{bandwidth / n_bytes:.1f}",
+                         report.noise(a, b)))  # fmt: skip
             criteria.append(Criterion(what=f"decode at context {n_past} over llama_decode",
                                       value=found, limit=TARGET_RATIO))  # fmt: skip
     return Report(

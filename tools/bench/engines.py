@@ -59,9 +59,12 @@ class Ours:
             return overlap_rate(list(pool.map(listen, prompts)))
 
     def stream(self, prompt: list[int], seconds: float) -> Stamps:
-        """Decode for a time, beginning anew where an answer ends; note when tokens arrived."""
-        stamps: Stamps = []
-        end = time.monotonic() + seconds
+        """Decode for a time, beginning anew where an answer ends; note when tokens arrived.
+
+        The first and the last stamp are the ends of that time and have no tokens.
+        """
+        stamps: Stamps = [(time.monotonic(), 0)]
+        end = stamps[0][0] + seconds
         while (left := end - time.monotonic()) > 0:
             for chunk in self._runtime.stream(
                 prompt_ids=prompt, max_tokens=self._n_ctx - len(prompt), temperature=0.0,
@@ -69,6 +72,7 @@ class Ours:
             ):  # fmt: skip
                 if chunk.token_ids:
                     stamps.append((time.monotonic(), len(chunk.token_ids)))
+        stamps.append((time.monotonic(), 0))
         return stamps
 
     def close(self) -> None:
@@ -112,11 +116,11 @@ class Theirs:
 
     def stream(self, prompt: list[int], seconds: float) -> Stamps:
         """Decode for a time, two tokens at least; begin anew where the context is full."""
-        stamps: Stamps = []
+        stamps: Stamps = [(time.monotonic(), 0)]
         n_ctx = self._peer.params.n_ctx
         pos, token = n_ctx, 0
-        end = time.monotonic() + seconds
-        while len(stamps) < 2 or time.monotonic() < end:
+        end = stamps[0][0] + seconds
+        while len(stamps) < 3 or time.monotonic() < end:
             if pos >= n_ctx:
                 self._peer.clear()
                 token, pos = int(np.argmax(self._peer.prefill(prompt))), len(prompt)
@@ -143,10 +147,11 @@ def overlap_rate(streams: Sequence[Stamps]) -> float:
 
 
 def rate_after(stamps: Stamps, lead_s: float) -> float:
-    """Tokens per second after the first `lead_s`; at least the last two stamps count."""
-    if len(stamps) < 2:
-        raise UsageError("fewer than two tokens came in the window; measure longer (--seconds)")
-    counted = [stamp for stamp in stamps if stamp[0] >= stamps[0][0] + lead_s]
-    if len(counted) < 2:
-        counted = stamps[-2:]
-    return sum(n for _, n in counted[1:]) / (counted[-1][0] - counted[0][0])
+    """Tokens per second from `lead_s` after the first stamp until the last.
+
+    Where none arrived in that time, what one would have made: the rate was below that.
+    """
+    start, end = stamps[0][0] + lead_s, stamps[-1][0]
+    if end <= start:  # one token took longer than the lead and the window
+        start = stamps[0][0]
+    return max(1, sum(n for at, n in stamps if at > start)) / (end - start)

@@ -52,17 +52,10 @@ class Comparison:
     @property
     def layers_identical(self) -> bool:
         """Whether spans change nothing."""
-        return (
-            self.layers_equal == self.n_positions and self.layers_single_equal == self.n_single
-        )
-
-    @property
-    def within_own(self) -> bool:
-        """Whether the difference is at most llama.cpp's own between its two ways."""
-        return max(self.nmse_batched, self.nmse_single) <= self.own_nmse or self.identical
+        return self.layers_equal == self.n_positions and self.layers_single_equal == self.n_single
 
 
-class _Sum:
+class Deviation:
     """Squared error and reference power, summed over rows."""
 
     def __init__(self) -> None:
@@ -103,6 +96,10 @@ class Engine:
             raise ComputeError("the computation was stopped")
         return logits
 
+    def close(self) -> None:
+        """Free everything."""
+        self.loaded.close()
+
 
 def compare(
     path: Path, tokens: Sequence[int], *, n_single: int | None = None, threads: int = 1,
@@ -111,7 +108,7 @@ def compare(
     """Compare logits at every position of a text, batched and then token by token."""
     n, n_single = len(tokens), len(tokens) if n_single is None else n_single
     n_cells = round_cells(n)
-    batched, single, own, layers, layers_single = (_Sum() for _ in range(5))
+    batched, single, own, layers, layers_single = (Deviation() for _ in range(5))
     engine = Engine(path, n_cells, threads, kv_type)
     settings = PeerParams(n_ctx=n_cells, threads=threads, n_ubatch=N_UBATCH, kv_type=kv_type)
     try:
@@ -129,7 +126,7 @@ def compare(
                 own.add(theirs, reference[pos : pos + 1])
                 layers_single.add(engine.run([token], pos, by_layer=True), ours)
     finally:
-        engine.loaded.close()
+        engine.close()
     return Comparison(
         n_positions=n, n_single=n_single, equal_batched=batched.n_equal,
         equal_single=single.n_equal, nmse_batched=batched.nmse, nmse_single=single.nmse,
@@ -206,9 +203,7 @@ def run(params: BenchParams, progress: pairs.Progress, parity: ParityParams) -> 
     found = compare(params.path, tokens, threads=params.threads)
     progress("greedy answers")
     prompts = PROMPTS[: parity.n_prompts]
-    n_same, differences = greedy(
-        params.path, prompts, parity.n_greedy, params.threads, progress
-    )
+    n_same, differences = greedy(params.path, prompts, parity.n_greedy, params.threads, progress)
     n = found.n_positions
     rows = (
         ("batched, bit-identical positions", f"{found.equal_batched} of {n}"),

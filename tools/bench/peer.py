@@ -60,9 +60,7 @@ class Peer:
 
     def _open(self, path: Path) -> None:
         lib, own = self._lib, self._owned
-        model = lib.llama_model_load_from_file(
-            str(path).encode(), lib.llama_model_default_params()
-        )
+        model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         if not model:
             raise ModelFileError(f"llama.cpp cannot load {path}, so there is no peer: {_why()}")
         own.callback(lib.llama_model_free, model)
