@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -27,6 +27,7 @@ from edgeroute.runtime.text_stream import TextStream
 from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.scheduler import Scheduler
 from edgeroute.stats import Chunk, Generation
+from edgeroute.stream import Stream
 
 Message = Mapping[str, object]
 
@@ -116,13 +117,14 @@ class Runtime(Closing):
             GrammarError, TemplateError: a constraint or the chat template cannot be used.
             ClosedError: the runtime was closed.
         """
-        for chunk in self._listen(prompt, options, streaming=False):
-            if chunk.generation is not None:
-                return chunk.generation
+        with self._listen(prompt, options, streaming=False) as stream:
+            for chunk in stream:
+                if chunk.generation is not None:
+                    return chunk.generation
         raise ClosedError("the engine ended without an answer")
 
-    def stream(self, prompt: str | None = None, **options: Unpack[Options]) -> Iterator[Chunk]:
-        """Answer piece by piece; closing the iterator cancels the rest.
+    def stream(self, prompt: str | None = None, **options: Unpack[Options]) -> Stream:
+        """Answer piece by piece; `cancel` or `close` on the iterator ends it early.
 
         Errors in the arguments are raised here, not at the first piece.
         """
@@ -260,11 +262,11 @@ class Runtime(Closing):
         if self._closing:
             raise ClosedError("this Runtime was closed; make a new one")
 
-    def _listen(self, prompt: str | None, options: Options, *, streaming: bool) -> Iterator[Chunk]:
+    def _listen(self, prompt: str | None, options: Options, *, streaming: bool) -> Stream:
         inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         request = self._request(prompt, options, inbox.put, streaming=streaming)
         self._submit(request)
-        return _drain(request, inbox)
+        return Stream(request, inbox)
 
     async def _alisten(
         self, prompt: str | None, options: Options, *, streaming: bool
@@ -296,23 +298,24 @@ class Runtime(Closing):
 
     def _serve(self, ready: "Future[tuple[LoadedModel, Scheduler]]") -> None:
         """Load, loop until closed, free: the whole life of the engine thread."""
+        meter = machine.LoadMeter()  # its first reading covers the time of loading
         try:
             loaded = LoadedModel(self.path, self.params)
         except BaseException as error:
             ready.set_exception(error)
             return
         try:
-            scheduler = self._make_scheduler(loaded)
+            scheduler = self._make_scheduler(loaded, meter)
             ready.set_result((loaded, scheduler))
             self._loop(scheduler)
         finally:
             loaded.close()
 
-    def _make_scheduler(self, loaded: LoadedModel) -> Scheduler:
+    def _make_scheduler(self, loaded: LoadedModel, meter: machine.LoadMeter) -> Scheduler:
         params = self.params
         n_max = params.threads or machine.usable_cores()
-        policy = ThreadPolicy(n_max, machine.LoadMeter(), time.monotonic,
-                              fixed=params.threads is not None)  # fmt: skip
+        fixed = params.threads is not None
+        policy = ThreadPolicy(n_max, meter, time.monotonic, fixed=fixed)
         return Scheduler(
             loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
             n_ubatch=params.n_ubatch, max_batch=params.max_batch,
@@ -353,25 +356,6 @@ def generate(
     """
     with Runtime(model) as runtime:
         return runtime.generate(prompt, **options)
-
-
-def _drain(request: Request, inbox: "queue.SimpleQueue[Outcome]") -> Iterator[Chunk]:
-    """Yield a request's chunks; whatever ends the iteration early cancels the request."""
-    try:
-        while True:
-            try:
-                outcome = inbox.get(
-                    timeout=0.5
-                )  # a wait without limit cannot be interrupted on Windows
-            except queue.Empty:
-                continue
-            if isinstance(outcome, BaseException):
-                raise outcome
-            yield outcome
-            if outcome.finish_reason is not None:
-                return
-    finally:
-        request.cancelled = True
 
 
 def _find(model: str | Path | None) -> Path:

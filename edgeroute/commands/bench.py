@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgeroute.models.catalogue import DEFAULT_MODEL
+
 if TYPE_CHECKING:
     from edgeroute.tools.bench.report import BenchParams, Report
 
-_DEFAULT_MODEL = "smollm2-135m-instruct"
 _EPILOG = """\b
 Examples:
   edgeroute bench decode
@@ -28,7 +29,7 @@ def _examples(name: str, *options: str) -> str:
 def _shared(command: F) -> F:
     """Add the options that every benchmark has."""
     for option in reversed((
-        click.option("--model", default=_DEFAULT_MODEL, show_default=True,
+        click.option("--model", default=DEFAULT_MODEL, show_default=True,
                      help="Catalogue name, or path of a .gguf file."),
         click.option("--reps", default=5, show_default=True, type=click.IntRange(1, 1000),
                      help="Counted runs of each engine, alternating, after one uncounted."),
@@ -125,7 +126,6 @@ def parity(positions: int, prompts: int, exact: bool, **options: Any) -> None:
 
 
 def _params(options: dict[str, Any]) -> "BenchParams":
-    from edgeroute.models.catalogue import DEFAULT_MODEL
     from edgeroute.models.pull import pull, resolve
     from edgeroute.runtime import machine
     from edgeroute.runtime.errors import CatalogueError

@@ -2,10 +2,9 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
@@ -130,7 +129,7 @@ def open_runtime(path: "Path", given: dict[str, Any]) -> "Iterator[Runtime]":
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """An answer as far as it came. `stats` are the engine's, or ours when it was interrupted."""
+    """An answer as far as it came, with the engine's statistics of it."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -150,25 +149,19 @@ def listen(
     Raises:
         EdgerouteError: the request was refused; nothing was written.
     """
-    answer, began, times = Answer(), monotonic(), list[float]()
+    answer = Answer()
     # Refusals come here, before the loop: nothing has been written then.
-    stream = runtime.stream(prompt, **options)
-    try:
-        for chunk in stream:
-            _take(answer, chunk, times, write)
-    except KeyboardInterrupt:
-        # The stream is dead with the interrupt, so the counts are those seen from here.
-        answer.stats = _seen(answer, runtime, [t - began for t in times])
-    finally:
-        if isinstance(stream, Generator):
-            stream.close()
-    return answer
+    with runtime.stream(prompt, **options) as stream:
+        while True:
+            try:
+                for chunk in stream:
+                    _take(answer, chunk, write)
+                return answer
+            except KeyboardInterrupt:
+                stream.cancel()  # what was produced still comes, with its statistics
 
 
-def _take(answer: Answer, chunk: "Chunk", times: list[float], write: Callable[[str], None]) -> None:
-    if chunk.token_ids:
-        times.append(monotonic())
-        answer.token_ids += chunk.token_ids
+def _take(answer: Answer, chunk: "Chunk", write: Callable[[str], None]) -> None:
     if chunk.text:
         answer.text += chunk.text
         write(chunk.text)
@@ -179,20 +172,6 @@ def _take(answer: Answer, chunk: "Chunk", times: list[float], write: Callable[[s
         answer.stats = generation.stats.to_dict()
 
 
-def _seen(answer: Answer, runtime: "Runtime", times: list[float]) -> dict[str, Any]:
-    """Statistics of an interrupted answer, under the names of GenerationStats.to_dict."""
-    n, state = len(answer.token_ids), runtime.stats()
-    decode_s = times[-1] - times[0] if times else 0.0
-    return {
-        "n_generated": n,
-        "ttft_s": round(times[0], 6) if times else None,
-        "decode_s": round(decode_s, 6),
-        "decode_tok_s": round((n - 1) / decode_s, 3) if n > 1 and decode_s > 0 else 0.0,
-        "memory_bytes": state["memory_bytes"],
-        "threads": state["threads"],
-    }
-
-
 def stats_line(answer: Answer, budget_bytes: int) -> str:
     """Say on one line what an answer took."""
     stats = answer.stats
@@ -201,10 +180,9 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
     if stats["decode_tok_s"]:
         head.append(f"{stats['decode_tok_s']:.1f} tok/s")
     parts = [", ".join(head)]
-    if n and stats["ttft_s"] is not None:
+    if n:
         parts.append(f"first token after {stats['ttft_s']:.2f} s")
-    if "n_prompt" in stats:
-        parts.append(_prompt_part(stats))
+    parts.append(_prompt_part(stats))
     memory = f"memory {format_bytes(stats['memory_bytes'])} of {format_bytes(budget_bytes)}"
     parts += [memory, f"{stats['threads']} thread{'' if stats['threads'] == 1 else 's'}"]
     ends = {"length": "ended at --max-tokens or --n-ctx", "cancelled": "stopped",

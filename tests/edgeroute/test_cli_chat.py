@@ -212,7 +212,9 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(
     session.options["max_tokens"] = 400
     session.ask("Hello")
     assert session.last is not None and session.last.finish_reason == "cancelled"
-    assert session.messages[-1] == {"role": "assistant", "content": "".join(seen[:3])}
+    assert session.messages[-1]["role"] == "assistant"
+    assert str(session.messages[-1]["content"]).startswith("".join(seen[:3]))
+    assert len("".join(seen)) < 100, "the rest of the answer was not waited for"
     assert any("stopped" in note for note in notes)
     session.ask("Go on.")
     assert len(session.messages) == 4

@@ -125,9 +125,8 @@ class NumpyModel:
         return plain * (1 - ramp) + plain / c.factor * ramp
 
     def _linear(self, name: str, x: Array) -> Array:
-        return x @ self.weights[f"{name}.weight"].T + self.weights.get(
-            f"{name}.bias", np.float32(0)
-        )
+        bias = self.weights.get(f"{name}.bias", np.float32(0))
+        return x @ self.weights[f"{name}.weight"].T + bias
 
     def _norm(self, name: str, x: Array) -> Array:
         power = np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True)

@@ -195,8 +195,14 @@ def test_busy_processes_are_gone_afterwards() -> None:
 
 
 def test_busy_processes_end_when_their_parent_is_killed() -> None:
-    code = ("from edgeroute.tools.bench.busy import BusyProcesses\nimport time\n"
-            "b = BusyProcesses(1); b.start(); print(b.pids[0], flush=True); time.sleep(60)")  # fmt: skip
+    code = """
+import time
+from edgeroute.tools.bench.busy import BusyProcesses
+busy = BusyProcesses(1)
+busy.start()
+print(busy.pids[0], flush=True)
+time.sleep(60)
+"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
@@ -212,7 +218,7 @@ def test_a_schedule_plays_even_when_left_early() -> None:
 
 
 def test_a_worker_passes_errors_on_and_ends() -> None:
-    with pytest.raises(EdgerouteError, match="no such file|cannot|does not exist"):
+    with pytest.raises(EdgerouteError, match=r"missing\.gguf"):
         Worker(engines.Ours, Path("missing.gguf"), {"threads": 1})
 
 

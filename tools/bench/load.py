@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,18 +72,21 @@ def start(engine: str, params: BenchParams) -> tuple[float, int]:
     # -P keeps the script's own folder off the module path, where names could be shadowed.
     command = [sys.executable, "-P", str(script), engine, str(params.path), PROMPT, str(N_CTX),
                str(params.threads)]  # fmt: skip
-    began = time.perf_counter()
-    with subprocess.Popen(
-        command, env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        try:
-            assert process.stdout is not None
-            first = process.stdout.readline()
-            seconds = time.perf_counter() - began
-            rest, errors = process.communicate()
-        except BaseException:
-            process.kill()
-            raise
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        began = time.perf_counter()
+        with subprocess.Popen(
+            command, env=_environment(), text=True, stdout=subprocess.PIPE, stderr=log
+        ) as process:
+            try:
+                assert process.stdout is not None
+                first = process.stdout.readline()
+                seconds = time.perf_counter() - began
+                rest = process.stdout.read()
+            except BaseException:
+                process.kill()
+                raise
+        log.seek(0)
+        errors = log.read()
     if process.returncode or not first.strip() or not rest.strip():
         raise EdgerouteError(f"{engine} in a process of its own failed with status "
                              f"{process.returncode}: {errors.strip()[-2000:]}")  # fmt: skip
