@@ -20,7 +20,15 @@ from edgeroute.runtime.graph import (
     causal_mask,
 )
 from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
-from edgeroute.runtime.tensor import F32, Descriptors, get_bytes, new_tensor, place_all, set_bytes
+from edgeroute.runtime.tensor import (
+    F32,
+    Descriptors,
+    Table,
+    get_bytes,
+    new_tensor,
+    place_all,
+    set_bytes,
+)
 from edgeroute.runtime.weights import Weights
 
 NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 48, 12, 64
@@ -53,11 +61,11 @@ class Forward:
         self.graphs = GraphCache(device)
         layers = tuple(range(model.hparams.n_layer))
         self.whole = (Span(layers, embed=True, output=True),)
-        self._strip = causal_mask(kv.n_cells)
-        self._strip_swa = causal_mask(kv.n_cells, model.n_swa) if model.n_swa else None
+        self._strip = Table(causal_mask(kv.n_cells))
+        self._strip_swa = Table(causal_mask(kv.n_cells, model.n_swa)) if model.n_swa else None
         self._stream: _Stream | None = None
-        self._rows = np.arange(kv.n_cells, dtype=np.int64)
-        self._positions = np.arange(kv.n_cells, dtype=np.int32)
+        self._rows = Table(np.arange(kv.n_cells, dtype=np.int64))
+        self._positions = Table(np.arange(kv.n_cells, dtype=np.int32))
 
     def by_layer(self) -> tuple[Span, ...]:
         """Split the whole model into one span per layer, embedding and head apart."""
@@ -151,37 +159,31 @@ class Forward:
         if inputs.tokens is not None:
             tokens = [token for piece in pieces for token in piece.tokens]
             set_bytes(inputs.tokens, np.array(tokens, np.int32))
-        if inputs.pos is not None:
-            set_bytes(inputs.pos, _join([
-                self._positions[p.pos : p.pos + len(p.tokens)] for p in pieces
-            ]))  # fmt: skip
-        if inputs.rows is not None:
-            set_bytes(inputs.rows, _join([
-                self._rows[p.region.start + p.pos : p.region.start + p.pos + len(p.tokens)]
-                for p in pieces
-            ]))  # fmt: skip
+        first = 0
+        for piece in pieces:
+            n = len(piece.tokens)
+            if inputs.pos is not None:
+                self._positions.write(inputs.pos, first, piece.pos, n)
+            if inputs.rows is not None:
+                self._rows.write(inputs.rows, first, piece.region.start + piece.pos, n)
+            first += n
         if inputs.out_ids is not None:
             set_bytes(inputs.out_ids, _out_ids(pieces))
         for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
             if strip is not None:
                 for tensor, piece, segment in zip(masks, pieces, shape.segments, strict=False):
-                    set_bytes(tensor, _mask(strip, piece, segment))
+                    _write_mask(strip, tensor, piece, segment)
 
 
-def _mask(
-    strip: npt.NDArray[np.float16], piece: Piece, segment: Segment
-) -> npt.NDArray[np.float16]:
-    """Cut the mask rows of a piece out of the strip: F16 (n_tokens, n_kv)."""
-    first = len(strip) // 2 - 1 - piece.pos
+def _write_mask(strip: Table, tensor: Tensor, piece: Piece, segment: Segment) -> None:
+    """Write the mask rows of a piece, F16 (n_tokens, n_kv), each a slice of the strip."""
+    first = len(strip.values) // 2 - 1 - piece.pos
     if segment.n_tokens == 1:
-        return strip[first : first + segment.n_kv]
-    rows = np.lib.stride_tricks.sliding_window_view(strip, segment.n_kv)
-    return np.ascontiguousarray(rows[first : first - segment.n_tokens : -1]
-                                if first >= segment.n_tokens else rows[first::-1])  # fmt: skip
-
-
-def _join(parts: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        strip.write(tensor, 0, first, segment.n_kv)
+        return
+    rows = np.lib.stride_tricks.sliding_window_view(strip.values, segment.n_kv)
+    last = first - segment.n_tokens
+    set_bytes(tensor, np.ascontiguousarray(rows[first : last if last >= 0 else None : -1]))
 
 
 def _out_ids(pieces: Sequence[Piece]) -> npt.NDArray[np.int32]:
