@@ -31,12 +31,21 @@ def _shared(command: F) -> F:
     for option in reversed((
         click.option("--model", default=DEFAULT_MODEL, show_default=True,
                      help="Catalogue name, or path of a .gguf file."),
-        click.option("--reps", default=5, show_default=True, type=click.IntRange(1, 1000),
-                     help="Counted runs of each engine, alternating, after one uncounted."),
         click.option("--threads", type=click.IntRange(1, 512),
                      help="Compute threads of both engines; default: the usable cores."),
-        click.option("--check", is_flag=True, help="Exit with status 1 if a target is missed."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object last."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _timed(command: F) -> F:
+    """Add the options of benchmarks that measure time."""
+    for option in reversed((
+        _shared,
+        click.option("--reps", default=5, show_default=True, type=click.IntRange(1, 1000),
+                     help="Counted runs of each engine, alternating, after one uncounted."),
+        click.option("--check", is_flag=True, help="Exit with status 1 if a target is missed."),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -56,7 +65,7 @@ def command() -> None:
 
 
 @command.command(epilog=_examples("decode", "", "--tokens 256 --threads 1"))
-@_shared
+@_timed
 @_tokens
 def decode(**options: Any) -> None:
     """Greedy decoding of one sequence, after 64 and after 1024 tokens."""
@@ -66,7 +75,7 @@ def decode(**options: Any) -> None:
 
 
 @command.command(epilog=_examples("prefill", "", "--reps 9 --json"))
-@_shared
+@_timed
 def prefill(**options: Any) -> None:
     """A prompt of 512 tokens in one batch."""
     from edgeroute.tools.bench import prefill as bench
@@ -75,7 +84,7 @@ def prefill(**options: Any) -> None:
 
 
 @command.command(epilog=_examples("load", "", "--model qwen2.5-coder-1.5b-instruct"))
-@_shared
+@_timed
 def load(**options: Any) -> None:
     """From process start to the first token, and peak memory; page cache warm."""
     from edgeroute.tools.bench import load as bench
@@ -84,7 +93,7 @@ def load(**options: Any) -> None:
 
 
 @command.command(epilog=_examples("batch", "", "--tokens 256"))
-@_shared
+@_timed
 @_tokens
 def batch(**options: Any) -> None:
     """Four sequences decoding together, in sum; and what one alone does."""
@@ -94,7 +103,7 @@ def batch(**options: Any) -> None:
 
 
 @command.command(epilog=_examples("contention", "", "--reps 5 --seconds 4"))
-@_shared
+@_timed
 @click.option("--seconds", "window_s", default=4.0, show_default=True,
               type=click.FloatRange(0.5, 600), help="Length of one counted window.")  # fmt: skip
 def contention(**options: Any) -> None:
@@ -122,7 +131,7 @@ def parity(positions: int, prompts: int, exact: bool, **options: Any) -> None:
 
     wanted = bench.ParityParams(n_positions=positions, n_prompts=prompts,
                                 n_greedy=options["tokens"], exact=exact)  # fmt: skip
-    _finish(bench.run(_params(options), _progress, wanted), options | {"check": True})
+    _finish(bench.run(_params(options | {"reps": 1}), _progress, wanted), options | {"check": True})
 
 
 def _params(options: dict[str, Any]) -> "BenchParams":

@@ -47,8 +47,8 @@ def run(
     return Report(
         bench="decode", params=params, rows=tuple(rows), results=results, criteria=tuple(criteria),
         columns=("context", "edgeroute tok/s", "llama.cpp tok/s", "ratio", "ceiling tok/s", "runs"),
-        notes=(f"ceiling: {bandwidth / 1e9:.1f} GB/s read from memory by {params.threads} "
-               "threads, over the bytes that a token needs",),
+        notes=(f"ceiling: {bandwidth / 1e9:.1f} GB/s read from memory with "
+               f"--threads {params.threads}, over the bytes that a token needs",),
     )  # fmt: skip
 
 

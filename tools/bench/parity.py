@@ -224,6 +224,7 @@ def run(params: BenchParams, progress: pairs.Progress, parity: ParityParams) -> 
     return Report(
         bench="parity", params=params, columns=("", "found"), rows=rows, results=[result],
         criteria=tuple(_criteria(found, n_same, len(prompts), parity)), notes=tuple(differences),
+        timed=False,
     )  # fmt: skip
 
 

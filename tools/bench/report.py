@@ -78,6 +78,7 @@ class Report:
     results: Sequence[dict[str, object]]
     criteria: tuple[Criterion, ...] = ()
     notes: tuple[str, ...] = ()
+    timed: bool = True
     machine: dict[str, object] = field(default_factory=lambda: machine_state())
 
     @property
@@ -175,8 +176,9 @@ def show(report: Report) -> None:
                       f"{criterion.limit:.4g}", markup=False)  # fmt: skip
     for note in report.notes:
         console.print(note, markup=False)
+    runs = f"{report.params.warmup} warm-up, {report.params.reps} runs each, alternating; "
     console.print(
-        f"{report.params.warmup} warm-up, {report.params.reps} runs each, alternating; "
+        f"{runs if report.timed else ''}"
         f"{state['cpu']}, {state['cores']} cores, load average {state['load_average']}, "
         f"{format_bytes(psutil.virtual_memory().available)} of memory free", markup=False,
     )  # fmt: skip
