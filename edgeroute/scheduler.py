@@ -40,6 +40,7 @@ class Scheduler:
         self._n_ubatch = n_ubatch
         self._max_batch = max_batch
         self._is_eog = is_eog
+        self._logits = np.empty((max_batch, forward.model.hparams.n_vocab), np.float32)
         self._waiting: deque[Request] = deque()
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
@@ -184,7 +185,7 @@ class Scheduler:
         if long:
             device.set_abort(lambda: all(request.interrupted() for request in requests))
         try:
-            logits = self.forward.run(pieces)
+            logits = self.forward.run(pieces, out=self._logits)
         except EdgerouteError as error:
             for request in requests:
                 self._leave(request)

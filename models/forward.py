@@ -1,7 +1,7 @@
 """Run a model over batches: shapes to graphs, numbers into inputs, logits out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,7 @@ from edgeroute.runtime.weights import Weights
 NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 48, 12, 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Piece(NamedTuple):
     """New tokens of one sequence: ids, the position of the first, and where its cells are.
 
     `n_out` of the last tokens get logits.
@@ -85,13 +84,18 @@ class Forward:
         self.graphs.clear()
 
     def run(
-        self, pieces: Sequence[Piece], spans: Sequence[Span] | None = None
+        self,
+        pieces: Sequence[Piece],
+        spans: Sequence[Span] | None = None,
+        out: npt.NDArray[np.float32] | None = None,
     ) -> npt.NDArray[np.float32] | None:
         """Compute a batch and write its keys and values.
 
         Args:
             pieces: at most one per sequence; tokens within a piece see those before them.
             spans: what to compute, in order; None is the whole model in one graph.
+            out: F32 (at least n_out, n_vocab) to write logits into, so that a decode step
+                touches no fresh memory; None allocates.
 
         Returns:
             Logits F32 (n_out over all pieces, n_vocab), in the order of `pieces`; None when
@@ -100,20 +104,21 @@ class Forward:
         Raises:
             ComputeError: ggml failed, or a piece lies outside its region.
         """
-        segments = tuple(self._segment(piece) for piece in pieces)
-        shape = BatchShape(segments, sum(piece.n_out for piece in pieces))
-        spans = self.whole if spans is None else spans
-        graph = None
-        for span in spans:
+        shape = BatchShape(
+            tuple([_segment(piece) for piece in pieces]), sum([piece.n_out for piece in pieces])
+        )
+        graph: Graph | None = None
+        for span in self.whole if spans is None else spans:
             graph = self._graph(span, shape)
             self._fill(graph, pieces, shape)
             if not self.device.compute(graph.pointer):
                 return None
-        if graph is None or not shape.n_out:
-            return np.empty((0, self.model.hparams.n_vocab), np.float32)
-        out = np.empty((shape.n_out, self.model.hparams.n_vocab), np.float32)
-        get_bytes(graph.output, out)
-        return out
+        if out is None:
+            out = np.empty((shape.n_out, self.model.hparams.n_vocab), np.float32)
+        logits = out[: shape.n_out]
+        if graph is not None and shape.n_out:
+            get_bytes(graph.output, logits)
+        return logits
 
     def close(self) -> None:
         """Free graphs and the compute buffer; safe to call twice."""
@@ -122,14 +127,9 @@ class Forward:
             self._stream.close()
             self._stream = None
 
-    def _segment(self, piece: Piece) -> Segment:
-        end = piece.pos + len(piece.tokens)
-        if not piece.tokens or end > piece.region.n_cells or piece.n_out > len(piece.tokens):
-            raise ComputeError(f"tokens {piece.pos} to {end} do not fit {piece.region}")
-        return Segment(piece.region.start, round_cells(end), len(piece.tokens))
-
     def _graph(self, span: Span, shape: BatchShape) -> Graph:
-        return self.graphs.get((span, shape), lambda: self._build(span, shape))
+        key = (span, shape)
+        return self.graphs.find(key) or self.graphs.add(key, self._build(span, shape))
 
     def _build(self, span: Span, shape: BatchShape) -> Graph:
         n_nodes = NODES_BASE + len(span.layers) * (
@@ -173,6 +173,14 @@ class Forward:
             if strip is not None:
                 for tensor, piece, segment in zip(masks, pieces, shape.segments, strict=False):
                     _write_mask(strip, tensor, piece, segment)
+
+
+def _segment(piece: Piece) -> Segment:
+    n_tokens, region = len(piece.tokens), piece.region
+    end = piece.pos + n_tokens
+    if not 0 < n_tokens >= piece.n_out or end > region.n_cells:
+        raise ComputeError(f"tokens {piece.pos} to {end} do not fit {region}")
+    return Segment(region.start, round_cells(end), n_tokens)
 
 
 def _write_mask(strip: Table, tensor: Tensor, piece: Piece, segment: Segment) -> None:

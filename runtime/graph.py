@@ -5,8 +5,9 @@ out: its inputs, its output, and the descriptors that keep them alive.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +20,7 @@ from edgeroute.runtime.tensor import F16, I32, I64, Descriptors, shape, strides
 from edgeroute.runtime.weights import Weights
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Tokens of one sequence inside a batch, and the cells they may look at.
 
     `start` is the first cell of the sequence's region; `n_kv` a multiple of the bucket.
@@ -31,8 +31,7 @@ class Segment:
     n_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """What one graph computes: embedding, some layers in order, output head."""
 
     layers: tuple[int, ...]
@@ -40,9 +39,11 @@ class Span:
     output: bool
 
 
-@dataclass(frozen=True, slots=True)
-class BatchShape:
-    """Everything about a batch that a graph depends on; equal shapes share a graph."""
+class BatchShape(NamedTuple):
+    """Everything about a batch that a graph depends on; equal shapes share a graph.
+
+    A tuple, because it is made and hashed for every token.
+    """
 
     segments: tuple[Segment, ...]
     n_out: int
@@ -252,17 +253,19 @@ class GraphCache:
         """Bytes of the compute buffer as it is now."""
         return ggml().ggml_gallocr_get_buffer_size(self._galloc, 0)
 
-    def get(self, key: Hashable, build: Callable[[], Graph]) -> Graph:
-        """Return the graph of `key`, building and placing it if it is not kept.
+    def find(self, key: Hashable) -> Graph | None:
+        """Return the graph of `key`, or None if it is not kept."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+        return graph
+
+    def add(self, key: Hashable, graph: Graph) -> Graph:
+        """Give a newly built graph its memory and keep it.
 
         Raises:
             CapacityError: no memory for the compute buffer; the cache stays usable.
         """
-        graph = self._graphs.get(key)
-        if graph is not None:
-            self._graphs.move_to_end(key)
-            return graph
-        graph = build()
         before = self.n_bytes
         if not ggml().ggml_gallocr_alloc_graph(self._galloc, graph.pointer):
             graph.free()

@@ -1,5 +1,6 @@
 """Logits in, one token id out."""
 
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -200,9 +201,10 @@ def _argmax(logits: F32) -> int:
         ComputeError: a logit is NaN, one is +inf, or all are -inf.
     """
     at = int(logits.argmax())  # argmax stops at the first NaN
-    if not np.isfinite(logits[at]):
+    value = float(logits[at])
+    if not math.isfinite(value):
         raise ComputeError(
-            f"the model's logits are not numbers: token {at} has {float(logits[at])}; "
+            f"the model's logits are not numbers: token {at} has {value}; "
             "the model file or the device is faulty"
         )
     return at

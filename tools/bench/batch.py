@@ -6,7 +6,7 @@ from edgeroute.tools.bench.engines import Ours, Theirs
 from edgeroute.tools.bench.peer import PeerParams
 from edgeroute.tools.bench.report import BenchParams, Criterion, Report
 from edgeroute.tools.bench.text import shifted
-from edgeroute.tools.bench.workers import Worker
+from edgeroute.tools.bench.workers import Respawned
 
 N_STREAMS, N_PROMPT = 4, 64
 OURS, ALONE = "edgeroute", "edgeroute, one sequence"
@@ -22,19 +22,22 @@ def run(params: BenchParams, progress: pairs.Progress, n_streams: int = N_STREAM
         PeerParams(n_ctx=n_ctx * n_streams, threads=params.threads, n_seq=n_streams, kv_unified=u)
         for u in (False, True)
     )
-    with (
-        Worker(Ours, params.path, settings) as ours,
-        Worker(Theirs, params.path, split) as a_cache_each,
-        Worker(Theirs, params.path, unified) as one_cache,
-    ):
-        progress(f"{n_streams} sequences of {N_PROMPT} + {n_tokens} tokens")
-        prompts = shifted(ours.call("text", N_PROMPT * 2), n_streams, N_PROMPT)
-        measured = pairs.alternate({
-            OURS: lambda: float(ours.call("together", prompts, n_tokens)),
-            SPLIT: lambda: float(a_cache_each.call("together", prompts, n_tokens)),
-            UNIFIED: lambda: float(one_cache.call("together", prompts, n_tokens)),
-            ALONE: lambda: float(ours.call("together", prompts[:1], n_tokens)),
-        }, params.plan, progress)  # fmt: skip
+    ours = Respawned(Ours, params.path, settings)
+    a_cache_each = Respawned(Theirs, params.path, split)
+    one_cache = Respawned(Theirs, params.path, unified)
+    progress(f"{n_streams} sequences of {N_PROMPT} + {n_tokens} tokens")
+    prompts = shifted(ours.call("text", N_PROMPT * 2), n_streams, N_PROMPT)
+    warm = ("decode", prompts[0][:32], 8)
+
+    def together(engine: Respawned, some: list[list[int]]) -> float:
+        return float(engine.call("together", some, n_tokens, warm=warm))
+
+    measured = pairs.alternate({
+        OURS: lambda: together(ours, prompts),
+        SPLIT: lambda: together(a_cache_each, prompts),
+        UNIFIED: lambda: together(one_cache, prompts),
+        ALONE: lambda: together(ours, prompts[:1]),
+    }, params.plan, progress)  # fmt: skip
     return _report(params, n_streams, measured)
 
 

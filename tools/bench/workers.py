@@ -97,6 +97,24 @@ class Worker:
         self._process.close()
 
 
+class Respawned:
+    """An engine that gets a new process for every measured call.
+
+    Where the kernel puts a process's pages decides several per cent of its speed and stays for
+    its life: runs in one process would all share the same luck.
+    """
+
+    def __init__(self, factory: Callable[..., Engine], *args: object) -> None:
+        self._factory, self._args = factory, args
+
+    def call(self, method: str, *args: object, warm: tuple[object, ...] = ()) -> Any:
+        """Start a process, make the `warm` call there if there is one, then the measured one."""
+        with Worker(self._factory, *self._args) as worker:
+            if warm:
+                worker.call(str(warm[0]), *warm[1:])
+            return worker.call(method, *args)
+
+
 def _serve(pipe: Connection, factory: Callable[..., Engine], args: tuple[object, ...]) -> None:
     """Make the engine, then answer calls until one of them was `close`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
