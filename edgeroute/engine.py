@@ -339,12 +339,11 @@ class Runtime(Closing):
 
     def _receive(self, scheduler: Scheduler, *, wait: bool) -> None:
         """Take what has arrived; with `wait`, sleep until something does."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                request = self._inbox.get(block=wait)
-                if request is not None:
-                    scheduler.submit(request)
-                wait = False
+        while wait or not self._inbox.empty():
+            request = self._inbox.get()
+            wait = False
+            if request is not None:
+                scheduler.submit(request)
 
 
 def generate(

@@ -40,7 +40,6 @@ class Scheduler:
         self._n_ubatch = n_ubatch
         self._max_batch = max_batch
         self._is_eog = is_eog
-        self._logits = np.empty((max_batch, forward.model.hparams.n_vocab), np.float32)
         self._waiting: deque[Request] = deque()
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
@@ -91,11 +90,9 @@ class Scheduler:
 
     def _drop_interrupted(self) -> None:
         for group in (self._waiting, self._prefilling, self._decoding):
-            for request in list(group):
-                reason = request.interrupted()
-                if reason is not None:
-                    group.remove(request)
-                    self._finish(request, reason)
+            for request in [each for each in group if each.interrupted()]:
+                group.remove(request)
+                self._finish(request, request.interrupted() or "cancelled")
 
     def _admit(self) -> None:
         """Let waiting requests in, in order, while there are cells for them."""
@@ -185,7 +182,7 @@ class Scheduler:
         if long:
             device.set_abort(lambda: all(request.interrupted() for request in requests))
         try:
-            logits = self.forward.run(pieces, out=self._logits)
+            logits = self.forward.run(pieces, borrow=True)
         except EdgerouteError as error:
             for request in requests:
                 self._leave(request)
@@ -225,8 +222,6 @@ class Scheduler:
             self._finish(request, "stop")
         elif len(request.token_ids) >= request.max_tokens:
             self._finish(request, "length")
-        elif (reason := request.interrupted()) is not None:
-            self._finish(request, reason)
 
 
 def _sequence(request: Request) -> Sequence:

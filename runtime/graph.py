@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
@@ -226,6 +227,7 @@ class Graph:
     inputs: Inputs
     output: Tensor
     descriptors: Descriptors
+    host_output: npt.NDArray[np.float32] | None = None
 
     def free(self) -> None:
         """Free the descriptors; safe to call twice."""

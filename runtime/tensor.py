@@ -3,6 +3,8 @@
 A ggml context here never owns tensor data, only the descriptors (`no_alloc`).
 """
 
+import ctypes
+
 import numpy as np
 import numpy.typing as npt
 
@@ -113,6 +115,19 @@ class Table:
 def get_bytes(tensor: Tensor, array: npt.NDArray[np.generic]) -> None:
     """Fill a C-contiguous array from the start of a tensor."""
     ggml().ggml_backend_tensor_get(tensor, array.ctypes.data, 0, array.nbytes)
+
+
+def host_view(tensor: Tensor, shape: tuple[int, int]) -> npt.NDArray[np.float32] | None:
+    """View an F32 tensor's own memory, where the backend says that the host can read it.
+
+    Lifetime: the numbers are those of the last computation that wrote there; the view must
+    not outlive the tensor.
+    """
+    struct = TensorStruct.from_address(tensor)
+    if struct.buffer is None or not ggml().ggml_backend_buffer_is_host(struct.buffer):
+        return None
+    numbers = (ctypes.c_float * (shape[0] * shape[1])).from_address(struct.data)
+    return np.ctypeslib.as_array(numbers).reshape(shape)
 
 
 def shape(tensor: Tensor) -> tuple[int, int, int, int]:
