@@ -292,7 +292,7 @@ class Runtime(Closing):
                 if outcome.finish_reason is not None:
                     return
         finally:
-            request.cancelled = True
+            request.cancel()
 
     # the engine thread
 

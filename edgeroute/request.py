@@ -18,7 +18,7 @@ Outcome = Chunk | BaseException
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """Owned by the engine thread, except `cancelled`, which any thread may set."""
+    """Owned by the engine thread, except `cancel`, which any thread may call."""
 
     prompt_ids: list[int]
     max_tokens: int
@@ -31,6 +31,8 @@ class Request:
     id: str = field(default_factory=lambda: f"gen-{uuid.uuid4().hex[:24]}")
     created: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+    on_cancel: Callable[[], None] | None = None
+    """Stops the computation that runs for this request alone."""
 
     sequence: Sequence | None = None
     n_cached: int = 0
@@ -47,6 +49,13 @@ class Request:
     def n_cells(self) -> int:
         """Cells that the prompt and the longest answer need; the last token needs none."""
         return len(self.prompt_ids) + self.max_tokens - 1
+
+    def cancel(self) -> None:
+        """Ask for the end: within one token, or one operation of a prefill."""
+        self.cancelled = True
+        stop = self.on_cancel
+        if stop is not None:
+            stop()
 
     def interrupted(self) -> FinishReason | None:
         """Tell whether the listener left or the time is over."""

@@ -4,9 +4,11 @@ Sequences join and leave between tokens. A prompt is computed alone, batch by ba
 that its bits do not depend on who else is there; decoding sequences share one pass.
 """
 
+import contextlib
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +23,6 @@ from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.stats import FinishReason
 
 Logits = npt.NDArray[np.float32]
-
-ABORTABLE_TOKENS = 32  # asking whether to stop costs about 1 µs an operation: not while decoding
 
 
 class Scheduler:
@@ -139,10 +139,15 @@ class Scheduler:
         piece = Piece(tokens=request.prompt_ids[start:end], pos=start, region=sequence.region,
                       n_out=int(end == n))  # fmt: skip
         began = time.monotonic()
-        logits = self._run([piece], [request])
+        with self._stoppable(request):
+            logits = self._run([piece], [request])
         request.prefill_s += time.monotonic() - began
         if logits is None:
-            return
+            reason = request.interrupted()
+            if reason is not None and request.sequence is not None:  # its cells are undefined
+                self._leave(request)
+                self._finish(request, reason, keep=False)
+            return  # a stop meant for an earlier batch: this one is computed again
         sequence.n_past = end
         sequence.classes += chunk_classes(end - start).tobytes()
         if end == n:
@@ -150,6 +155,28 @@ class Scheduler:
             self._decoding.append(request)
             self._sample(request, logits[0])
             self._decoding = [each for each in self._decoding if each.sequence is not None]
+
+    @contextlib.contextmanager
+    def _stoppable(self, request: Request) -> Iterator[None]:
+        """Let a cancel or the deadline stop what is computed meanwhile."""
+        device = self.forward.device
+        device.stop_flag.clear()
+        request.on_cancel = device.stop_flag.set
+        timer = None
+        if request.deadline is not None:
+            left_s = max(0.0, request.deadline - time.monotonic())
+            timer = threading.Timer(left_s, device.stop_flag.set)
+            timer.start()
+        if request.interrupted():
+            device.stop_flag.set()
+        device.watch_stop_flag(True)
+        try:
+            yield
+        finally:
+            device.watch_stop_flag(False)
+            request.on_cancel = None
+            if timer is not None:
+                timer.cancel()
 
     def _decode(self, batch: list[Request]) -> None:
         """Compute one token for each request of a batch."""
@@ -175,27 +202,15 @@ class Scheduler:
             self._sample(request, row)
 
     def _run(self, pieces: list[Piece], requests: list[Request]) -> Logits | None:
-        """Run a batch; a long one can be interrupted, a failed one fails its requests only."""
-        device = self.forward.device
-        device.set_threads(self.threads.n_threads)
-        long = sum(len(piece.tokens) for piece in pieces) >= ABORTABLE_TOKENS
-        if long:
-            device.set_abort(lambda: all(request.interrupted() for request in requests))
+        """Run a batch; a failed one fails its own requests only. None when it was stopped."""
+        self.forward.device.set_threads(self.threads.n_threads)
         try:
-            logits = self.forward.run(pieces, borrow=True)
+            return self.forward.run(pieces, borrow=True)
         except EdgerouteError as error:
             for request in requests:
                 self._leave(request)
                 self._fail(request, error)
             return None
-        finally:
-            if long:
-                device.set_abort(None)
-        if logits is None:  # stopped midway: these cells are undefined
-            for request in requests:
-                self._leave(request)
-                self._finish(request, request.interrupted() or "cancelled", keep=False)
-        return logits
 
     def _leave(self, request: Request) -> None:
         for group in (self._prefilling, self._decoding):

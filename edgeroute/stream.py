@@ -49,13 +49,13 @@ class Stream(Closing):
 
     def cancel(self) -> None:
         """Ask the engine to end the answer, within one token or one operation of a prefill."""
-        self._request.cancelled = True
+        self._request.cancel()
 
     def close(self) -> None:
         """Cancel, and expect nothing more; safe to call twice."""
-        self._request.cancelled = True
+        self._request.cancel()
         self._done = True
 
     def __del__(self) -> None:
         # Not relied on for memory: it only spares the work for an answer nobody waits for.
-        self._request.cancelled = True
+        self._request.cancel()

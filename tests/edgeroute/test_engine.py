@@ -297,6 +297,31 @@ def test_a_failed_computation_fails_its_request_only(
     assert cells_accounted(wait_idle(tiny))
 
 
+def test_a_stop_meant_for_another_batch_costs_nothing_but_time(
+    tiny: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancel may arrive when its own computation is over and the next one runs."""
+    expected = tiny.generate(prompt_ids=[50] * 100, max_tokens=4, prefix="off")
+    run = tiny._scheduler.forward.run
+    stopped = iter([True])
+
+    def stop_once(*args: object, **kwargs: object) -> object:
+        return None if next(stopped, False) else run(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tiny._scheduler.forward, "run", stop_once)
+    again = tiny.generate(prompt_ids=[50] * 100, max_tokens=4, prefix="off")
+    assert again.token_ids == expected.token_ids
+    assert again.finish_reason == expected.finish_reason
+
+
+def test_a_timeout_stops_a_long_prefill_midway(smollm2: Runtime) -> None:
+    ids = smollm2.encode("word " * 1500)[:1500]
+    answer = smollm2.generate(prompt_ids=ids, max_tokens=5, timeout_s=0.15)
+    assert answer.finish_reason == "timeout"
+    assert answer.stats.n_generated == 0
+    assert cells_accounted(wait_idle(smollm2))
+
+
 def test_what_does_not_fit_is_refused_with_numbers(tiny_path: Path) -> None:
     with pytest.raises(errors.CapacityError, match=r"budget of 1 MiB.*at least 0\.\d+ GiB"):
         Runtime(tiny_path, memory="1MiB", n_ctx=512)
