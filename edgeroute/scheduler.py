@@ -183,6 +183,7 @@ class Scheduler:
         batch = [request for request in batch if request.sequence is not None]
         if not batch:
             return
+        batch.sort(key=lambda request: _sequence(request).region.start)
         pieces = []
         for request in batch:
             sequence = _sequence(request)

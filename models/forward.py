@@ -15,6 +15,7 @@ from edgeroute.runtime.graph import (
     Builder,
     Graph,
     GraphCache,
+    MaskSlot,
     Segment,
     Span,
     causal_mask,
@@ -32,7 +33,7 @@ from edgeroute.runtime.tensor import (
 )
 from edgeroute.runtime.weights import Weights
 
-NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 48, 12, 64
+NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 72, 12, 64
 
 
 class Piece(NamedTuple):
@@ -180,8 +181,8 @@ class Forward:
             set_bytes(inputs.out_ids, _out_ids(pieces))
         for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
             if strip is not None:
-                for tensor, piece, segment in zip(masks, pieces, shape.segments, strict=False):
-                    _write_mask(strip, tensor, piece, segment)
+                for slot, piece, segment in zip(masks, pieces, shape.segments, strict=False):
+                    _write_mask(strip, slot, piece, segment)
 
 
 def _segment(piece: Piece) -> Segment:
@@ -192,15 +193,15 @@ def _segment(piece: Piece) -> Segment:
     return Segment(region.start, round_cells(end), n_tokens)
 
 
-def _write_mask(strip: Table, tensor: Tensor, piece: Piece, segment: Segment) -> None:
+def _write_mask(strip: Table, slot: MaskSlot, piece: Piece, segment: Segment) -> None:
     """Write the mask rows of a piece, F16 (n_tokens, n_kv), each a slice of the strip."""
     first = len(strip.values) // 2 - 1 - piece.pos
     if segment.n_tokens == 1:
-        strip.write(tensor, 0, first, segment.n_kv)
+        strip.write(slot.tensor, slot.at, first, segment.n_kv)
         return
     rows = np.lib.stride_tricks.sliding_window_view(strip.values, segment.n_kv)
     last = first - segment.n_tokens
-    set_bytes(tensor, np.ascontiguousarray(rows[first : last if last >= 0 else None : -1]))
+    set_bytes(slot.tensor, np.ascontiguousarray(rows[first : last if last >= 0 else None : -1]))
 
 
 def _out_ids(pieces: Sequence[Piece]) -> npt.NDArray[np.int32]:

@@ -5,7 +5,7 @@ out: its inputs, its output, and the descriptors that keep them alive.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.kv_cache import KV_TYPES, KvCache
 from edgeroute.runtime.tensor import F16, I32, I64, Descriptors, shape, strides
 from edgeroute.runtime.weights import Weights
+
+SPLIT_KV_MIN = 512
+"""Source: ggml-cpu/ops.cpp, ggml_compute_forward_flash_attn_ext_f16, use_split_kv_path."""
 
 
 class Segment(NamedTuple):
@@ -55,6 +58,13 @@ class BatchShape(NamedTuple):
         return sum(segment.n_tokens for segment in self.segments)
 
 
+class MaskSlot(NamedTuple):
+    """Where a segment's mask rows, F16 [n_kv, n_tokens], begin in a mask tensor."""
+
+    tensor: Tensor
+    at: int
+
+
 @dataclass(slots=True)
 class Inputs:
     """Input tensors of a graph; a span without embedding or attention lacks some."""
@@ -63,8 +73,8 @@ class Inputs:
     pos: Tensor | None = None  # I32 [n_tokens]
     rows: Tensor | None = None  # I64 [n_tokens], cells that the new keys and values go to
     out_ids: Tensor | None = None  # I32 [n_out]
-    masks: list[Tensor] = field(default_factory=list)  # F16 [n_kv, n_tokens] per segment
-    masks_swa: list[Tensor] = field(default_factory=list)
+    masks: list[MaskSlot] = field(default_factory=list)  # one per segment
+    masks_swa: list[MaskSlot] = field(default_factory=list)
 
 
 class Builder:
@@ -83,6 +93,7 @@ class Builder:
         self.weights = weights
         self.n_tokens = batch.n_tokens
         self.inputs = Inputs()
+        self._groups = group_segments(batch.segments)
         self._descriptors = Descriptors(n_nodes, n_nodes)
         self.ctx = self._descriptors.ctx
         self.graph = self.g.ggml_new_graph_custom(self.ctx, n_nodes, False)
@@ -151,6 +162,7 @@ class Builder:
         """
         if self.inputs.rows is None:
             self.inputs.rows = self._input(I64, "kv_rows", self.n_tokens)
+        k, v = self._rotate(k, self.kv.k_rotation), self._rotate(v, self.kv.v_rotation)
         for cache, new in ((self.kv.k[il], k), (self.kv.v[il], v)):
             flat = self.g.ggml_reshape_2d(self.ctx, new, shape(cache)[0], self.n_tokens)
             written = self.g.ggml_set_rows(self.ctx, cache, flat, self.inputs.rows)
@@ -159,8 +171,8 @@ class Builder:
     def attend(self, il: int, q: Tensor, scale: float, *, swa: bool = False) -> Tensor:
         """Attend to the stored cells of each sequence.
 
-        Each segment has an operation of its own on its own cells: the same bits come out
-        whichever sequences share the batch.
+        Each segment sees its own cells only, and its operation takes the path that it would
+        take alone: the same bits come out whichever sequences share the batch.
 
         Args:
             il: layer.
@@ -173,43 +185,57 @@ class Builder:
         """
         g, ctx = self.g, self.ctx
         n_embd_head, n_head, _, _ = shape(q)
-        parts: Tensor | None = None
-        first = 0
-        for mask, segment in zip(self._masks(swa), self.batch.segments, strict=True):
-            mine = q
-            if len(self.batch.segments) > 1:
-                nb = strides(q)
-                mine = g.ggml_view_3d(
-                    ctx, q, n_embd_head, n_head, segment.n_tokens, nb[1], nb[2], first * nb[2]
-                )
+        q = self._rotate(q, self.kv.k_rotation)  # the products with rotated keys are the same
+        nb, parts, first = strides(q), list[Tensor](), 0
+        for group, mask in zip(self._groups, self._masks(swa), strict=True):
+            n, n_tokens = len(group), group[0].n_tokens
+            mine = g.ggml_view_4d(
+                ctx, q, n_embd_head, n_head, n_tokens, n, nb[1], nb[2], n_tokens * nb[2],
+                first * nb[2],
+            )  # fmt: skip
             mine = g.ggml_permute(ctx, mine, 0, 2, 1, 3)
-            k = self._cells(self.kv.k[il], segment, n_embd_head)
-            v = self._cells(self.kv.v[il], segment, n_embd_head)
+            k = self._cells(self.kv.k[il], group, n_embd_head)
+            v = self._cells(self.kv.v[il], group, n_embd_head)
             out = g.ggml_flash_attn_ext(ctx, mine, k, v, mask, scale, 0.0, 0.0)
             g.ggml_prec_set_acc(out, api.PREC_F32)
-            out = g.ggml_reshape_2d(ctx, out, shape(out)[0] * n_head, segment.n_tokens)
-            parts = out if parts is None else g.ggml_concat(ctx, parts, out, 1)
-            first += segment.n_tokens
-        if parts is None:
-            raise ValueError("a batch has at least one segment")
-        return parts
+            parts.append(g.ggml_reshape_2d(ctx, out, shape(out)[0] * n_head, n_tokens * n))
+            first += n_tokens * n
+        joined = parts[0]
+        for part in parts[1:]:
+            joined = g.ggml_concat(ctx, joined, part, 1)
+        return self._rotate(joined, self.kv.v_rotation)  # a Hadamard matrix is its own inverse
+
+    def _rotate(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        """Multiply each `n` consecutive values of every column by the rotation [n, n]."""
+        if rotation is None:
+            return x
+        g, ctx = self.g, self.ctx
+        ne, n = shape(x), shape(rotation)[0]
+        flat = g.ggml_reshape_2d(ctx, x, n, ne[0] * ne[1] * ne[2] // n)
+        turned = g.ggml_mul_mat(ctx, rotation, flat)
+        g.ggml_mul_mat_set_hint(turned, api.HINT_HADAMARD)  # a fast transform, not a product
+        return g.ggml_reshape_3d(ctx, turned, ne[0], ne[1], ne[2])
 
     def _masks(self, swa: bool) -> list[Tensor]:
-        masks = self.inputs.masks_swa if swa else self.inputs.masks
-        if not masks:
-            for segment in self.batch.segments:
-                masks.append(self._input(F16, "mask", segment.n_kv, segment.n_tokens))
-        return masks
+        """Return one mask per group, F16 [n_kv, n_tokens, 1, n_segments]."""
+        slots = self.inputs.masks_swa if swa else self.inputs.masks
+        if not slots:
+            for group in self._groups:
+                n_kv, n_tokens = group[0].n_kv, group[0].n_tokens
+                mask = self._input(F16, "mask", n_kv, n_tokens, 1, len(group))
+                slots.extend(MaskSlot(mask, i * n_kv * n_tokens) for i in range(len(group)))
+        return list(dict.fromkeys(slot.tensor for slot in slots))
 
-    def _cells(self, cache: Tensor, segment: Segment, n_embd_head: int) -> Tensor:
-        """View one sequence's cells as [n_embd_head, n_kv, n_head_kv]."""
-        g = self.g
-        width = shape(cache)[0]
+    def _cells(self, cache: Tensor, group: tuple[Segment, ...], n_embd_head: int) -> Tensor:
+        """View a group's cells as [n_embd_head, n_kv, n_head_kv, n_segments]."""
+        g, width = self.g, shape(cache)[0]
         kind = KV_TYPES[self.kv.shape.kv_type]
         row, head = g.ggml_row_size(kind, width), g.ggml_row_size(kind, n_embd_head)
-        return g.ggml_view_3d(
-            self.ctx, cache, n_embd_head, segment.n_kv, width // n_embd_head, row, head,
-            segment.start * row,
+        start = group[0].start
+        step = group[1].start - start if len(group) > 1 else group[0].n_kv
+        return g.ggml_view_4d(
+            self.ctx, cache, n_embd_head, group[0].n_kv, width // n_embd_head, len(group),
+            row, head, step * row, start * row,
         )  # fmt: skip
 
     def finish(self, output: Tensor) -> "Graph":
@@ -294,6 +320,25 @@ class GraphCache:
             self._galloc = 0
 
 
+def group_segments(segments: Sequence[Segment]) -> list[tuple[Segment, ...]]:
+    """Join neighbours that one attention operation can serve with the bits of one each.
+
+    They have one token and equally many cells, at equal distances. From SPLIT_KV_MIN cells on,
+    ggml splits a lone query's cells between threads, but not those of several queries.
+    """
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        group = groups[-1] if groups else []
+        alike = bool(group) and segment.n_kv == group[0].n_kv < SPLIT_KV_MIN
+        if alike and segment.n_tokens == group[0].n_tokens == 1:
+            step = segment.start - group[-1].start
+            if step > 0 and (len(group) == 1 or step == group[1].start - group[0].start):
+                group.append(segment)
+                continue
+        groups.append([segment])
+    return [tuple(group) for group in groups]
+
+
 def causal_mask(n_ctx: int, window: int | None = None) -> np.ndarray:
     """Make a strip from which every causal mask row is a slice: F16 (2 * n_ctx,).
 
@@ -312,7 +357,9 @@ __all__ = [
     "Graph",
     "GraphCache",
     "Inputs",
+    "MaskSlot",
     "Segment",
     "Span",
     "causal_mask",
+    "group_segments",
 ]

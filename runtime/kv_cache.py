@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from edgeroute.runtime.device import Device
+from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.ggml.api import Tensor, ggml
-from edgeroute.runtime.tensor import F16, Q8_0, Descriptors, new_tensor, place_all
+from edgeroute.runtime.tensor import F16, F32, Q8_0, Descriptors, new_tensor, place_all, set_bytes
+
+ROTATION_MIN = 64
+"""Heads of a multiple of this are rotated before they are quantised. Source: llama.cpp."""
 
 CELL_BUCKET = 256
 """Cells per step of a region and of what attention reads. Source: llama.cpp pads alike."""
@@ -47,6 +51,11 @@ class KvShape:
             )
 
     @property
+    def rotates(self) -> bool:
+        """Whether keys and values are rotated to spread outliers before they are quantised."""
+        return self.kv_type != "f16" and self.n_embd_head % ROTATION_MIN == 0
+
+    @property
     def bytes_per_cell(self) -> int:
         """Bytes of one token's keys and values over all layers."""
         g, t = ggml(), KV_TYPES[self.kv_type]
@@ -72,7 +81,7 @@ class KvCache:
         kind = KV_TYPES[shape.kv_type]
         self.shape = shape
         self.n_cells = round_cells(n_cells)
-        self._descriptors = Descriptors(2 * shape.n_layer)
+        self._descriptors = Descriptors(2 * shape.n_layer + 2)
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for il in range(shape.n_layer):
@@ -84,6 +93,25 @@ class KvCache:
         # Masked cells still meet a weight of zero: zero times an old NaN would be a NaN.
         ggml().ggml_backend_buffer_clear(self._buffer.pointer, 0)
         self._free: list[Region] = [Region(0, self.n_cells)]
+        self.k_rotation: Tensor | None = None
+        self.v_rotation: Tensor | None = None
+        self._rotations: Buffer | None = None
+        if shape.rotates:
+            self._make_rotations(device)
+
+    def _make_rotations(self, device: Device) -> None:
+        """Make Hadamard matrices, F32 [n, n]: the widest that divides a key head, and 64.
+
+        Source: llama.cpp, build_input_k_rot and build_input_v_rot.
+        """
+        head = self.shape.n_embd_head
+        widths = (head & -head, ROTATION_MIN)
+        self.k_rotation, self.v_rotation = (
+            new_tensor(self._descriptors, F32, (n, n), f"rotation_{n}") for n in widths
+        )
+        self._rotations = place_all([self.k_rotation, self.v_rotation], device)
+        for tensor, n in zip((self.k_rotation, self.v_rotation), widths, strict=True):
+            set_bytes(tensor, hadamard(n))
 
     @property
     def n_bytes(self) -> int:
@@ -157,8 +185,18 @@ class KvCache:
 
     def close(self) -> None:
         """Free the pool; safe to call twice."""
+        if self._rotations is not None:
+            self._rotations.free()
         self._buffer.free()
         self._descriptors.free()
+
+
+def hadamard(n: int) -> npt.NDArray[np.float32]:
+    """Make the symmetric orthogonal matrix of n = 2^k rows whose entries are all ±1/sqrt(n)."""
+    rows = np.full((1, 1), np.float32(1.0) / np.sqrt(np.float32(n)), np.float32)
+    while len(rows) < n:
+        rows = np.block([[rows, rows], [rows, -rows]])
+    return np.ascontiguousarray(rows, np.float32)
 
 
 def _merge(gaps: Sequence[Region]) -> list[Region]:

@@ -34,6 +34,7 @@ Struct = Annotated[Any, ctypes.c_void_p]
 """An argument given with ctypes.byref."""
 
 PREC_F32 = 10
+HINT_HADAMARD = 1
 ROPE_NORMAL, ROPE_NEOX = 0, 2
 USAGE_ANY, USAGE_WEIGHTS, USAGE_COMPUTE = 0, 1, 2
 STATUS_SUCCESS, STATUS_ABORTED = 0, 1
@@ -118,6 +119,8 @@ class Ggml:
     @c("base")
     def ggml_mul_mat_id(self, ctx: Ptr, a: Ten, b: Ten, ids: Ten) -> Ten: ...
     @c("base")
+    def ggml_mul_mat_set_hint(self, product: Ten, hint: I32) -> None: ...
+    @c("base")
     def ggml_get_rows(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
     @c("base")
     def ggml_set_rows(self, ctx: Ptr, a: Ten, b: Ten, rows: Ten) -> Ten: ...
@@ -141,6 +144,11 @@ class Ggml:
     def ggml_view_3d(
         self, ctx: Ptr, a: Ten, ne0: I64, ne1: I64, ne2: I64, nb1: Size, nb2: Size, offset: Size
     ) -> Ten: ...
+    @c("base")
+    def ggml_view_4d(
+        self, ctx: Ptr, a: Ten, ne0: I64, ne1: I64, ne2: I64, ne3: I64, nb1: Size, nb2: Size,
+        nb3: Size, offset: Size,
+    ) -> Ten: ...  # fmt: skip
     @c("base")
     def ggml_swiglu_split(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
     @c("base")

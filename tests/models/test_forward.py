@@ -14,6 +14,7 @@ from edgeroute.models.registry import describe
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.runtime.graph import Segment, group_segments
 from edgeroute.runtime.kv_cache import KvCache, KvShape, Region
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
@@ -239,3 +240,22 @@ def test_pieces_outside_their_region_are_refused(synthetic: Path) -> None:
         ):
             with pytest.raises(ComputeError, match="do not fit"):
                 bench.forward.run([piece])
+
+
+@pytest.mark.parametrize(
+    ("segments", "sizes"),
+    [
+        ([(0, 256, 1), (256, 256, 1), (512, 256, 1)], [3]),
+        ([(0, 256, 1), (256, 256, 1), (1024, 256, 1)], [2, 1]),
+        ([(0, 256, 1), (256, 512, 1)], [1, 1]),  # other lengths
+        ([(0, 512, 1), (512, 512, 1)], [1, 1]),  # a lone query is split between threads there
+        ([(0, 256, 5), (256, 256, 5)], [1, 1]),  # prompts
+        ([(512, 256, 1), (0, 256, 1)], [1, 1]),  # not ascending
+    ],
+)
+def test_only_alike_neighbours_share_an_attention(
+    segments: list[tuple[int, int, int]], sizes: list[int]
+) -> None:
+    groups = group_segments([Segment(*each) for each in segments])
+    assert [len(group) for group in groups] == sizes
+    assert [tuple(segment) for group in groups for segment in group] == segments

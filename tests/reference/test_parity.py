@@ -60,11 +60,8 @@ def test_two_threads_change_no_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
-def test_q8_0_cache_has_llama_cpps_bits(
-    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """llama.cpp turns keys and values by a Hadamard matrix first unless told not to; we do not."""
-    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+def test_q8_0_cache_has_llama_cpps_bits(arch: str, tmp_path: Path) -> None:
+    """Both turn queries, keys and values by Hadamard matrices before they are quantised."""
     path = tmp_path / "model.gguf"
     synth.make(arch, path, weight_type="Q4_0")
     found = parity.compare(path, random_tokens(N_BATCHED), n_single=N_SINGLE, kv_type="q8_0")
