@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +101,18 @@ class LoadedModel:
     def _load(self, path: Path, params: RunParams) -> None:
         own = self._owned
         self.file = own.enter_context(GGUFFile.open(path))
+        with ThreadPoolExecutor(1, "edgeroute-vocab") as aside:
+            # The vocabulary takes longest: it is read while the weights are placed.
+            vocabulary = aside.submit(Tokenizer.open, self.file)
+            own.callback(_close_tokenizer, vocabulary)
+            self._load_weights(params)
+            self.tokenizer = vocabulary.result()
+        self.ledger.release("compute buffer")
+        self.ledger.reserve({"compute buffer": self.forward.graphs.n_bytes})
+
+    def _load_weights(self, params: RunParams) -> None:
+        """Plan, enter in the ledger, then place weights, KV pool and compute buffer."""
+        own = self._owned
         self.model: Model = describe(self.file)
         self.device = own.enter_context(Device.open(params.device))
         weights = ResidentWeights(self.file, self.device, self.model.specs())
@@ -108,19 +120,20 @@ class LoadedModel:
         self.plan = plan_memory(self.model.hparams, weights, params)
         self.ledger = Ledger(budget_bytes(params))
         self.ledger.reserve(self.plan.wants())
-        with ThreadPoolExecutor(1, "edgeroute-vocab") as aside:
-            vocabulary = aside.submit(Tokenizer.open, self.file)
-            weights.load()
-            self.kv = KvCache(self.device, kv_shape(self.model.hparams, params),
-                              params.n_kv or params.n_ctx)  # fmt: skip
-            own.callback(self.kv.close)
-            self.forward = Forward(self.model, self.device, weights, self.kv)
-            own.callback(self.forward.close)
-            self.forward.reserve(min(params.n_ubatch, self.kv.n_cells), params.n_ctx)
-            self.tokenizer = own.enter_context(vocabulary.result())
-        self.ledger.release("compute buffer")
-        self.ledger.reserve({"compute buffer": self.forward.graphs.n_bytes})
+        weights.load()
+        shape = kv_shape(self.model.hparams, params)
+        self.kv = KvCache(self.device, shape, params.n_kv or params.n_ctx)
+        own.callback(self.kv.close)
+        self.forward = Forward(self.model, self.device, weights, self.kv)
+        own.callback(self.forward.close)
+        self.forward.reserve(min(params.n_ubatch, self.kv.n_cells), params.n_ctx)
 
     def close(self) -> None:
         """Free everything; safe to call twice."""
         self._owned.close()
+
+
+def _close_tokenizer(vocabulary: Future[Tokenizer]) -> None:
+    """Close the vocabulary if it was loaded, even when the weights were refused."""
+    if vocabulary.exception() is None:
+        vocabulary.result().close()

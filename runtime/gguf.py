@@ -8,6 +8,7 @@ pages), so writers must replace model files, never rewrite them.
 import mmap
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +24,8 @@ from edgeroute.runtime.gguf_types import GGMLType, TensorInfo, ValueType
 
 __all__ = ["GGMLType", "GGUFFile", "Metadata", "TensorInfo", "ValueType"]
 
+_MADV_POPULATE_READ = 22  # Source: linux/mman.h; Python's mmap does not name it yet
+_POPULATE_BYTES = 64 << 20  # at once, so that Ctrl-C is heard between
 _MIN_FILE_BYTES = 4 + 4 + 8 + 8
 
 
@@ -92,6 +95,22 @@ class GGUFFile(Closing):
             return 0
         mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
         return end - start
+
+    def populate(self, offset: int, nbytes: int) -> None:
+        """Read these bytes and map their pages now, not one by one when they are first used.
+
+        Does nothing where the system cannot; the pages then come on first use.
+        """
+        mapping = self._open_mapping()
+        start = offset & -mmap.PAGESIZE
+        end = min(offset + nbytes, self.size_bytes)
+        if sys.platform != "linux":
+            return
+        for at in range(start, end, _POPULATE_BYTES):
+            try:
+                mapping.madvise(_MADV_POPULATE_READ, at, min(_POPULATE_BYTES, end - at))
+            except OSError:  # a kernel before 5.14 does not know this advice
+                return
 
     def close(self) -> None:
         """Unmap the file, or leave that to the last view of it that is still held."""

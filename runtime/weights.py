@@ -138,7 +138,7 @@ class ResidentWeights:
         return {spec.name: info for spec, info in self._pairs}
 
     def load(self) -> None:
-        """Place every tensor; repacked ones are read and converted now, others on first use.
+        """Place every tensor: repacked ones are converted, others mapped and read ahead.
 
         Raises:
             CapacityError: not enough memory; what was allocated is freed by `close`.
@@ -155,6 +155,8 @@ class ResidentWeights:
                 self._map(tensors, infos)
             else:
                 self._copy(home, tensors, infos)
+        for info in by_home.get(None, ()):
+            self._file.populate(info.offset, info.nbytes)
 
     def close(self) -> None:
         """Free buffers and descriptors; safe to call twice."""
