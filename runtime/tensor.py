@@ -79,11 +79,6 @@ def place_all(tensors: list[Tensor], device: Device, buffer_type: int | None = N
     return buffer
 
 
-def n_bytes_of(tensor: Tensor) -> int:
-    """Count the bytes of a tensor as ggml lays it out."""
-    return ggml().ggml_nbytes(tensor)
-
-
 def set_bytes(tensor: Tensor, array: npt.NDArray[np.generic]) -> None:
     """Copy a C-contiguous array into the start of a tensor."""
     ggml().ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
@@ -134,11 +129,6 @@ def shape(tensor: Tensor) -> tuple[int, int, int, int]:
     """Read a tensor's extents, fastest first."""
     ne = TensorStruct.from_address(tensor).ne
     return ne[0], ne[1], ne[2], ne[3]
-
-
-def type_of(tensor: Tensor) -> int:
-    """Read a tensor's ggml type number."""
-    return int(TensorStruct.from_address(tensor).type)
 
 
 def strides(tensor: Tensor) -> tuple[int, int, int, int]:

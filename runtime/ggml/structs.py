@@ -62,9 +62,3 @@ class DevProps(ctypes.Structure):
         ("device_id", ctypes.c_char_p),
         ("caps", DevCaps),
     ]
-
-
-class BackendFeature(ctypes.Structure):
-    """struct ggml_backend_feature"""
-
-    _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_char_p)]

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ComputeError, ModelFileError
 
 Logits = npt.NDArray[np.float32]
@@ -41,7 +41,7 @@ class PeerParams:
     kv_type: str = "f16"
 
 
-class Peer:
+class Peer(Closing):
     """A loaded model with one context. Not thread-safe.
 
     Raises:
@@ -134,17 +134,6 @@ class Peer:
     def close(self) -> None:
         """Free batch, context and model; safe to call twice."""
         self._owned.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _decode(self, n_out: int) -> Logits:
         status = self._lib.llama_decode(self._ctx, self._batch.struct)
