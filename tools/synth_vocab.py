@@ -27,6 +27,9 @@ GEMMA_TEMPLATE: Final = (
 )
 
 
+_ENDINGS: Final = ("<|endoftext|>", "<|im_end|>", "<eos>", "<end_of_turn>")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SynthVocab:
     """A vocabulary as GGUF stores it; `merges` for BPE, `scores` for SPM."""
@@ -43,6 +46,10 @@ class SynthVocab:
     add_bos: bool
     merges: list[str] | None = None
     scores: list[float] | None = None
+
+    def ending_ids(self) -> list[int]:
+        """Return the tokens at which llama.cpp ends an answer."""
+        return [self.tokens.index(token) for token in _ENDINGS if token in self.tokens]
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the tokenizer's keys to a file that is being written."""
