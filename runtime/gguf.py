@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -32,8 +32,10 @@ _MIN_FILE_BYTES = 4 + 4 + 8 + 8
 class GGUFFile(Closing):
     """A mapped GGUF file; use it as a context manager or call `close`."""
 
-    def __init__(self, path: Path, mapping: mmap.mmap, buffer: memoryview, header: Header) -> None:
+    def __init__(self, path: Path, mapped: "_Mapped", buffer: memoryview, header: Header) -> None:
+        mapping = mapped.mapping
         self.path = path
+        self.status = mapped.status
         self.size_bytes = len(mapping)
         self.version = header.version
         self.alignment = header.alignment
@@ -53,16 +55,16 @@ class GGUFFile(Closing):
                 stays open.
         """
         where = Path(path)
-        mapping = _map(where)
-        buffer = memoryview(mapping)
+        mapped = _map(where)
+        buffer = memoryview(mapped.mapping)
         try:
             header = parse_header(buffer, where.name)
         except BaseException:
             # The error's frames still refer to the buffer and would keep the mapping open.
             buffer.release()
-            mapping.close()
+            mapped.mapping.close()
             raise
-        return cls(where, mapping, buffer, header)
+        return cls(where, mapped, buffer, header)
 
     def view(self, info: TensorInfo) -> memoryview:
         """Return the bytes of one tensor, not copied.
@@ -131,7 +133,14 @@ class GGUFFile(Closing):
         return self._mapping
 
 
-def _map(path: Path) -> mmap.mmap:
+class _Mapped(NamedTuple):
+    """A mapped file, and its status when it was opened."""
+
+    mapping: mmap.mmap
+    status: os.stat_result
+
+
+def _map(path: Path) -> _Mapped:
     """Map a regular file read-only.
 
     Raises:
@@ -154,7 +163,7 @@ def _map(path: Path) -> mmap.mmap:
                 f"the model file {path} has {status.st_size} bytes, fewer than the "
                 f"{_MIN_FILE_BYTES} of a GGUF header; fetch it again"
             )
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        return _Mapped(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), status)
     except (OSError, ValueError, OverflowError) as error:
         raise ModelFileError(f"cannot map the model file {path}: {error}") from error
     finally:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeroute.runtime import vocab_stamp
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError, ContextError, ModelFileError, UsageError
 from edgeroute.runtime.fence import Fence
@@ -66,9 +67,12 @@ class Tokenizer(Closing):
         Raises:
             ModelFileError: the file's vocabulary is malformed or missing.
         """
-        from edgeroute.runtime.vocab_check import check_vocab
+        mark = vocab_stamp.stamp(file)
+        if not vocab_stamp.is_known(mark):
+            from edgeroute.runtime.vocab_check import check_vocab
 
-        check_vocab(file)
+            check_vocab(file)
+            vocab_stamp.remember(mark)
         return cls.open_unchecked(str(file.path))
 
     @classmethod

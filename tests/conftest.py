@@ -9,6 +9,7 @@ import pytest
 import edgeroute
 from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.models.pull import resolve
+from edgeroute.runtime import vocab_stamp
 from edgeroute.runtime.errors import CatalogueError
 from edgeroute.tools.synth import make
 
@@ -37,6 +38,12 @@ def _clean_environment() -> None:
     for name in list(os.environ):
         if name.startswith("EDGEROUTE_") and name != MODELS_ENV:
             del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def _own_stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests neither trust nor leave notes on which files were checked."""
+    monkeypatch.setattr(vocab_stamp, "_path", lambda: tmp_path / "checked_vocabularies")
 
 
 @pytest.fixture(scope="session")
