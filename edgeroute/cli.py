@@ -55,6 +55,7 @@ COMMANDS: dict[str, str] = {
     "models": "List known and installed models.",
     "doctor": "Measure this machine and say what is missing.",
     "plan": "Tell whether a model fits, before loading it.",
+    "convert": "Rewrite models for this engine.",
     "bench": "Measure speed on this machine.",
 }
 """Subcommands, each a module of `edgeroute.commands` that defines `command`."""

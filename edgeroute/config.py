@@ -28,6 +28,12 @@ class RunParams:
             repacked weights by another kernel, whose last bits differ.
         kv_type: `f16` or `q8_0`.
         device: a ggml device by name or kind.
+        policy: which expert leaves when another needs its slot; `auto` or a name, see
+            `edgeroute.offload.eviction_registry`.
+        prefetch: `auto` reads experts ahead while that is measured to pay, `off` never;
+            the name of a predictor (`gate`, `eam`, `frequency`) always.
+        io_threads: reads of experts under way at once.
+        trace: a file to record which experts were chosen.
     """
 
     memory: str | int | None = None
@@ -38,12 +44,17 @@ class RunParams:
     max_batch: int = 16
     kv_type: str = "f16"
     device: str = "cpu"
+    policy: str = "auto"
+    prefetch: str = "auto"
+    io_threads: int | None = None
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (("threads", 1, 512), ("n_ctx", 32, 1 << 20), ("n_kv", 32, 1 << 22),
-                                ("n_ubatch", 64, 4096), ("max_batch", 1, 256)):  # fmt: skip
+                                ("n_ubatch", 64, 4096), ("max_batch", 1, 256),
+                                ("io_threads", 1, 64)):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name in ("threads", "n_kv"):
+            if value is None and name in ("threads", "n_kv", "io_threads"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise UsageError(
@@ -57,6 +68,22 @@ class RunParams:
             raise UsageError(f"n_kv must be at least n_ctx ({self.n_ctx}), got {self.n_kv}")
         if self.memory is not None:
             parse_bytes(self.memory)
+        if (self.policy, self.prefetch) != ("auto", "auto"):
+            self._check_paging()
+
+    def _check_paging(self) -> None:
+        # What needs offload/ is imported only when somebody asks for it: it costs start-up.
+        from edgeroute.offload.eviction_registry import POLICIES
+        from edgeroute.offload.prefetch import PREDICTORS
+
+        for name, known in (
+            ("policy", ["auto", *POLICIES]),
+            ("prefetch", ["auto", "off", *(each for each in PREDICTORS if each != "none")]),
+        ):
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
 
 
 def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = None) -> RunParams:
@@ -85,7 +112,7 @@ def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = 
 
 def _from_text(name: str, text: str) -> object:
     """Read a setting from the environment; what it means there is what it means in Python."""
-    if name in ("memory", "kv_type", "device"):
+    if name in ("memory", "kv_type", "device", "policy", "prefetch", "trace"):
         return text
     if not text.strip().isdigit():
         raise UsageError(f"{ENV_PREFIX}{name.upper()} must be a whole number, got {text!r}")

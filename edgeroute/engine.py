@@ -43,6 +43,10 @@ class Settings(TypedDict, total=False):
     max_batch: int | None
     kv_type: str | None
     device: str | None
+    policy: str | None
+    prefetch: str | None
+    io_threads: int | None
+    trace: str | None
 
 
 class Options(TypedDict, total=False):
@@ -147,6 +151,7 @@ class Runtime(Closing):
         """Return what the runtime holds and has done, as plain JSON types."""
         loaded, scheduler = self._loaded, self._scheduler
         steps = scheduler.n_decode_steps
+        experts = {} if loaded.experts is None else {"experts": loaded.experts.stats()}
         return {
             "model": str(self.path),
             "arch": loaded.model.hparams.arch,
@@ -167,7 +172,7 @@ class Runtime(Closing):
             "threads": scheduler.threads.n_threads,
             "threads_max": scheduler.threads.n_max,
             "thread_changes": scheduler.threads.n_changes,
-        }
+        } | experts
 
     def encode(self, text: str) -> list[int]:
         """Turn text into token ids as `generate` does with a prompt."""
@@ -319,7 +324,7 @@ class Runtime(Closing):
         return Scheduler(
             loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
             n_ubatch=params.n_ubatch, max_batch=params.max_batch,
-            is_eog=loaded.tokenizer.is_eog,
+            is_eog=loaded.tokenizer.is_eog, experts=loaded.experts,
         )  # fmt: skip
 
     def _loop(self, scheduler: Scheduler) -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 from edgeroute.config import RunParams
 from edgeroute.models.base import Hparams, Model
 from edgeroute.models.forward import Forward
+from edgeroute.models.paged import PagedForward
 from edgeroute.models.registry import describe
+from edgeroute.offload.expert_store import ExpertStore
+from edgeroute.paging import MoeSource, moe_source, open_store, plan_paged
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.gguf import GGUFFile
@@ -57,9 +60,11 @@ def budget_bytes(params: RunParams) -> int:
 
 def kv_shape(hparams: Hparams, params: RunParams) -> KvShape:
     """Return what one KV cell of this model holds."""
-    return KvShape(n_layer=hparams.n_layer, n_embd_k_gqa=hparams.n_embd_k_gqa,
-                   n_embd_v_gqa=hparams.n_embd_v_gqa,
-        n_embd_head=hparams.n_embd_head_k, kv_type=params.kv_type)  # fmt: skip
+    return KvShape(
+        n_layer=hparams.n_layer, n_embd_k_gqa=hparams.n_embd_k_gqa,
+        n_embd_v_gqa=hparams.n_embd_v_gqa, n_embd_head=hparams.n_embd_head_k,
+        n_embd_head_v=hparams.n_embd_head_v, v_in_k=hparams.v_in_k, kv_type=params.kv_type,
+    )  # fmt: skip
 
 
 def plan_memory(hparams: Hparams, weights: ResidentWeights, params: RunParams) -> MemoryPlan:
@@ -69,13 +74,22 @@ def plan_memory(hparams: Hparams, weights: ResidentWeights, params: RunParams) -
     """
     n_kv = round_cells(params.n_kv or params.n_ctx)
     n_ubatch = min(params.n_ubatch, n_kv)
-    per_token = 4 * (3 * hparams.n_ff + 8 * hparams.n_embd) + 2 * round_cells(params.n_ctx)
+    per_token = 4 * (_n_values_ff(hparams) + 8 * hparams.n_embd) + 2 * round_cells(params.n_ctx)
     logits = 4 * hparams.n_vocab * params.max_batch
     return MemoryPlan(
         weights=weights.plan,
         kv_bytes=n_kv * kv_shape(hparams, params).bytes_per_cell,
         compute_bytes=n_ubatch * per_token + logits,
     )
+
+
+def _n_values_ff(hparams: Hparams) -> int:
+    """Bound the values of one token that live at once in a feed-forward: in, gated, out."""
+    moe = hparams.moe
+    if moe is None:
+        return 3 * hparams.n_ff
+    per_expert = max(3 * moe.n_ff_exp, moe.n_ff_exp + 2 * hparams.n_embd)
+    return max(3 * hparams.n_ff, 3 * moe.n_ff_shexp, moe.n_expert_used * per_expert)
 
 
 class LoadedModel:
@@ -107,7 +121,14 @@ class LoadedModel:
             own.callback(_close_tokenizer, vocabulary)
             self._load_weights(params)
             self.tokenizer = vocabulary.result()
+        self._book_compute()
+
+    def _book_compute(self) -> None:
+        """Enter what the compute buffers really take instead of what was planned."""
         self.ledger.release("compute buffer")
+        if isinstance(self.forward, PagedForward):
+            self.ledger.release("expert compute")
+            self.ledger.reserve({"expert compute": self.forward.carry_bytes})
         self.ledger.reserve({"compute buffer": self.forward.graphs.n_bytes})
 
     def _load_weights(self, params: RunParams) -> None:
@@ -115,17 +136,44 @@ class LoadedModel:
         own = self._owned
         self.model: Model = describe(self.file)
         self.device = own.enter_context(Device.open(params.device))
+        self.experts: ExpertStore | None = None
+        self.ledger = Ledger(budget_bytes(params))
         weights = ResidentWeights(self.file, self.device, self.model.specs())
         own.callback(weights.close)
         self.plan = plan_memory(self.model.hparams, weights, params)
-        self.ledger = Ledger(budget_bytes(params))
+        source = moe_source(self.file, self.device, self.model, params)
+        if source is not None and self.plan.total_bytes > self.ledger.budget_bytes:
+            self._load_paged(source)
+            return
         self.ledger.reserve(self.plan.wants())
         weights.load()
+        self._make_pool(params)
+        self.forward = Forward(self.model, self.device, weights, self.kv)
+        self._reserve_compute(params)
+
+    def _load_paged(self, source: MoeSource) -> None:
+        """Place all but the experts, and make slots for as many of those as the budget holds."""
+        own, params = self._owned, source.params
+        base = source.other_weights()
+        own.callback(base.close)
+        self.plan = plan_memory(self.model.hparams, base, params)
+        paged = plan_paged(source, self.plan.wants(), self.ledger.budget_bytes)
+        self.ledger.reserve(paged.wants())
+        base.load()
+        self._make_pool(params)
+        self.experts = open_store(own, source, base, paged)
+        self.forward = PagedForward(
+            source.model, self.device, self.experts, self.kv, params.n_ubatch
+        )
+        self._reserve_compute(params)
+
+    def _make_pool(self, params: RunParams) -> None:
         shape = kv_shape(self.model.hparams, params)
         self.kv = KvCache(self.device, shape, params.n_kv or params.n_ctx)
-        own.callback(self.kv.close)
-        self.forward = Forward(self.model, self.device, weights, self.kv)
-        own.callback(self.forward.close)
+        self._owned.callback(self.kv.close)
+
+    def _reserve_compute(self, params: RunParams) -> None:
+        self._owned.callback(self.forward.close)
         self.forward.reserve(min(params.n_ubatch, self.kv.n_cells), params.n_ctx)
 
     def close(self) -> None:

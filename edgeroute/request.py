@@ -4,7 +4,9 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from edgeroute.offload.counters import LayerCount
 from edgeroute.runtime.prefix import Mode
 from edgeroute.runtime.records import TokenLogprob
 from edgeroute.runtime.sampler import Sampler
@@ -14,6 +16,14 @@ from edgeroute.stats import Chunk, FinishReason, Generation, GenerationStats
 
 Outcome = Chunk | BaseException
 """What a listener hears: chunks, the last with a finish_reason; or one exception."""
+
+
+class EngineState(NamedTuple):
+    """What the engine holds and has done when a request ends."""
+
+    memory_bytes: int
+    threads: int
+    experts: LayerCount | None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -34,6 +44,7 @@ class Request:
     on_cancel: Callable[[], None] | None = None
     """Stops the computation that runs for this request alone."""
 
+    experts_before: LayerCount | None = None
     sequence: Sequence | None = None
     n_cached: int = 0
     started: float | None = None
@@ -82,12 +93,12 @@ class Request:
             self.first_token = now
         self.last_token = now
 
-    def finish(self, reason: FinishReason, memory_bytes: int, threads: int) -> Generation:
+    def finish(self, reason: FinishReason, engine: EngineState) -> Generation:
         """Close the texts and tell the listener; the engine has freed the cells already."""
         self._pass_on(self.text.flush())
         generation = Generation(
             id=self.id, text="".join(self.pieces), token_ids=tuple(self.token_ids),
-            finish_reason=reason, stats=self._stats(memory_bytes, threads),
+            finish_reason=reason, stats=self._stats(engine),
             seed=self.sampler.seed, logprobs=tuple(self.logprobs),
         )  # fmt: skip
         self.emit(Chunk(text="", finish_reason=reason, generation=generation))
@@ -101,7 +112,7 @@ class Request:
             self.emit(Chunk(text=text, token_ids=tuple(self.pending)))
             self.pending.clear()
 
-    def _stats(self, memory_bytes: int, threads: int) -> GenerationStats:
+    def _stats(self, engine: EngineState) -> GenerationStats:
         now = time.monotonic()
         first = self.first_token or now
         return GenerationStats(
@@ -109,5 +120,21 @@ class Request:
             n_generated=len(self.token_ids),
             queue_s=(self.started or now) - self.created, prefill_s=self.prefill_s,
             ttft_s=first - self.created, decode_s=max(0.0, self.last_token - first),
-            memory_bytes=memory_bytes, threads=threads,
+            memory_bytes=engine.memory_bytes, threads=engine.threads,
+            experts=_cost(self.experts_before, engine.experts),
         )  # fmt: skip
+
+
+def _cost(before: LayerCount | None, after: LayerCount | None) -> dict[str, int | float] | None:
+    """Return what was counted between two readings; None where no expert is paged."""
+    if after is None:
+        return None
+    spent = after if before is None else after.since(before)
+    return {
+        "hits": spent.hits,
+        "misses": spent.misses + spent.late,
+        "hit_ratio": round(spent.hit_ratio, 4),
+        "demand_bytes": spent.demand_bytes,
+        "prefetch_bytes": spent.prefetch_bytes,
+        "stall_s": round(spent.stall_s, 6),
+    }

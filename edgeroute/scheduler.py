@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.forward import Forward, Piece
-from edgeroute.request import Request
+from edgeroute.offload.counters import LayerCount
+from edgeroute.offload.expert_store import ExpertStore
+from edgeroute.request import EngineState, Request
 from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.ledger import Ledger
 from edgeroute.runtime.prefix import PrefixCache
@@ -31,6 +33,7 @@ class Scheduler:
     def __init__(
         self, forward: Forward, ledger: Ledger, threads: ThreadPolicy, *, n_ctx: int,
         n_ubatch: int, max_batch: int, is_eog: Callable[[int], bool],
+        experts: ExpertStore | None = None,
     ) -> None:  # fmt: skip
         self.forward = forward
         self.prefix = PrefixCache(forward.kv, n_ubatch)
@@ -40,6 +43,7 @@ class Scheduler:
         self._n_ubatch = n_ubatch
         self._max_batch = max_batch
         self._is_eog = is_eog
+        self._experts = experts
         self._waiting: deque[Request] = deque()
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
@@ -109,13 +113,21 @@ class Scheduler:
             request.sequence = sequence
             request.n_cached = sequence.n_past
             request.started = time.monotonic()
+            request.experts_before = self._spent()
             self._prefilling.append(request)
 
     def _finish(self, request: Request, reason: FinishReason, *, keep: bool = True) -> None:
         """Free what a request holds, then tell its listener."""
         self._free(request, keep=keep)
         self.n_finished += 1
-        request.finish(reason, self._ledger.used_bytes, self.threads.n_threads)
+        if self._experts is not None:
+            self._experts.end_sequence()
+        request.finish(
+            reason, EngineState(self._ledger.used_bytes, self.threads.n_threads, self._spent())
+        )
+
+    def _spent(self) -> LayerCount | None:
+        return None if self._experts is None else self._experts.spent()
 
     def _fail(self, request: Request, error: BaseException) -> None:
         self._free(request, keep=False)

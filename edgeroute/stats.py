@@ -26,6 +26,9 @@ class GenerationStats:
     decode_s: float
     memory_bytes: int
     threads: int
+    experts: dict[str, int | float] | None = None
+    """What the paged experts cost meanwhile: hits, misses, hit_ratio, demand_bytes,
+    prefetch_bytes and stall_s, those of requests that ran at the same time included."""
 
     @property
     def prefill_tok_s(self) -> float:
@@ -39,6 +42,7 @@ class GenerationStats:
 
     def to_dict(self) -> dict[str, object]:
         """Return all figures, rates included, as plain JSON types."""
+        experts: dict[str, object] = {} if self.experts is None else {"experts": self.experts}
         return {
             "n_prompt": self.n_prompt,
             "n_cached": self.n_cached,
@@ -51,7 +55,7 @@ class GenerationStats:
             "decode_tok_s": round(self.decode_tok_s, 3),
             "memory_bytes": self.memory_bytes,
             "threads": self.threads,
-        }
+        } | experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,9 @@ Hyperparameters are facts of the model; settings of a run live elsewhere.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from edgeroute.runtime.errors import ModelFileError, UnsupportedModelError
 from edgeroute.runtime.ggml.api import Tensor
@@ -15,6 +17,11 @@ from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.weights import TensorSpec
 
 MAX_LAYERS, MAX_WIDTH, MAX_HEADS, MAX_CTX = 1024, 1 << 20, 4096, 1 << 24
+MIN_STRETCH, MAX_STRETCH = 1e-3, 1e6  # times that rotary positions are drawn out
+MAX_EXPERTS = 1024  # Source: llama-hparams.h, LLAMA_MAX_EXPERTS
+SHARES_N_FF = frozenset({"qwen2moe", "qwen3moe"})
+"""Where a file names no width of an expert, the chosen ones have n_ff together; else each has.
+Source: llama.cpp, load_arch_tensors of these architectures."""
 """Bounds on what a header may claim: far above any model, far below any overflow."""
 
 
@@ -30,6 +37,25 @@ class Rope:
     attn_factor: float
     beta_fast: float
     beta_slow: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeHparams:
+    """Counts of a mixture of experts. How scores become weights is the family's `Routing`.
+
+    Attributes:
+        n_expert: routed experts per layer.
+        n_expert_used: how many of them compute each token, 1 to n_expert.
+        n_ff_exp: width of one routed expert.
+        n_ff_shexp: width of the shared experts together; 0 where the layer has none.
+        n_layer_dense_lead: layers 0 to n - 1 are dense.
+    """
+
+    n_expert: int
+    n_expert_used: int
+    n_ff_exp: int
+    n_ff_shexp: int = 0
+    n_layer_dense_lead: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +75,9 @@ class Hparams:
     norm_rms_eps: float
     rope: Rope
     tied: bool
+    moe: MoeHparams | None = None
+    v_in_k: bool = False
+    """Whether values are the first part of the keys, so that only keys are kept."""
 
     @property
     def n_embd_k_gqa(self) -> int:
@@ -80,11 +109,63 @@ class Model(Protocol):
         """Build logits: F32 [n_vocab, n_out]."""
 
 
+@runtime_checkable
+class MoeModel(Model, Protocol):
+    """A model whose layers' feed-forward comes apart, so that experts may be paged.
+
+    `layer` is `combine` of `experts` of `route` of `front`. A paged forward calls the four in
+    graphs of their own, with the same operations in the same order: the same bits.
+    n is n_tokens, on the last layer n_out; k is n_expert_used.
+    """
+
+    def is_moe(self, il: int) -> bool:
+        """Whether layer `il` has experts; other layers only answer `layer`."""
+
+    def front(self, b: Builder, il: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Build the attention block and the feed-forward's norm; drops unwanted outputs.
+
+        Returns:
+            The residual stream and the normed input of the feed-forward, F32 [n_embd, n] each.
+        """
+
+    def route(self, b: Builder, il: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose experts for normed input `h`, F32 [n_embd, n].
+
+        Returns:
+            Expert numbers I32 [k, n], best first: a view whose rows lie n_expert apart; and
+            their weights F32 [1, k, n].
+        """
+
+    def experts(self, b: Builder, il: int, h: Tensor, ids: Tensor, slots: Tensor) -> Tensor:
+        """Build the chosen experts' outputs, not weighted yet: F32 [n_embd, k, n].
+
+        Args:
+            b: the graph; its weights give the expert tensors, whatever slots they hold.
+            il: layer.
+            h: F32 [n_embd, 1, n].
+            ids: I32 [k, n], true expert numbers; resident per-expert biases go by them.
+            slots: I32 [k, n], where the experts are in the weight tensors; `ids` if resident.
+        """
+
+    def combine(
+        self, b: Builder, il: int, x: Tensor, h: Tensor, outs: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Weight and sum expert outputs, add shared experts and the residual: F32 [n_embd, n].
+
+        Takes x and h as `front` gives them, outs as `experts`, weights as `route`.
+        """
+
+    def expert_tensors(self, il: int) -> tuple[str, ...]:
+        """Name the 3D tensors of layer `il` whose slices are pages."""
+
+
 ModelFactory = Callable[[GGUFFile], Model]
 
 
-def read_hparams(file: GGUFFile, arch: str) -> Hparams:
+def read_hparams(file: GGUFFile, arch: str, *, equal_heads: bool = True) -> Hparams:
     """Read and bound the hyperparameters that all supported families share.
+
+    `equal_heads` demands keys and values of one width, which most families take for granted.
 
     Raises:
         ModelFileError: a key is missing, has another type, or is out of bounds.
@@ -96,7 +177,8 @@ def read_hparams(file: GGUFFile, arch: str) -> Hparams:
     n_head = _same(file, f"{arch}.attention.head_count", n_layer, MAX_HEADS)
     kv_key = f"{arch}.attention.head_count_kv"
     n_head_kv = _same(file, kv_key, n_layer, MAX_HEADS) if kv_key in meta else n_head
-    n_ff = _same(file, f"{arch}.feed_forward_length", n_layer, MAX_WIDTH * 8)
+    moe = read_moe(file, arch)
+    n_ff = _n_ff(file, arch, n_layer, moe)
     default_head = n_embd // n_head
     n_embd_head_k = meta.get_int(
         f"{arch}.attention.key_length", default_head, low=1, high=MAX_WIDTH
@@ -108,7 +190,7 @@ def read_hparams(file: GGUFFile, arch: str) -> Hparams:
         raise ModelFileError(
             f"{file.path.name} has {n_head} query heads, not a multiple of its {n_head_kv} KV heads"
         )
-    if n_embd_head_k != n_embd_head_v:
+    if equal_heads and n_embd_head_k != n_embd_head_v:
         raise UnsupportedModelError(
             f"{file.path.name} has keys of width {n_embd_head_k} and values of width "
             f"{n_embd_head_v}; {arch} models with equal widths are supported"
@@ -121,8 +203,57 @@ def read_hparams(file: GGUFFile, arch: str) -> Hparams:
         n_head_kv=n_head_kv, n_embd_head_k=n_embd_head_k, n_embd_head_v=n_embd_head_v, n_ff=n_ff,
         n_ctx_train=meta.get_int(f"{arch}.context_length", low=1, high=MAX_CTX),
         norm_rms_eps=eps, rope=read_rope(file, arch, n_embd_head_k),
-        tied="output.weight" not in file.tensors,
+        tied="output.weight" not in file.tensors, moe=moe,
     )  # fmt: skip
+
+
+def read_moe(file: GGUFFile, arch: str) -> MoeHparams | None:
+    """Read and bound the counts of a mixture of experts; None for a dense model.
+
+    Raises:
+        ModelFileError: a count is out of bounds.
+        UnsupportedModelError: experts are routed in groups, or stored one tensor each.
+    """
+    meta = file.metadata
+    n_expert = meta.get_int(f"{arch}.expert_count", 0, low=0, high=MAX_EXPERTS)
+    if not n_expert:
+        return None
+    n_layer = meta.get_int(f"{arch}.block_count", low=1, high=MAX_LAYERS)
+    n_used = _same(file, f"{arch}.expert_used_count", n_layer, n_expert)
+    n_group = meta.get_int(f"{arch}.expert_group_count", 0, low=0, high=MAX_EXPERTS)
+    if n_group > 1:
+        raise UnsupportedModelError(
+            f"{file.path.name} routes its experts in {n_group} groups; only models that choose "
+            "among all experts at once are supported"
+        )
+    if "blk.0.ffn_gate.0.weight" in file.tensors:
+        raise UnsupportedModelError(
+            f"{file.path.name} stores every expert as a tensor of its own, the format of early "
+            "2024; convert the original model again, or use a newer GGUF of it"
+        )
+    key = f"{arch}.expert_feed_forward_length"
+    if key in meta:
+        n_ff_exp = _same(file, key, n_layer, MAX_WIDTH * 8)
+    else:
+        n_ff = _same(file, f"{arch}.feed_forward_length", n_layer, MAX_WIDTH * 8)
+        n_ff_exp = n_ff // n_used if arch in SHARES_N_FF else n_ff
+    return MoeHparams(
+        n_expert=n_expert, n_expert_used=n_used, n_ff_exp=n_ff_exp,
+        n_ff_shexp=meta.get_int(
+            f"{arch}.expert_shared_feed_forward_length", 0, low=0, high=MAX_WIDTH * 8
+        ),
+        n_layer_dense_lead=meta.get_int(
+            f"{arch}.leading_dense_block_count", 0, low=0, high=n_layer
+        ),
+    )  # fmt: skip
+
+
+def _n_ff(file: GGUFFile, arch: str, n_layer: int, moe: MoeHparams | None) -> int:
+    """Read the width of a dense feed-forward; a model of experts alone may name none."""
+    key = f"{arch}.feed_forward_length"
+    if moe is not None and key not in file.metadata:
+        return moe.n_ff_exp
+    return _same(file, key, n_layer, MAX_WIDTH * 8)
 
 
 def _n_vocab(file: GGUFFile) -> int:
@@ -182,6 +313,11 @@ def read_rope(file: GGUFFile, arch: str, n_embd_head: int) -> Rope:
             raise ModelFileError(
                 f"rope {name} of {file.path.name} is {value}, not a positive number"
             )
+    if factor and not MIN_STRETCH <= factor <= MAX_STRETCH:
+        raise ModelFileError(
+            f"rope factor of {file.path.name} is {factor:g}, outside {MIN_STRETCH:g} to "
+            f"{MAX_STRETCH:g}"
+        )
     freq_scale = 1.0 / factor if factor and kind != "none" else 1.0
     ext_factor = 1.0 if kind == "yarn" else 0.0
     return Rope(
@@ -190,14 +326,48 @@ def read_rope(file: GGUFFile, arch: str, n_embd_head: int) -> Rope:
             f"{arch}.rope.scaling.original_context_length", n_ctx_train, low=1, high=MAX_CTX
         ),
         freq_base=freq_base, freq_scale=freq_scale, ext_factor=ext_factor,
-        attn_factor=attn_factor * (_yarn_attn_factor(freq_scale) if ext_factor else 1.0),
+        attn_factor=attn_factor * (yarn_attn_factor(freq_scale) if ext_factor else 1.0),
         beta_fast=meta.get_float(f"{arch}.rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=meta.get_float(f"{arch}.rope.scaling.yarn_beta_slow", 1.0),
     )  # fmt: skip
 
 
-def _yarn_attn_factor(freq_scale: float) -> float:
-    """Undo the magnitude factor that ggml applies by itself for YaRN, then apply it once."""
-    factor = 1.0 / freq_scale
-    mscale = 1.0 if factor <= 1.0 else 0.1 * math.log(factor) + 1.0
-    return mscale / (1.0 + 0.1 * math.log(factor))
+def read_swa_layers(
+    file: GGUFFile, arch: str, n_layer: int, default_period: int
+) -> tuple[bool, ...]:
+    """Read which layers are windowed: per layer, or every n-th layer is not."""
+    key = f"{arch}.attention.sliding_window_pattern"
+    meta = file.metadata
+    if key in meta and meta.is_array(key):
+        flags = meta.get_int_or_array(key, n_layer)
+        return tuple(bool(flag) for flag in flags)
+    period = meta.get_int(key, default_period, low=0, high=1 << 16)
+    return tuple(period == 0 or il % period < period - 1 for il in range(n_layer))
+
+
+def read_swa_freq_base(file: GGUFFile, arch: str, default: float) -> float:
+    """Read the rotary base of windowed layers.
+
+    Raises:
+        ModelFileError: it is not a positive number.
+    """
+    base = file.metadata.get_float(f"{arch}.rope.freq_base_swa", default)
+    if not (math.isfinite(base) and base > 0):
+        raise ModelFileError(f"{arch}.rope.freq_base_swa is {base}, not a positive number")
+    return base
+
+
+def stretch_log(freq_scale: float) -> np.float32:
+    """Logarithm of a context's stretch, in single precision as llama.cpp takes it."""
+    return np.float32(math.log(float(np.float32(1.0) / np.float32(freq_scale))))
+
+
+def yarn_attn_factor(freq_scale: float, *, kept: bool = False) -> float:
+    """Undo the magnitude factor that ggml applies by itself for YaRN, then apply it once.
+
+    In single precision and in llama.cpp's order: undone and applied, 1 may be less by a bit.
+    `kept` leaves the magnitude undone.
+    """
+    one, log = np.float32(1.0), stretch_log(freq_scale)
+    magnitude = one + np.float32(0.1) * log
+    return float((one if kept or log <= 0 else magnitude) * (one / magnitude))

@@ -28,10 +28,11 @@ def rotate(b: Builder, x: Tensor, rope: Rope, mode: int, factors: str | None = N
     )  # fmt: skip
 
 
-def swiglu(b: Builder, prefix: str, x: Tensor) -> Tensor:
-    """Gated feed-forward with SiLU: down(silu(gate(x)) * up(x))."""
-    up, gate = b.linear(f"{prefix}.ffn_up", x), b.linear(f"{prefix}.ffn_gate", x)
-    return b.linear(f"{prefix}.ffn_down", b.g.ggml_swiglu_split(b.ctx, gate, up))
+def swiglu(b: Builder, prefix: str, x: Tensor, suffix: str = "") -> Tensor:
+    """Gated feed-forward with SiLU: down(silu(gate(x)) * up(x)); `suffix` ends the names."""
+    up = b.linear(f"{prefix}.ffn_up{suffix}", x)
+    gate = b.linear(f"{prefix}.ffn_gate{suffix}", x)
+    return b.linear(f"{prefix}.ffn_down{suffix}", b.g.ggml_swiglu_split(b.ctx, gate, up))
 
 
 def geglu(b: Builder, prefix: str, x: Tensor) -> Tensor:

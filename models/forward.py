@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgeroute.models.base import Model
+from edgeroute.models.base import Hparams, Model
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.ggml.api import Tensor, ggml
@@ -34,6 +34,7 @@ from edgeroute.runtime.tensor import (
 from edgeroute.runtime.weights import Weights
 
 NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 72, 12, 64
+NODES_PER_MOE, NODES_PER_EXPERT = 40, 2  # more than a dense layer has; per expert used
 
 
 class Piece(NamedTuple):
@@ -81,7 +82,7 @@ class Forward:
         Raises:
             CapacityError: no memory for it.
         """
-        shape = BatchShape((Segment(0, round_cells(n_kv), n_tokens),), 1)
+        shape = shape_of(n_tokens, round_cells(n_kv), n_out=1)
         self._graph(self.whole[0], shape)
         self.graphs.clear()
 
@@ -107,9 +108,7 @@ class Forward:
         Raises:
             ComputeError: ggml failed, or a piece lies outside its region.
         """
-        shape = BatchShape(
-            tuple([_segment(piece) for piece in pieces]), sum([piece.n_out for piece in pieces])
-        )
+        shape = self.shape(pieces)
         graph: Graph | None = None
         for span in self.whole if spans is None else spans:
             graph = self._graph(span, shape)
@@ -118,6 +117,21 @@ class Forward:
                 return None
         if graph is None or not shape.n_out:
             return np.empty((0, self.model.hparams.n_vocab), np.float32)
+        return self.logits(graph, shape, borrow)
+
+    @staticmethod
+    def shape(pieces: Sequence[Piece]) -> BatchShape:
+        """Return what graphs for these pieces depend on.
+
+        Raises:
+            ComputeError: a piece lies outside its region.
+        """
+        return BatchShape(
+            tuple([_segment(piece) for piece in pieces]), sum([piece.n_out for piece in pieces])
+        )
+
+    def logits(self, graph: Graph, shape: BatchShape, borrow: bool) -> npt.NDArray[np.float32]:
+        """Read what a graph that ends in the head computed: see `run`."""
         if borrow and graph.host_output is not None:
             return graph.host_output
         logits = np.empty((shape.n_out, self.model.hparams.n_vocab), np.float32)
@@ -142,9 +156,7 @@ class Forward:
         return graph
 
     def _build(self, span: Span, shape: BatchShape) -> Graph:
-        n_nodes = NODES_BASE + len(span.layers) * (
-            NODES_PER_LAYER + NODES_PER_SEGMENT * len(shape.segments)
-        )
+        n_nodes = room_for_nodes(self.model.hparams, len(span.layers), len(shape.segments))
         b = Builder(span, shape, self.weights, self.kv, n_nodes)
         x = self.model.embed(b) if span.embed else self._stream_view(b)
         for il in span.layers:
@@ -183,6 +195,19 @@ class Forward:
             if strip is not None:
                 for slot, piece, segment in zip(masks, pieces, shape.segments, strict=False):
                     _write_mask(strip, slot, piece, segment)
+
+
+def room_for_nodes(hparams: Hparams, n_layer: int, n_segment: int) -> int:
+    """Bound the operations, inputs and views of a graph over `n_layer` layers."""
+    per_layer = NODES_PER_LAYER + NODES_PER_SEGMENT * n_segment
+    if hparams.moe is not None:
+        per_layer += NODES_PER_MOE + NODES_PER_EXPERT * hparams.moe.n_expert_used
+    return NODES_BASE + n_layer * per_layer
+
+
+def shape_of(n_tokens: int, n_kv: int, *, n_out: int) -> BatchShape:
+    """Return the shape of a batch of one sequence that sees `n_kv` cells."""
+    return BatchShape((Segment(0, n_kv, n_tokens),), n_out)
 
 
 def _segment(piece: Piece) -> Segment:

@@ -7,8 +7,13 @@ import dataclasses
 import math
 
 from edgeroute.models import blocks
-from edgeroute.models.base import Hparams, Rope, read_hparams
-from edgeroute.runtime.errors import ModelFileError
+from edgeroute.models.base import (
+    Hparams,
+    Rope,
+    read_hparams,
+    read_swa_freq_base,
+    read_swa_layers,
+)
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.graph import Builder
@@ -26,10 +31,9 @@ class Gemma3:
         hp, meta = self.hparams, file.metadata
         window = meta.get_int("gemma3.attention.sliding_window", 0, low=0, high=1 << 24)
         self.n_swa: int | None = window or None
-        self.is_swa = _swa_layers(file, hp.n_layer) if window else (False,) * hp.n_layer
-        base = meta.get_float("gemma3.rope.freq_base_swa", 10000.0)
-        if not (math.isfinite(base) and base > 0):
-            raise ModelFileError(f"gemma3.rope.freq_base_swa is {base}, not a positive number")
+        windowed = read_swa_layers(file, "gemma3", hp.n_layer, SWA_PATTERN)
+        self.is_swa = windowed if window else (False,) * hp.n_layer
+        base = read_swa_freq_base(file, "gemma3", 10000.0)
         self.rope_swa: Rope = dataclasses.replace(hp.rope, freq_base=base, freq_scale=1.0)
         width = hp.n_embd // hp.n_head if hp.n_layer == N_LAYER_27B else hp.n_embd_head_k
         self.kq_scale = 1.0 / math.sqrt(width)
@@ -81,14 +85,3 @@ class Gemma3:
             return out
         out = b.g.ggml_tanh(b.ctx, b.scale(out, 1.0 / self.softcap))
         return b.scale(out, self.softcap)
-
-
-def _swa_layers(file: GGUFFile, n_layer: int) -> tuple[bool, ...]:
-    """Read which layers are windowed: per layer, or every n-th layer is not."""
-    key = "gemma3.attention.sliding_window_pattern"
-    meta = file.metadata
-    if key in meta and meta.is_array(key):
-        flags = meta.get_int_or_array(key, n_layer)
-        return tuple(bool(flag) for flag in flags)
-    period = meta.get_int(key, SWA_PATTERN, low=0, high=1 << 16)
-    return tuple(period == 0 or il % period < period - 1 for il in range(n_layer))

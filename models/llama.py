@@ -1,12 +1,12 @@
-"""llama: SmolLM2, Llama 2 and 3.x (with their rope factors), Mistral.
+"""llama: SmolLM2, Llama 2 and 3.x (with their rope factors), Mistral; with experts, Mixtral.
 
-Also the shape of qwen2 and qwen3, which differ in rotary order, biases and head norms.
+Also the shape of the qwen and olmoe families, which differ in rotary order, biases and norms.
 Source: llama.cpp, src/models/llama.cpp, so that results can be compared bit for bit.
 """
 
 import math
 
-from edgeroute.models import blocks
+from edgeroute.models import blocks, moe
 from edgeroute.models.base import Hparams, read_hparams
 from edgeroute.runtime.errors import UnsupportedModelError
 from edgeroute.runtime.ggml.api import Tensor
@@ -15,10 +15,12 @@ from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.weights import TensorSpec
 
 
-class Llama:
-    """Pre-norm decoder: attention with grouped heads, then a SwiGLU feed-forward."""
+class Llama(moe.MoeLayers):
+    """Pre-norm decoder: attention with grouped heads, then a SwiGLU feed-forward or experts."""
 
     arch = "llama"
+    may_be_dense = may_be_moe = True
+    routing = moe.Routing(norm_w=True)
     rope_mode = blocks.ROPE_NORMAL
     rope_factors: str | None = "rope_freqs.weight"
     n_swa: int | None = None
@@ -26,9 +28,13 @@ class Llama:
     def __init__(self, file: GGUFFile) -> None:
         self.hparams: Hparams = read_hparams(file, self.arch)
         hp = self.hparams
-        if file.metadata.get_int(f"{self.arch}.expert_count", 0, low=0, high=1 << 16):
-            raise UnsupportedModelError(f"{file.path.name} has experts; only dense {self.arch} "
-                                        "models run in this version")  # fmt: skip
+        if not self.may_be_dense:
+            moe.require(hp, file)
+        if hp.moe is not None and not self.may_be_moe:
+            raise UnsupportedModelError(
+                f"{file.path.name} has experts, which {self.arch} models have not; its "
+                f"architecture should be {self.arch}moe"
+            )
         if self.arch == "llama" and hp.rope.n_rot != hp.n_embd_head_k:
             raise UnsupportedModelError(
                 f"{file.path.name} rotates {hp.rope.n_rot} of {hp.n_embd_head_k} values per head; "
@@ -42,7 +48,10 @@ class Llama:
         found = blocks.common_specs(hp)
         for il in range(hp.n_layer):
             found += blocks.attention_specs(hp, il) + self.extra_specs(il)
-            found += blocks.ffn_specs(hp, il)
+            if hp.moe is not None and self.is_moe(il):
+                found += moe.specs(hp, hp.moe, il)
+            else:
+                found += blocks.ffn_specs(hp, il)
         if self.rope_factors:
             n_rot = hp.rope.n_rot
             found.append(
@@ -66,30 +75,31 @@ class Llama:
     def embed(self, b: Builder) -> Tensor:
         return blocks.embed_tokens(b)
 
-    def layer(self, b: Builder, il: int, x: Tensor) -> Tensor:
+    def front(self, b: Builder, il: int, x: Tensor) -> tuple[Tensor, Tensor]:
         hp, p = self.hparams, f"blk.{il}"
         attn = self.attention(b, il, b.rms_norm(f"{p}.attn_norm", x, hp.norm_rms_eps))
         if b.is_last(il):
             attn, x = b.select_outputs(attn), b.select_outputs(x)
         x = b.add(attn, x)
-        ffn = blocks.swiglu(b, p, b.rms_norm(f"{p}.ffn_norm", x, hp.norm_rms_eps))
-        return b.add(ffn, x)
+        return x, b.rms_norm(f"{p}.ffn_norm", x, hp.norm_rms_eps)
 
     def attention(self, b: Builder, il: int, x: Tensor) -> Tensor:
         """Build one attention block on normed input."""
         hp, p = self.hparams, f"blk.{il}"
-        q = blocks.split_heads(b, b.linear(f"{p}.attn_q", x), hp.n_embd_head_k, hp.n_head)
-        k = blocks.split_heads(b, b.linear(f"{p}.attn_k", x), hp.n_embd_head_k, hp.n_head_kv)
+        q = self.project(b, f"{p}.attn_q", x, hp.n_head)
+        k = self.project(b, f"{p}.attn_k", x, hp.n_head_kv)
         v = blocks.split_heads(b, b.linear(f"{p}.attn_v", x), hp.n_embd_head_v, hp.n_head_kv)
-        q, k = self.norm_heads(b, p, q, k)
         q = blocks.rotate(b, q, hp.rope, self.rope_mode, self.rope_factors)
         k = blocks.rotate(b, k, hp.rope, self.rope_mode, self.rope_factors)
         b.store_kv(il, k, v)
         return b.linear(f"{p}.attn_output", b.attend(il, q, self.kq_scale))
 
-    def norm_heads(self, b: Builder, p: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise each head before rotation; llama does not."""
-        return q, k
+    def project(self, b: Builder, name: str, x: Tensor, n_head: int) -> Tensor:
+        """Build queries or keys before rotation: F32 [n_embd_head_k, n_head, n_tokens].
+
+        Other families normalise them here, by their heads or before the split.
+        """
+        return blocks.split_heads(b, b.linear(name, x), self.hparams.n_embd_head_k, n_head)
 
     def head(self, b: Builder, x: Tensor) -> Tensor:
         return blocks.logits(b, x, self.hparams.norm_rms_eps)

@@ -14,6 +14,7 @@ class Qwen2(Llama):
     arch = "qwen2"
     rope_mode = blocks.ROPE_NEOX
     rope_factors = None
+    may_be_moe = False
 
     def specs(self) -> list[TensorSpec]:
         return [*super().specs(), blocks.bias("output", self.hparams.n_vocab)]

@@ -16,6 +16,7 @@ class Qwen3(Llama):
     arch = "qwen3"
     rope_mode = blocks.ROPE_NEOX
     rope_factors = None
+    may_be_moe = False
 
     def extra_specs(self, il: int) -> list[TensorSpec]:
         hp, p = self.hparams, f"blk.{il}"
@@ -24,6 +25,6 @@ class Qwen3(Llama):
             blocks.norm(f"{p}.attn_k_norm", hp.n_embd_head_k),
         ]
 
-    def norm_heads(self, b: Builder, p: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        eps = self.hparams.norm_rms_eps
-        return b.rms_norm(f"{p}.attn_q_norm", q, eps), b.rms_norm(f"{p}.attn_k_norm", k, eps)
+    def project(self, b: Builder, name: str, x: Tensor, n_head: int) -> Tensor:
+        heads = super().project(b, name, x, n_head)
+        return b.rms_norm(f"{name}_norm", heads, self.hparams.norm_rms_eps)

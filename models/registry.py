@@ -12,6 +12,12 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
     "qwen2": ("edgeroute.models.qwen2", "Qwen2"),
     "qwen3": ("edgeroute.models.qwen3", "Qwen3"),
     "gemma3": ("edgeroute.models.gemma3", "Gemma3"),
+    "deepseek": ("edgeroute.models.deepseek", "DeepSeek"),
+    "deepseek2": ("edgeroute.models.deepseek2", "DeepSeek2"),
+    "gpt-oss": ("edgeroute.models.gpt_oss", "GptOss"),
+    "qwen2moe": ("edgeroute.models.qwen2moe", "Qwen2Moe"),
+    "qwen3moe": ("edgeroute.models.qwen3moe", "Qwen3Moe"),
+    "olmoe": ("edgeroute.models.olmoe", "Olmoe"),
 }
 
 

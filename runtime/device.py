@@ -123,6 +123,10 @@ class StopFlag:
         """Stop the computation that runs now, if it watches."""
         self._text[0] = b"x"
 
+    def is_set(self) -> bool:
+        """Whether it was raised and not lowered since."""
+        return self._text[0] != b"\0"
+
     def clear(self) -> None:
         """Let computations run."""
         self._text[0] = b"\0"

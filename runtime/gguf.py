@@ -66,6 +66,11 @@ class GGUFFile(Closing):
             raise
         return cls(where, mapped, buffer, header)
 
+    def is_same(self, identity: tuple[int, int, int, int]) -> bool:
+        """Whether (size, mtime in ns, inode, device) are those of the file that was mapped."""
+        status = self.status
+        return identity == (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+
     def view(self, info: TensorInfo) -> memoryview:
         """Return the bytes of one tensor, not copied.
 

@@ -4,8 +4,9 @@ A Builder offers ggml's operations to the architectures in models/. A Graph is w
 out: its inputs, its output, and the descriptors that keep them alive.
 """
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -75,6 +76,7 @@ class Inputs:
     out_ids: Tensor | None = None  # I32 [n_out]
     masks: list[MaskSlot] = field(default_factory=list)  # one per segment
     masks_swa: list[MaskSlot] = field(default_factory=list)
+    more: dict[str, Tensor] = field(default_factory=dict)  # what only one kind of forward has
 
 
 class Builder:
@@ -93,6 +95,7 @@ class Builder:
         self.weights = weights
         self.n_tokens = batch.n_tokens
         self.inputs = Inputs()
+        self.last_layer = span.layers[-1] if span.output and span.layers else None
         self._groups = group_segments(batch.segments)
         self._descriptors = Descriptors(n_nodes, n_nodes)
         self.ctx = self._descriptors.ctx
@@ -114,7 +117,7 @@ class Builder:
 
     def is_last(self, il: int) -> bool:
         """Whether `il` is the last layer before the output head."""
-        return self.span.output and bool(self.span.layers) and il == self.span.layers[-1]
+        return il == self.last_layer
 
     def select_outputs(self, x: Tensor) -> Tensor:
         """Keep the columns whose logits are wanted: F32 [n_embd, n_out]."""
@@ -123,6 +126,11 @@ class Builder:
         if self.inputs.out_ids is None:
             self.inputs.out_ids = self._input(I32, "out_ids", self.batch.n_out)
         return self.g.ggml_get_rows(self.ctx, x, self.inputs.out_ids)
+
+    def more(self, name: str, kind: int, *ne: int) -> Tensor:
+        """Make an input of the caller's own, to be found in `Inputs.more`."""
+        tensor = self.inputs.more[name] = self._input(kind, name, *ne)
+        return tensor
 
     def _input(self, kind: int, name: str, *ne: int) -> Tensor:
         tensor = self.g.ggml_new_tensor_4d(self.ctx, kind, *(*ne, 1, 1, 1)[:4])
@@ -142,6 +150,22 @@ class Builder:
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else self.g.ggml_add(self.ctx, y, bias)
 
+    def linear_id(self, name: str, x: Tensor, ids: Tensor, slots: Tensor) -> Tensor:
+        """Multiply each token with the expert slices it chose, and add their biases if any.
+
+        Args:
+            name: stem of a weight [n_in, n_out, n_slot], with or without bias [n_out, n_expert].
+            x: F32 [n_in, k or 1, n].
+            ids: expert numbers I32 [k, n], which the bias goes by.
+            slots: positions in the weight, I32 [k, n].
+
+        Returns:
+            F32 [n_out, k, n].
+        """
+        y = self.g.ggml_mul_mat_id(self.ctx, self.weights[f"{name}.weight"], x, slots)
+        bias = self.weights.get(f"{name}.bias")
+        return y if bias is None else self.g.ggml_add_id(self.ctx, y, bias, ids)
+
     def rms_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
         """Normalise columns to unit mean square, then scale by weight `name`."""
         y = self.g.ggml_rms_norm(self.ctx, x, eps)
@@ -155,20 +179,25 @@ class Builder:
         """Multiply by a number."""
         return self.g.ggml_scale(self.ctx, x, factor)
 
-    def store_kv(self, il: int, k: Tensor, v: Tensor) -> None:
+    def store_kv(self, il: int, k: Tensor, v: Tensor | None) -> None:
         """Write this batch's keys and values, each F32 [n_embd_head, n_head_kv, n_tokens].
 
-        They enter the graph here, before any attention that reads them.
+        They enter the graph here, before any attention that reads them. `v` is None where
+        values are the first part of the keys (KvShape.v_in_k).
         """
         if self.inputs.rows is None:
             self.inputs.rows = self._input(I64, "kv_rows", self.n_tokens)
-        k, v = self._rotate(k, self.kv.k_rotation), self._rotate(v, self.kv.v_rotation)
-        for cache, new in ((self.kv.k[il], k), (self.kv.v[il], v)):
+        pairs = [(self.kv.k[il], self._rotate(k, self.kv.k_rotation))]
+        if v is not None:
+            pairs.append((self.kv.v[il], self._rotate(v, self.kv.v_rotation)))
+        for cache, new in pairs:
             flat = self.g.ggml_reshape_2d(self.ctx, new, shape(cache)[0], self.n_tokens)
             written = self.g.ggml_set_rows(self.ctx, cache, flat, self.inputs.rows)
             self.g.ggml_build_forward_expand(self.graph, written)
 
-    def attend(self, il: int, q: Tensor, scale: float, *, swa: bool = False) -> Tensor:
+    def attend(
+        self, il: int, q: Tensor, scale: float, *, swa: bool = False, sinks: Tensor | None = None
+    ) -> Tensor:
         """Attend to the stored cells of each sequence.
 
         Each segment sees its own cells only, and its operation takes the path that it would
@@ -179,6 +208,7 @@ class Builder:
             q: F32 [n_embd_head_k, n_head, n_tokens].
             scale: factor on the products.
             swa: use the sliding-window masks.
+            sinks: F32 [n_head], a logit per head that takes weight and adds no value.
 
         Returns:
             F32 [n_embd_head_v * n_head, n_tokens].
@@ -195,8 +225,10 @@ class Builder:
             )  # fmt: skip
             mine = g.ggml_permute(ctx, mine, 0, 2, 1, 3)
             k = self._cells(self.kv.k[il], group, n_embd_head)
-            v = self._cells(self.kv.v[il], group, n_embd_head)
+            v = self._value_cells(il, group)
             out = g.ggml_flash_attn_ext(ctx, mine, k, v, mask, scale, 0.0, 0.0)
+            if sinks is not None:
+                g.ggml_flash_attn_ext_add_sinks(out, sinks)
             g.ggml_prec_set_acc(out, api.PREC_F32)
             parts.append(g.ggml_reshape_2d(ctx, out, shape(out)[0] * n_head, n_tokens * n))
             first += n_tokens * n
@@ -226,6 +258,17 @@ class Builder:
                 slots.extend(MaskSlot(mask, i * n_kv * n_tokens) for i in range(len(group)))
         return list(dict.fromkeys(slot.tensor for slot in slots))
 
+    def _value_cells(self, il: int, group: tuple[Segment, ...]) -> Tensor:
+        """View a group's values as [n_embd_head_v, n_kv, n_head_kv, n_segments]."""
+        kv = self.kv.shape
+        if not kv.v_in_k:
+            return self._cells(self.kv.v[il], group, kv.value_head)
+        keys = self._cells(self.kv.k[il], group, kv.n_embd_head)
+        ne, nb = shape(keys), strides(keys)
+        return self.g.ggml_view_4d(
+            self.ctx, keys, kv.value_head, ne[1], ne[2], ne[3], nb[1], nb[2], nb[3], 0
+        )
+
     def _cells(self, cache: Tensor, group: tuple[Segment, ...], n_embd_head: int) -> Tensor:
         """View a group's cells as [n_embd_head, n_kv, n_head_kv, n_segments]."""
         g, width = self.g, shape(cache)[0]
@@ -237,6 +280,11 @@ class Builder:
             self.ctx, cache, n_embd_head, group[0].n_kv, width // n_embd_head, len(group),
             row, head, step * row, start * row,
         )  # fmt: skip
+
+    def keep(self, value: Tensor, place: Tensor) -> None:
+        """Copy a value to memory outside the graph, of equal shape, once it is computed."""
+        copied = self.g.ggml_cpy(self.ctx, value, place)
+        self.g.ggml_build_forward_expand(self.graph, copied)
 
     def finish(self, output: Tensor) -> "Graph":
         """Close the graph over `output`."""
@@ -272,7 +320,7 @@ class GraphCache:
         if galloc is None:
             raise CapacityError("ggml could not create a graph allocator")
         self._galloc = galloc
-        self._max_graphs = max_graphs
+        self.max_graphs = max_graphs
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self.n_built = 0
 
@@ -294,17 +342,34 @@ class GraphCache:
         Raises:
             CapacityError: no memory for the compute buffer; the cache stays usable.
         """
+        self._place(graph)
+        self._graphs[key] = graph
+        while len(self._graphs) > self.max_graphs:
+            self._graphs.popitem(last=False)[1].free()
+        return graph
+
+    @contextlib.contextmanager
+    def passing(self, graph: Graph) -> Iterator[Graph]:
+        """Give a graph of a shape that will hardly come again its memory, and free it after.
+
+        Raises:
+            CapacityError: no memory for the compute buffer; the cache stays usable.
+        """
+        self._place(graph)
+        try:
+            yield graph
+        finally:
+            graph.free()
+
+    def _place(self, graph: Graph) -> None:
+        """Give a new graph its memory; if the buffer had to grow, all others are dropped."""
         before = self.n_bytes
         if not ggml().ggml_gallocr_alloc_graph(self._galloc, graph.pointer):
             graph.free()
             raise CapacityError("no memory for a compute buffer; lower n_ctx or n_ubatch")
         if self.n_bytes != before:
             self.clear()
-        self._graphs[key] = graph
         self.n_built += 1
-        while len(self._graphs) > self._max_graphs:
-            self._graphs.popitem(last=False)[1].free()
-        return graph
 
     def clear(self) -> None:
         """Drop every graph; the buffer stays."""

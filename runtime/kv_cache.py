@@ -32,34 +32,62 @@ def round_cells(n_cells: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvShape:
-    """What one cell holds: widths per layer of keys and values, and their type."""
+    """What one cell holds: widths per layer of keys and values, and their type.
+
+    Attributes:
+        n_embd_head: width of a key head.
+        n_embd_head_v: width of a value head, where it is another.
+        v_in_k: values are the first `n_embd_head_v` of each key and are not stored again
+            (multi-head latent attention); nothing is rotated then. Source: llama.cpp,
+            build_attn over llm_graph_input_attn_k.
+    """
 
     n_layer: int
     n_embd_k_gqa: int
     n_embd_v_gqa: int
     n_embd_head: int
+    n_embd_head_v: int | None = None
+    v_in_k: bool = False
     kv_type: str = "f16"
 
     def __post_init__(self) -> None:
         if self.kv_type not in KV_TYPES:
             raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}, got {self.kv_type!r}")
         block = ggml().ggml_blck_size(KV_TYPES[self.kv_type])
-        if self.n_embd_head % block:
-            raise UsageError(
-                f"kv_type {self.kv_type} needs heads of a multiple of {block} values, this model "
-                f"has {self.n_embd_head}; use f16"
-            )
+        for width in (self.n_embd_head, self.value_head):
+            if width % block:
+                raise UsageError(
+                    f"kv_type {self.kv_type} needs heads of a multiple of {block} values, this "
+                    f"model has {width}; use f16"
+                )
 
     @property
-    def rotates(self) -> bool:
-        """Whether keys and values are rotated to spread outliers before they are quantised."""
-        return self.kv_type != "f16" and self.n_embd_head % ROTATION_MIN == 0
+    def value_head(self) -> int:
+        """Width of a value head."""
+        return self.n_embd_head if self.n_embd_head_v is None else self.n_embd_head_v
+
+    @property
+    def rotation_widths(self) -> tuple[int | None, int | None]:
+        """Rows of the matrices that turn keys and values before they are quantised.
+
+        The widest power of two that divides a key head, and 64; None where nothing turns.
+        Source: llama.cpp, build_input_k_rot and build_input_v_rot.
+        """
+        if self.kv_type == "f16" or self.v_in_k:
+            return None, None
+        k, v = self.n_embd_head, self.value_head
+        return (
+            k & -k if k % ROTATION_MIN == 0 else None,
+            ROTATION_MIN if v % ROTATION_MIN == 0 else None,
+        )
 
     @property
     def bytes_per_cell(self) -> int:
         """Bytes of one token's keys and values over all layers."""
         g, t = ggml(), KV_TYPES[self.kv_type]
-        row = g.ggml_row_size(t, self.n_embd_k_gqa) + g.ggml_row_size(t, self.n_embd_v_gqa)
+        row = g.ggml_row_size(t, self.n_embd_k_gqa)
+        if not self.v_in_k:
+            row += g.ggml_row_size(t, self.n_embd_v_gqa)
         return self.n_layer * row
 
 
@@ -87,6 +115,8 @@ class KvCache:
         for il in range(shape.n_layer):
             for rows, width, name in ((self.k, shape.n_embd_k_gqa, "cache_k"),
                                       (self.v, shape.n_embd_v_gqa, "cache_v")):  # fmt: skip
+                if shape.v_in_k and rows is self.v:
+                    continue
                 ne = (width, self.n_cells)
                 rows.append(new_tensor(self._descriptors, kind, ne, f"{name}_l{il}"))
         self._buffer = place_all([*self.k, *self.v], device)
@@ -96,22 +126,21 @@ class KvCache:
         self.k_rotation: Tensor | None = None
         self.v_rotation: Tensor | None = None
         self._rotations: Buffer | None = None
-        if shape.rotates:
-            self._make_rotations(device)
+        self._make_rotations(device)
 
     def _make_rotations(self, device: Device) -> None:
-        """Make Hadamard matrices, F32 [n, n]: the widest that divides a key head, and 64.
-
-        Source: llama.cpp, build_input_k_rot and build_input_v_rot.
-        """
-        head = self.shape.n_embd_head
-        widths = (head & -head, ROTATION_MIN)
-        self.k_rotation, self.v_rotation = (
-            new_tensor(self._descriptors, F32, (n, n), f"rotation_{n}") for n in widths
-        )
-        self._rotations = place_all([self.k_rotation, self.v_rotation], device)
-        for tensor, n in zip((self.k_rotation, self.v_rotation), widths, strict=True):
-            set_bytes(tensor, hadamard(n))
+        """Make the Hadamard matrices, F32 [n, n], that the shape asks for."""
+        widths = self.shape.rotation_widths
+        made = [
+            n if n is None else new_tensor(self._descriptors, F32, (n, n), f"rotation_{n}")
+            for n in widths
+        ]
+        self.k_rotation, self.v_rotation = made
+        tensors = [(tensor, n) for tensor, n in zip(made, widths, strict=True) if tensor and n]
+        if tensors:
+            self._rotations = place_all([tensor for tensor, _ in tensors], device)
+            for tensor, n in tensors:
+                set_bytes(tensor, hadamard(n))
 
     @property
     def n_bytes(self) -> int:

@@ -58,6 +58,11 @@ def place(tensor: Tensor, buffer: Buffer, address: int) -> None:
         raise CapacityError("ggml refused to place a tensor in its buffer")
 
 
+def is_placed(tensor: Tensor) -> bool:
+    """Whether a tensor has memory; a graph's input that nothing reads has none."""
+    return TensorStruct.from_address(tensor).data is not None
+
+
 def place_all(tensors: list[Tensor], device: Device, buffer_type: int | None = None) -> Buffer:
     """Allocate one buffer for all of `tensors` and place them in it.
 

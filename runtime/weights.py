@@ -14,9 +14,9 @@ from edgeroute.runtime.errors import ModelFileError
 from edgeroute.runtime.ggml import api, structs
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.gguf import GGMLType, GGUFFile, TensorInfo
-from edgeroute.runtime.tensor import F32, Descriptors, new_tensor, place, place_all
+from edgeroute.runtime.tensor import F32, I32, Descriptors, new_tensor, place, place_all
 
-Use = Literal["mul_mat", "get_rows", "elementwise"]
+Use = Literal["mul_mat", "mul_mat_id", "get_rows", "elementwise"]
 
 _CPU_TENSOR_ALIGNMENT = 32  # Source: ggml-impl.h, TENSOR_ALIGNMENT
 _NOT_WEIGHTS = frozenset(
@@ -112,7 +112,23 @@ class ResidentWeights:
     Lifetime: tensors are valid until `close`; `file` must stay open that long.
     """
 
-    def __init__(self, file: GGUFFile, device: Device, specs: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self, file: GGUFFile, device: Device, specs: Sequence[TensorSpec], *,
+        rows_on_demand: bool = False,
+    ) -> None:  # fmt: skip
+        """Plan where each tensor goes; nothing is read yet.
+
+        Args:
+            file: the model.
+            device: where to.
+            specs: the tensors.
+            rows_on_demand: leave tables of which only rows are read to the disk: they are
+                mapped, but neither read ahead nor counted.
+
+        Raises:
+            ModelFileError: see `check_specs`.
+        """
+        self._rows_on_demand = rows_on_demand
         self._file = file
         self._device = device
         self._pairs = check_specs(file, specs)
@@ -155,8 +171,18 @@ class ResidentWeights:
                 self._map(tensors, infos)
             else:
                 self._copy(home, tensors, infos)
+        ahead = self._read_ahead()
         for info in by_home.get(None, ()):
-            self._file.populate(info.offset, info.nbytes)
+            if info.name in ahead:
+                self._file.populate(info.offset, info.nbytes)
+
+    def _read_ahead(self) -> set[str]:
+        """Names in the file of what is read as a whole for every token."""
+        return {
+            spec.file_name
+            for spec, _ in self._pairs
+            if spec.use != "get_rows" or not self._rows_on_demand
+        }
 
     def close(self) -> None:
         """Free buffers and descriptors; safe to call twice."""
@@ -198,43 +224,25 @@ class ResidentWeights:
 
     def _choose_home(self, spec: TensorSpec, info: TensorInfo) -> int | None:
         """Pick a buffer type: a repacking one that ggml says it can compute from, or the file."""
-        if spec.use == "mul_mat":
+        if spec.use in ("mul_mat", "mul_mat_id"):
             for buffer_type in self._device.extra_buffer_types:
-                if self._supports(buffer_type, info):
+                by_id = spec.use == "mul_mat_id"
+                if supports_product(self._device, buffer_type, info, by_id=by_id):
                     return buffer_type
         if not self._device.info.host_pointers or info.offset % _CPU_TENSOR_ALIGNMENT:
             return self._device.buffer_type
         return None
 
-    def _supports(self, buffer_type: int, info: TensorInfo) -> bool:
-        """Ask ggml whether it multiplies with a weight of this type and shape in `buffer_type`.
-
-        Using such a buffer unasked aborts the process. Source: ggml-backend.h,
-        ggml_backend_dev_supports_op.
-        """
-        g = ggml()
-        probe = Descriptors(4)
-        empty = g.ggml_backend_buft_alloc_buffer(buffer_type, 0)
-        if empty is None:
-            return False
-        try:
-            weight = new_tensor(probe, info.type, info.ne, "probe")
-            x = new_tensor(probe, F32, (info.ne[0], _PROBE_TOKENS), "probe_x")
-            op = g.ggml_mul_mat(probe.ctx, weight, x)
-            structs.TensorStruct.from_address(weight).buffer = empty
-            return g.ggml_backend_dev_supports_op(self._device.info.pointer, op)
-        finally:
-            g.ggml_backend_buffer_free(empty)
-            probe.free()
-
     def _make_plan(self) -> WeightsPlan:
         g = ggml()
         mapped: dict[str, int] = {}
-        copied, repacked = 0, set()
+        copied, repacked, ahead = 0, set(), self._read_ahead()
         for spec, info in self._pairs:
             home = self._homes[spec.name]
-            if home is None:
+            if home is None and info.name in ahead:
                 mapped[info.name] = info.nbytes
+            elif home is None:
+                continue
             else:
                 copied += g.ggml_backend_buft_get_alloc_size(home, self._tensors[spec.name])
                 if home != self._device.buffer_type:
@@ -242,3 +250,33 @@ class ResidentWeights:
         return WeightsPlan(
             mapped_bytes=sum(mapped.values()), copied_bytes=copied, repacked=frozenset(repacked)
         )
+
+
+def supports_product(
+    device: Device, buffer_type: int, info: TensorInfo, *, by_id: bool = False
+) -> bool:
+    """Ask ggml whether it multiplies with a weight of this type and shape in `buffer_type`.
+
+    `by_id` asks for products with the slices that ids choose. Using such a buffer unasked
+    aborts the process. Source: ggml-backend.h, ggml_backend_dev_supports_op.
+    """
+    g = ggml()
+    empty = g.ggml_backend_buft_alloc_buffer(buffer_type, 0)
+    if empty is None:
+        return False
+    probe = Descriptors(4)
+    try:
+        weight = new_tensor(probe, info.type, info.ne, "probe")
+        if by_id:
+            x = new_tensor(probe, F32, (info.ne[0], 1, _PROBE_TOKENS), "probe_x")
+            ids = new_tensor(probe, I32, (1, _PROBE_TOKENS), "probe_ids")
+            op = g.ggml_mul_mat_id(probe.ctx, weight, x, ids)
+        else:
+            ne = (info.ne[0], _PROBE_TOKENS, *info.ne[2:])
+            x = new_tensor(probe, F32, ne, "probe_x")
+            op = g.ggml_mul_mat(probe.ctx, weight, x)
+        structs.TensorStruct.from_address(weight).buffer = empty
+        return g.ggml_backend_dev_supports_op(device.info.pointer, op)
+    finally:
+        g.ggml_backend_buffer_free(empty)
+        probe.free()

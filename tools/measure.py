@@ -3,26 +3,22 @@
 A measurement that cannot be made raises; it never comes back as a guess.
 """
 
-import mmap
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.offload.disk import DiskFile
+from edgeroute.offload.disk_speed import timed_reads
 from edgeroute.runtime.errors import UsageError
 
 BLOCK_BYTES = 1 << 20
 _MIN_BLOCKS = 8
-_O_DIRECT = getattr(os, "O_DIRECT", 0)
-_F_NOCACHE = 48  # Source: macOS fcntl.h; Python's fcntl does not name it
-_BINARY = getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +73,8 @@ def disk_read_bandwidth(
     Raises:
         UsageError: the file is too small to measure anything by, or an argument is out
             of range.
-        OSError: it cannot be read.
+        OSError: there is none.
+        ModelFileError: it cannot be read.
     """
     if queue_depth < 1 or not 0 <= start < 1:
         raise UsageError(f"need queue_depth >= 1 and 0 <= start < 1, got {queue_depth}, {start}")
@@ -88,10 +85,15 @@ def disk_read_bandwidth(
         )
     first = int(start * n_blocks)
     end = min(n_blocks, first + max(1, max_bytes // BLOCK_BYTES))
-    with _opened(Path(path), (first, end)) as (read, cache):
-        done, seconds = _read_blocks(read, range(first, end), queue_depth, max_s)
+    with DiskFile.open(path) as disk:
+        cache = {"direct": "bypassed", "uncached": "possible"}.get(disk.mode)
+        if cache is None:
+            dropped = disk.drop_cache(first * BLOCK_BYTES, (end - first) * BLOCK_BYTES)
+            cache = "dropped" if dropped else "possible"
+        offsets = (block * BLOCK_BYTES for block in range(first, end))
+        found = timed_reads(disk, offsets, (BLOCK_BYTES, queue_depth), max_s)
     return DiskBandwidth(
-        bytes_s=done * BLOCK_BYTES / seconds, n_bytes=done * BLOCK_BYTES, seconds=seconds,
+        bytes_s=found.bytes_s, n_bytes=found.n_bytes, seconds=found.seconds,
         block_bytes=BLOCK_BYTES, queue_depth=queue_depth, cache=cache,
     )  # fmt: skip
 
@@ -168,97 +170,3 @@ def _best(work: Callable[[], object], seconds: float) -> tuple[float, int]:
         best = min(best, time.perf_counter() - began)
         n += 1
     return best, n
-
-
-_Read = Callable[[int, mmap.mmap], int]
-
-
-def _read_blocks(read: _Read, blocks: range, queue_depth: int, max_s: float) -> tuple[int, float]:
-    """Read blocks by several threads; return how many were read and in how many seconds."""
-    todo, lock = iter(blocks), threading.Lock()
-    began = time.perf_counter()
-
-    def work() -> int:
-        done = 0
-        # An anonymous mapping begins at a page, as reading past the cache demands.
-        with mmap.mmap(-1, BLOCK_BYTES) as buffer:
-            while time.perf_counter() - began < max_s:
-                with lock:
-                    block = next(todo, None)
-                if block is None:
-                    break
-                n = read(block * BLOCK_BYTES, buffer)
-                if n != BLOCK_BYTES:
-                    raise OSError(f"a read at block {block} gave {n} bytes of {BLOCK_BYTES}")
-                done += 1
-        return done
-
-    with ThreadPoolExecutor(queue_depth) as pool:
-        done = sum(task.result() for task in [pool.submit(work) for _ in range(queue_depth)])
-    return done, time.perf_counter() - began
-
-
-@contextmanager
-def _opened(path: Path, blocks: tuple[int, int]) -> Iterator[tuple[_Read, str]]:
-    """Open a file in the way that comes closest to its disk; give a read and what it is worth."""
-    descriptor, cache = _open_direct(path)
-    if descriptor is None:
-        descriptor = os.open(path, os.O_RDONLY | _BINARY)
-        cache = _drop_cache(descriptor, blocks)
-    lock = threading.Lock()
-
-    def read(offset: int, buffer: mmap.mmap) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(descriptor, [buffer], offset)
-        with lock:  # this system has no reads at an offset: one at a time
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            data = os.read(descriptor, BLOCK_BYTES)
-        buffer[: len(data)] = data
-        return len(data)
-
-    try:
-        yield read, cache
-    finally:
-        os.close(descriptor)
-
-
-def _open_direct(path: Path) -> tuple[int | None, str]:
-    """Open past the page cache; None where the system or the file system cannot."""
-    if os.name != "posix":
-        return None, ""
-    if not _O_DIRECT:
-        return _open_uncached(path)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | _O_DIRECT)
-    except OSError:  # this file system refuses the flag; a plain open says if the file is bad
-        return None, ""
-    try:
-        with mmap.mmap(-1, BLOCK_BYTES) as buffer:
-            os.preadv(descriptor, [buffer], 0)
-    except OSError:  # taken at open, refused at read
-        os.close(descriptor)
-        return None, ""
-    return descriptor, "bypassed"
-
-
-def _open_uncached(path: Path) -> tuple[int | None, str]:
-    """Open without adding to the page cache: macOS's nearest to O_DIRECT."""
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.fcntl(descriptor, _F_NOCACHE, 1)
-    except OSError:
-        os.close(descriptor)
-        return None, ""
-    return descriptor, "possible"  # what was in the cache before still comes from there
-
-
-def _drop_cache(descriptor: int, blocks: tuple[int, int]) -> str:
-    """Ask the system to forget these blocks of the file."""
-    if not hasattr(os, "posix_fadvise"):
-        return "possible"
-    first, end = blocks
-    length = (end - first) * BLOCK_BYTES
-    os.posix_fadvise(descriptor, first * BLOCK_BYTES, length, os.POSIX_FADV_DONTNEED)
-    return "dropped"

@@ -15,6 +15,7 @@ Examples:
   edgeroute bench decode
   edgeroute bench prefill --model qwen2.5-coder-0.5b-instruct --reps 9
   edgeroute bench contention --reps 5 --seconds 4 --json
+  edgeroute bench experts --model moe.gguf --limit 2GiB
   edgeroute bench parity --model gemma3-270m --nmse
 """
 
@@ -114,6 +115,40 @@ def contention(**options: Any) -> None:
     from edgeroute.tools.bench import contention as bench
 
     _finish(bench.run(_params(options), _progress), options)
+
+
+@command.command(epilog=_examples("experts", "--model moe.gguf --limit 2GiB --target 25",
+                                  "--model moe.gguf --limit 40% --reps 3 --json"))  # fmt: skip
+@_timed
+@click.option("--limit", required=True, metavar="BYTES|PERCENT",
+              help="Memory limit by the kernel: 2GiB, or a share of the file, 40%.")  # fmt: skip
+@click.option("--memory", metavar="BYTES",
+              help="edgeroute's own budget; default: 0.85 of the limit.")  # fmt: skip
+@click.option("--policy", help="Eviction policy; default: the Runtime's own choice.")
+@click.option("--prefetch", help="`auto`, `off` or a predictor; default: the Runtime's.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(8, 4096),
+              help="Tokens to decode in one run.")  # fmt: skip
+@click.option("--prompt", "n_prompt", default=512, show_default=True,
+              type=click.IntRange(2, 8192), help="Tokens of a prompt.")  # fmt: skip
+@click.option("--seconds", "max_s", default=20.0, show_default=True,
+              type=click.FloatRange(0.5, 600), help="Longest phase of decoding.")  # fmt: skip
+@click.option("--peer/--no-peer", default=True, show_default=True,
+              help="Measure llama.cpp's mmap as well.")  # fmt: skip
+@click.option("--target", default=15.0, show_default=True, type=click.FloatRange(0),
+              help="Demanded ratio of decoding speeds.")  # fmt: skip
+def experts(policy: str | None, prefetch: str | None, **options: Any) -> None:
+    """A model larger than memory, under a limit by the kernel, against llama.cpp's mmap.
+
+    Ceilings of this disk and this processor are printed beside it, and the hit rate that
+    every eviction policy would have had. Needs a system with control groups.
+    """
+    from edgeroute.tools.bench import experts as bench
+
+    given = {name: options[name]
+             for name in ("limit", "memory", "n_prompt", "max_s", "peer", "target")}  # fmt: skip
+    settings = {"policy": policy, "prefetch": prefetch}
+    _finish(bench.run(_params(options), _progress, bench.ExpertsParams(**given, settings=settings)),
+            options)  # fmt: skip
 
 
 @command.command(epilog=_examples("parity", "", "--model gemma3-270m --nmse --positions 256"))

@@ -32,6 +32,11 @@ _MODEL_OPTIONS = (
                  "q8_0.  [default: f16]"),
     click.option("--device", metavar="NAME", help="A ggml device by name or kind.  "
                  "[default: cpu]"),
+    click.option("--policy", metavar="NAME", help="Which expert of a paged model leaves when "
+                 "another needs its room: auto, lru, lfu, lfru, hobbit ...  [default: auto]"),
+    click.option("--prefetch", metavar="WHEN", help="Read experts ahead: auto (while it pays), "
+                 "off, or always by gate, eam or frequency.  [default: auto]"),
+    click.option("--trace", metavar="FILE", help="Record which experts were chosen."),
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
     click.option("--temperature", type=float, default=0.0, show_default=True,
@@ -46,7 +51,10 @@ _SAMPLING_OPTIONS = (
                  help="Divide the logits of recent tokens; 1 does nothing."),
     click.option("--seed", type=int, help="Same seed, same text; without it a random one."),
 )  # fmt: skip
-SETTINGS = ("memory", "threads", "n_ctx", "kv_type", "device")
+SETTINGS = (
+    *("memory", "threads", "n_ctx", "kv_type", "device"),
+    *("policy", "prefetch", "trace"),
+)
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 
 
@@ -185,11 +193,19 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
     parts.append(_prompt_part(stats))
     memory = f"memory {format_bytes(stats['memory_bytes'])} of {format_bytes(budget_bytes)}"
     parts += [memory, f"{stats['threads']} thread{'' if stats['threads'] == 1 else 's'}"]
+    if experts := stats.get("experts"):
+        parts.append(_experts_part(experts))
     ends = {"length": "ended at --max-tokens or --n-ctx", "cancelled": "stopped",
             "timeout": "ended by --timeout"}  # fmt: skip
     if answer.finish_reason in ends:
         parts.append(ends[answer.finish_reason])
     return f"[{'; '.join(parts)}]"
+
+
+def _experts_part(experts: dict[str, Any]) -> str:
+    read = format_bytes(experts["demand_bytes"] + experts["prefetch_bytes"])
+    return (f"experts paged: {experts['hit_ratio']:.0%} hits, {read} read, "
+            f"{experts['stall_s']:.1f} s waited")  # fmt: skip
 
 
 def _prompt_part(stats: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The four architectures in plain numpy, float32, written from their papers' formulas.
+"""Most architectures in plain numpy, float32, written from their papers' formulas.
 
 Shares nothing with the engine: it reads the file with the gguf package and dequantises
 every matrix. Slow and clear; for models of a few layers.
@@ -15,6 +15,7 @@ from gguf import GGUFReader, quants
 Array = npt.NDArray[np.float32]
 
 SWA_PERIOD = 6  # gemma3: five windowed layers, then one that sees all
+NORMALISED = ("llama", "qwen3moe")  # weights of the chosen experts add up to one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class Config:
     scaling: str
     factor: float
     n_ctx_orig: int
+    n_expert_used: int
 
 
 class NumpyModel:
@@ -45,6 +47,8 @@ class NumpyModel:
             t.name: quants.dequantize(np.array(t.data), t.tensor_type).astype(np.float32)
             for t in reader.tensors
         }
+        self.margins: list[Array] = []
+        """Per layer with experts and token: the last chosen score less the first rejected."""
 
     def logits(self, tokens: list[int]) -> Array:
         """Logits after each token: float32 (n_tokens, n_vocab)."""
@@ -63,17 +67,46 @@ class NumpyModel:
         out = self._attention(il, self._norm(f"{p}.attn_norm", x))
         x = x + (self._norm(f"{p}.post_attention_norm", out) if gemma else out)
         h = self._norm(f"{p}.ffn_norm", x)
+        if f"{p}.ffn_gate_inp.weight" in self.weights:
+            return x + self._experts(p, h)
         gate, up = self._linear(f"{p}.ffn_gate", h), self._linear(f"{p}.ffn_up", h)
         out = self._linear(f"{p}.ffn_down", (_gelu(gate) if gemma else _silu(gate)) * up)
         return x + (self._norm(f"{p}.post_ffw_norm", out) if gemma else out)
 
+    def _experts(self, p: str, h: Array) -> Array:
+        """Each token's best experts, weighted by the softmax of all scores, and a shared one."""
+        c, w = self.config, self.weights
+        scores = self._linear(f"{p}.ffn_gate_inp", h)
+        probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        probs /= probs.sum(axis=-1, keepdims=True)
+        order = np.argsort(-probs, axis=-1)
+        ranked = np.take_along_axis(scores, order, axis=-1)
+        self.margins.append(ranked[:, c.n_expert_used - 1] - ranked[:, c.n_expert_used])
+        out = np.zeros_like(h)
+        for t, chosen in enumerate(order[:, : c.n_expert_used]):
+            weights = probs[t, chosen]
+            if c.arch in NORMALISED:
+                weights = weights / weights.sum()
+            for expert, weight in zip(chosen, weights, strict=True):
+                gate = w[f"{p}.ffn_gate_exps.weight"][expert] @ h[t]
+                up = w[f"{p}.ffn_up_exps.weight"][expert] @ h[t]
+                out[t] += weight * (w[f"{p}.ffn_down_exps.weight"][expert] @ (_silu(gate) * up))
+        if f"{p}.ffn_gate_shexp.weight" in w:
+            gate, up = self._linear(f"{p}.ffn_gate_shexp", h), self._linear(f"{p}.ffn_up_shexp", h)
+            score = h @ w[f"{p}.ffn_gate_inp_shexp.weight"]
+            shared = self._linear(f"{p}.ffn_down_shexp", _silu(gate) * up)
+            out += shared / (1 + np.exp(-score))[:, None]
+        return out
+
     def _attention(self, il: int, x: Array) -> Array:
         c, p, n = self.config, f"blk.{il}", len(x)
         swa = bool(c.window) and il % SWA_PERIOD < SWA_PERIOD - 1
-        q = self._linear(f"{p}.attn_q", x).reshape(n, c.n_head, -1)
-        k = self._linear(f"{p}.attn_k", x).reshape(n, c.n_head_kv, -1)
+        q, k = self._linear(f"{p}.attn_q", x), self._linear(f"{p}.attn_k", x)
+        if c.arch == "olmoe":
+            q, k = self._norm(f"{p}.attn_q_norm", q), self._norm(f"{p}.attn_k_norm", k)
+        q, k = q.reshape(n, c.n_head, -1), k.reshape(n, c.n_head_kv, -1)
         v = self._linear(f"{p}.attn_v", x).reshape(n, c.n_head_kv, -1)
-        if f"{p}.attn_q_norm.weight" in self.weights:
+        if f"{p}.attn_q_norm.weight" in self.weights and c.arch != "olmoe":
             q, k = self._norm(f"{p}.attn_q_norm", q), self._norm(f"{p}.attn_k_norm", k)
         q, k = self._rotate(q, swa), self._rotate(k, swa)
         group = c.n_head // c.n_head_kv
@@ -155,6 +188,7 @@ def _config(reader: GGUFReader) -> Config:
         scaling=get(f"{arch}.rope.scaling.type", "none"),
         factor=get(f"{arch}.rope.scaling.factor", 1.0),
         n_ctx_orig=get(f"{arch}.rope.scaling.original_context_length", n_ctx),
+        n_expert_used=get(f"{arch}.expert_used_count", 0),
     )
 
 

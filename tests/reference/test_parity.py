@@ -22,7 +22,10 @@ N_BATCHED, N_SINGLE = 275, 90
 
 # F32 leaves only the half-precision keys and values; quantised types multiply by activations
 # rounded to 8 bits. About four times what is seen.
+MIN_MARGIN = 0.01  # of a score of unit power; half-precision keys move one by 1e-3
 NMSE_LIMITS = {"F32": 1e-6, "Q8_0": 2e-3}
+DENSE = [arch for arch, spec in synth.ARCHITECTURES.items() if not spec.n_expert]
+MOE = ("llama-moe", "llama-moe-one", "qwen2moe", "qwen3moe", "olmoe")
 
 
 def random_tokens(n_tokens: int, n_vocab: int = 384) -> list[int]:
@@ -53,9 +56,10 @@ def test_every_other_block_type_has_llama_cpps_bits(weight_type: str, tmp_path: 
     check_identical(parity.compare(path, random_tokens(N_BATCHED), n_single=N_SINGLE))
 
 
-def test_two_threads_change_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", ["gemma3", "qwen3moe"])
+def test_two_threads_change_no_bit(arch: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    synth.make("gemma3", path, weight_type="Q4_0", n_layer=2)
+    synth.make(arch, path, weight_type="Q4_0", n_layer=2)
     check_identical(parity.compare(path, random_tokens(150), n_single=4, threads=2))
 
 
@@ -109,7 +113,7 @@ def test_smollm2_answers_greedily_like_llama_cpp(smollm2_path: Path) -> None:
     assert n_same == 5, differences
 
 
-@pytest.mark.parametrize("arch", synth.ARCHITECTURES)
+@pytest.mark.parametrize("arch", DENSE)
 @pytest.mark.parametrize("weight_type", NMSE_LIMITS)
 def test_numpy_reference_agrees(arch: str, weight_type: str, tmp_path: Path) -> None:
     """An implementation that shares no code: it would see what both C++ engines get wrong."""
@@ -124,6 +128,26 @@ def test_numpy_reference_agrees(arch: str, weight_type: str, tmp_path: Path) -> 
     finally:
         engine.close()
     assert seen.nmse < NMSE_LIMITS[weight_type]
+
+
+@pytest.mark.parametrize("arch", MOE)
+def test_numpy_reference_agrees_where_routes_are_clear(arch: str, tmp_path: Path) -> None:
+    """Rounding flips near-tied experts, and later layers see it: one layer, clear choices."""
+    path = tmp_path / "model.gguf"
+    synth.make(arch, path, n_layer=1)
+    tokens = random_tokens(96)
+    model = numpy_llama().NumpyModel(path)
+    reference = model.logits(tokens)
+    clear = model.margins[0] > MIN_MARGIN
+    engine = parity.Engine(path, 256, 1, "f16")
+    try:
+        found = engine.run(tokens, 0)
+    finally:
+        engine.close()
+    seen = parity.Deviation()
+    seen.add(found[clear], reference[clear])
+    assert len(model.margins) == 1 and np.count_nonzero(clear) > 64
+    assert seen.nmse < NMSE_LIMITS["F32"]
 
 
 def numpy_llama() -> ModuleType:

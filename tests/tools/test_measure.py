@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from edgeroute.offload import disk
 from edgeroute.runtime.errors import UsageError
 from edgeroute.tools import measure
 
@@ -40,7 +41,7 @@ def test_every_block_is_read_once(probe: Path, monkeypatch: pytest.MonkeyPatch, 
     assert found.n_bytes == 24 * MIB and found.queue_depth == depth
     assert found.bytes_s == pytest.approx(found.n_bytes / found.seconds)
     if offsets:  # the first read only asks whether reading past the cache works
-        assert set(offsets) == {i * MIB for i in range(24)}
+        assert {i * MIB for i in range(24)} == {at for at in offsets if at % MIB == 0}
         assert len(offsets) <= 25
 
 
@@ -84,7 +85,7 @@ def test_a_file_system_without_direct_reads_falls_back_and_says_so(
 def test_a_system_without_reads_at_an_offset_is_measured_too(
     probe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "_open_direct", lambda path: (None, ""))
+    monkeypatch.setattr(disk, "_O_DIRECT", 0)
     monkeypatch.delattr(os, "preadv", raising=False)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     found = measure.disk_read_bandwidth(str(probe), queue_depth=2)

@@ -31,6 +31,7 @@ class PeerParams:
         n_ctx: cells in all; without `kv_unified` each sequence has its equal share.
         n_seq: sequences that decode together.
         kv_type: `f16` or `q8_0`, keys and values alike.
+        repack: whether weights may be copied into a faster layout; without, they stay mapped.
     """
 
     n_ctx: int
@@ -39,6 +40,7 @@ class PeerParams:
     n_seq: int = 1
     kv_unified: bool = False
     kv_type: str = "f16"
+    repack: bool = True
 
 
 class Peer(Closing):
@@ -60,7 +62,9 @@ class Peer(Closing):
 
     def _open(self, path: Path) -> None:
         lib, own = self._lib, self._owned
-        model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        params = lib.llama_model_default_params()
+        params.use_extra_bufts = self.params.repack
+        model = lib.llama_model_load_from_file(str(path).encode(), params)
         if not model:
             raise ModelFileError(f"llama.cpp cannot load {path}, so there is no peer: {_why()}")
         own.callback(lib.llama_model_free, model)

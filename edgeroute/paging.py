@@ -1,0 +1,154 @@
+"""Composes a model whose experts do not all fit: what stays, what is paged, what it takes."""
+
+import contextlib
+from dataclasses import dataclass
+
+import psutil
+
+from edgeroute.config import RunParams
+from edgeroute.models.base import Model, MoeHparams, MoeModel
+from edgeroute.models.paged import MAX_PAIRS, Carry
+from edgeroute.offload.disk import DiskFile
+from edgeroute.offload.expert_pool import ExpertLayer, PoolPlan, plan_pools
+from edgeroute.offload.expert_store import ExpertParams, ExpertStore
+from edgeroute.offload.trace import TraceMeta, TraceRecorder, TraceWriter
+from edgeroute.offload.transfer import Transfer
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import CapacityError, ModelFileError
+from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.runtime.units import MIB, format_bytes
+from edgeroute.runtime.weights import ResidentWeights
+
+READ_BYTES, N_IO_THREADS = MIB, 2
+"""Longest read and reads at once; see BENCHLOG for what disks were measured with."""
+STAGING_MIN_BYTES, STAGING_PAGES = 8 * MIB, 12
+VOCABULARY_RATIO = 6
+"""Bytes that libllama's vocabulary takes in memory, over those of the file's header."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedPlan:
+    """A model with experts, split: `fixed` ledger entries, and what is left for slots."""
+
+    pools: tuple[PoolPlan, ...]
+    fixed: dict[str, int]
+    staging_bytes: int
+    slots_bytes: int
+
+    def wants(self) -> dict[str, int]:
+        """Return ledger entries by owner."""
+        return self.fixed | {"expert slots": self.slots_bytes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeSource:
+    """A model with experts that is being opened."""
+
+    file: GGUFFile
+    device: Device
+    model: MoeModel
+    params: RunParams
+
+    @property
+    def moe(self) -> MoeHparams:
+        """Its counts."""
+        assert self.model.hparams.moe is not None
+        return self.model.hparams.moe
+
+    def layers(self) -> list[ExpertLayer]:
+        """List the layers that have experts."""
+        model, tensors = self.model, self.file.tensors
+        return [
+            ExpertLayer(il, tuple(tensors[name] for name in model.expert_tensors(il)))
+            for il in range(model.hparams.n_layer)
+            if model.is_moe(il)
+        ]
+
+    def other_weights(self) -> ResidentWeights:
+        """Describe all weights but the experts; token embeddings are rows read on demand."""
+        model = self.model
+        paged = {name for il in range(model.hparams.n_layer) for name in model.expert_tensors(il)}
+        specs = [spec for spec in model.specs() if spec.name not in paged]
+        return ResidentWeights(self.file, self.device, specs, rows_on_demand=True)
+
+
+def moe_source(file: GGUFFile, device: Device, model: Model, params: RunParams) -> MoeSource | None:
+    """Return a model whose experts could be paged; None where it has none."""
+    if model.hparams.moe is None or not isinstance(model, MoeModel):
+        return None
+    return MoeSource(file=file, device=device, model=model, params=params)
+
+
+def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPlan:
+    """Divide a budget between what must stay and slots for experts.
+
+    Args:
+        source: the model.
+        fixed: ledger entries of the other weights, KV cache and compute buffer.
+        budget: bytes for all of it, this process as it is now included.
+
+    Raises:
+        CapacityError: even the experts of one token do not fit; names the smallest budget.
+    """
+    moe, n_embd = source.moe, source.model.hparams.n_embd
+    pools = tuple(plan_pools(source.layers(), moe.n_expert))
+    page_bytes = max(pool.page_bytes for pool in pools)
+    staging = max(STAGING_MIN_BYTES, STAGING_PAGES * page_bytes)
+    rss = psutil.Process().memory_info().rss
+    fixed = fixed | {
+        "expert compute": MAX_PAIRS * 4 * (2 * n_embd + 3 * moe.n_ff_exp)
+        + Carry.plan_bytes(n_embd, moe, source.params.n_ubatch),
+        "expert staging": staging,
+        "program and vocabulary": rss + VOCABULARY_RATIO * source.file.data_offset,
+    }
+    left = budget - sum(fixed.values())
+    least = moe.n_expert_used * sum(pool.page_bytes for pool in pools)
+    if left < least:
+        parts = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in fixed.items())
+        raise CapacityError(
+            f"{parts} and the experts of one token, {format_bytes(least)}, are over the budget of "
+            f"{format_bytes(budget)}; raise the memory budget to at least "
+            f"{(sum(fixed.values()) + least) / 2**30:.2f} GiB, or lower n_ctx or n_ubatch"
+        )
+    most = sum(pool.all_bytes for pool in pools)
+    return PagedPlan(pools=pools, fixed=fixed, staging_bytes=staging, slots_bytes=min(left, most))
+
+
+def open_store(
+    own: contextlib.ExitStack, source: MoeSource, base: ResidentWeights, plan: PagedPlan
+) -> ExpertStore:
+    """Open the disk, start the I/O threads and reserve the slots; `own` frees them.
+
+    Raises:
+        CapacityError: the device has too little memory.
+        ModelFileError: the file was changed since its header was read.
+    """
+    params = source.params
+    disk = own.enter_context(DiskFile.open(source.file.path))
+    if not source.file.is_same(disk.identity):
+        raise ModelFileError(f"{source.file.path} was changed while it was opened; open it again")
+    n_threads = params.io_threads or N_IO_THREADS
+    transfer = own.enter_context(Transfer([disk], n_threads, READ_BYTES, plan.staging_bytes))
+    forced = params.prefetch not in ("auto", "off")
+    predictor = {"auto": "gate", "off": "none"}.get(params.prefetch, params.prefetch)
+    store = ExpertStore(base, source.device, plan.pools, transfer, ExpertParams(
+        slots_bytes=plan.slots_bytes, n_expert_used=source.moe.n_expert_used,
+        policy=params.policy, prefetch=predictor, forced=forced,
+    ))  # fmt: skip
+    own.callback(store.close)
+    store.recorder = _recorder(own, source, plan)
+    return store
+
+
+def _recorder(own: contextlib.ExitStack, source: MoeSource, plan: PagedPlan) -> TraceRecorder:
+    """Keep the latest routes in memory, and all of them in a file if one was asked for."""
+    moe = source.moe
+    meta = TraceMeta(
+        model=source.file.path.name, n_layer=source.model.hparams.n_layer,
+        n_expert=moe.n_expert, n_expert_used=moe.n_expert_used,
+        page_bytes=max(pool.page_bytes for pool in plan.pools),
+        layers=tuple(sorted(layer.il for pool in plan.pools for layer in pool.layers)),
+    )  # fmt: skip
+    path = source.params.trace
+    writer = None if path is None else own.enter_context(TraceWriter(path, meta))
+    return TraceRecorder(meta, writer=writer)

@@ -1,0 +1,207 @@
+"""Mixtures of experts: routing, experts and their sum, as the families share them.
+
+A family subclasses `MoeLayers`, writes `front`, names its `Routing`, and overrides what it
+does otherwise. Source: llama.cpp, src/llama-graph.cpp, build_moe_ffn: the same operations in
+the same order, so that results can be compared bit for bit.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from edgeroute.models import blocks
+from edgeroute.models.base import Hparams, MoeHparams
+from edgeroute.runtime.errors import ModelFileError
+from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.runtime.graph import Builder
+from edgeroute.runtime.tensor import shape, strides
+from edgeroute.runtime.weights import TensorSpec
+
+Gating = Literal["softmax", "sigmoid", "softmax_weight"]
+"""How scores become probabilities; `softmax_weight` only among the chosen ones."""
+
+Activation = Callable[[Builder, Tensor, Tensor], Tensor]
+"""Joins gate and up, each F32 [n_ff_exp, k, n], to one of the same shape."""
+
+_MIN_WEIGHT_SUM = 6.103515625e-5  # the smallest normal half; Source: build_moe_ffn
+_FLT_MAX = 3.4028234663852886e38
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How a family turns the router's scores into weights of the chosen experts.
+
+    Attributes:
+        gating: from scores to probabilities.
+        norm_w: whether the chosen experts' weights are divided by their sum.
+        w_scale: a factor on the weights; 0 and 1 leave them alone.
+        selection_bias: stem of a bias added for the choice only, after "blk.N.".
+    """
+
+    gating: Gating = "softmax"
+    norm_w: bool = False
+    w_scale: float = 1.0
+    selection_bias: str | None = None
+
+
+class MoeLayers:
+    """The four parts of a layer with experts, and a layer as their sequence.
+
+    A model whose `hparams.moe` is None has dense layers only: one class serves both.
+    """
+
+    hparams: Hparams
+    routing = Routing()
+
+    def is_moe(self, il: int) -> bool:
+        moe = self.hparams.moe
+        return moe is not None and il >= moe.n_layer_dense_lead
+
+    def layer(self, b: Builder, il: int, x: Tensor) -> Tensor:
+        x, h = self.front(b, il, x)
+        if not self.is_moe(il):
+            return b.add(self.dense(b, il, h), x)
+        ids, weights = self.route(b, il, h)
+        outs = self.experts(b, il, as_expert_input(b, h), ids, ids)
+        return self.combine(b, il, x, h, outs, weights)
+
+    def front(self, b: Builder, il: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Build attention and the feed-forward's norm: residual and normed input."""
+        raise NotImplementedError
+
+    def dense(self, b: Builder, il: int, h: Tensor) -> Tensor:
+        """Build a feed-forward without experts on normed input: F32 [n_embd, n]."""
+        return blocks.swiglu(b, f"blk.{il}", h)
+
+    def shared(self, b: Builder, il: int, h: Tensor) -> Tensor | None:
+        """Build the shared experts on normed input: F32 [n_embd, n]; None without any."""
+        return None
+
+    def route(self, b: Builder, il: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        scores = b.linear(f"blk.{il}.ffn_gate_inp", h)
+        return choose(b, il, scores, self.moe, self.routing)
+
+    def experts(self, b: Builder, il: int, h: Tensor, ids: Tensor, slots: Tensor) -> Tensor:
+        p = f"blk.{il}"
+        up = b.linear_id(f"{p}.ffn_up_exps", h, ids, slots)
+        gate = b.linear_id(f"{p}.ffn_gate_exps", h, ids, slots)
+        return b.linear_id(f"{p}.ffn_down_exps", self.activate(b, gate, up), ids, slots)
+
+    def activate(self, b: Builder, gate: Tensor, up: Tensor) -> Tensor:
+        """Join an expert's gate and up, each F32 [n_ff_exp, k, n]."""
+        return b.g.ggml_swiglu_split(b.ctx, gate, up)
+
+    def combine(
+        self, b: Builder, il: int, x: Tensor, h: Tensor, outs: Tensor, weights: Tensor
+    ) -> Tensor:
+        summed = weighted_sum(b, outs, weights)
+        shared = self.shared(b, il, h)
+        return b.add(summed if shared is None else b.add(summed, shared), x)
+
+    def expert_tensors(self, il: int) -> tuple[str, ...]:
+        if not self.is_moe(il):
+            return ()
+        return tuple(f"blk.{il}.ffn_{part}_exps.weight" for part in ("gate", "up", "down"))
+
+    @property
+    def moe(self) -> MoeHparams:
+        """The counts, of a model that has experts."""
+        assert self.hparams.moe is not None
+        return self.hparams.moe
+
+
+def as_expert_input(b: Builder, h: Tensor) -> Tensor:
+    """Reshape F32 [n_embd, n] to [n_embd, 1, n]: each expert of a token reads the same."""
+    n_embd, n, _, _ = shape(h)
+    return b.g.ggml_reshape_3d(b.ctx, h, n_embd, 1, n)
+
+
+def choose(
+    b: Builder, il: int, scores: Tensor, moe: MoeHparams, routing: Routing
+) -> tuple[Tensor, Tensor]:
+    """Choose experts by the router's scores, F32 [n_expert, n].
+
+    Returns:
+        Expert numbers I32 [k, n], best first, and their weights F32 [1, k, n].
+    """
+    g, ctx = b.g, b.ctx
+    k, n = moe.n_expert_used, shape(scores)[1]
+    probs = scores
+    if routing.gating == "softmax":
+        probs = g.ggml_soft_max(ctx, scores)
+    elif routing.gating == "sigmoid":
+        probs = g.ggml_sigmoid(ctx, scores)
+    ids = g.ggml_argsort_top_k(ctx, _selection(b, il, probs, routing), k)
+    rows = g.ggml_reshape_3d(ctx, probs, 1, moe.n_expert, n)
+    weights = g.ggml_get_rows(ctx, rows, ids)
+    if routing.gating == "softmax_weight":
+        flat = g.ggml_reshape_2d(ctx, weights, k, n)
+        weights = g.ggml_reshape_3d(ctx, g.ggml_soft_max(ctx, flat), 1, k, n)
+    if routing.norm_w:
+        flat = g.ggml_reshape_2d(ctx, weights, k, n)
+        total = g.ggml_clamp(ctx, g.ggml_sum_rows(ctx, flat), _MIN_WEIGHT_SUM, math.inf)
+        weights = g.ggml_reshape_3d(ctx, g.ggml_div(ctx, flat, total), 1, k, n)
+    if routing.w_scale not in (0.0, 1.0):
+        weights = b.scale(weights, routing.w_scale)
+    return ids, weights
+
+
+def _selection(b: Builder, il: int, probs: Tensor, routing: Routing) -> Tensor:
+    """Build what experts are ranked by: F32 [n_expert, n]."""
+    ranked = probs
+    if routing.selection_bias is not None:
+        bias = b.weights.get(f"blk.{il}.{routing.selection_bias}.bias")
+        ranked = probs if bias is None else b.add(probs, bias)
+    if routing.gating == "softmax" and ranked is probs:
+        return ranked
+    # ggml sorts with std::sort, which may leave its array where some scores are NaN and
+    # others are not. A softmax makes a row NaN as a whole; elsewhere numbers are put for
+    # them, and no finite score changes. Source: ggml-cpu/ops.cpp, cmp_argsort.
+    return b.g.ggml_clamp(b.ctx, ranked, -_FLT_MAX, _FLT_MAX)
+
+
+def weighted_sum(b: Builder, outs: Tensor, weights: Tensor) -> Tensor:
+    """Sum expert outputs F32 [n_embd, k, n] by weights F32 [1, k, n], best expert first.
+
+    Returns:
+        F32 [n_embd, n].
+    """
+    g, ctx = b.g, b.ctx
+    outs = g.ggml_mul(ctx, outs, weights)
+    (n_embd, k, n, _), nb = shape(outs), strides(outs)
+    parts = [g.ggml_view_2d(ctx, outs, n_embd, n, nb[2], i * nb[1]) for i in range(k)]
+    if k == 1:
+        return g.ggml_cont(ctx, parts[0])
+    total = parts[0]
+    for part in parts[1:]:
+        total = b.add(total, part)
+    return total
+
+
+def specs(hp: Hparams, moe: MoeHparams, il: int) -> list[TensorSpec]:
+    """List the norm, the router and the routed experts of one layer."""
+    p, n_expert = f"blk.{il}", moe.n_expert
+    use: Literal["mul_mat_id"] = "mul_mat_id"
+    return [
+        blocks.norm(f"{p}.ffn_norm", hp.n_embd),
+        blocks.spec(f"{p}.ffn_gate_inp.weight", hp.n_embd, n_expert),
+        blocks.spec(f"{p}.ffn_gate_exps.weight", hp.n_embd, moe.n_ff_exp, n_expert, use=use),
+        blocks.spec(f"{p}.ffn_up_exps.weight", hp.n_embd, moe.n_ff_exp, n_expert, use=use),
+        blocks.spec(f"{p}.ffn_down_exps.weight", moe.n_ff_exp, hp.n_embd, n_expert, use=use),
+    ]
+
+
+def require(hparams: Hparams, file: GGUFFile) -> MoeHparams:
+    """Return the counts of a family that has experts always.
+
+    Raises:
+        ModelFileError: the header names none.
+    """
+    if hparams.moe is None:
+        raise ModelFileError(
+            f"{file.path.name} has no {hparams.arch}.expert_count, which {hparams.arch} models "
+            "need; the file is incomplete"
+        )
+    return hparams.moe

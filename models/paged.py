@@ -1,0 +1,361 @@
+"""Run a mixture of experts whose experts are not all there: a graph per layer, leases between.
+
+A stage ends where a router has chosen: the host reads the numbers, has the experts leased,
+and the next stage begins with them. The operations and their order are those of
+`Model.layer`, so that the logits are the same bits as with everything resident.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeroute.models.base import MoeHparams, MoeModel
+from edgeroute.models.forward import Forward, Piece, room_for_nodes, shape_of
+from edgeroute.runtime.device import Buffer, Device
+from edgeroute.runtime.errors import ComputeError
+from edgeroute.runtime.experts import ExpertPager
+from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.graph import BatchShape, Builder, Graph, Span
+from edgeroute.runtime.kv_cache import KvCache, round_cells
+from edgeroute.runtime.tensor import (
+    F32,
+    I32,
+    I64,
+    Descriptors,
+    get_bytes,
+    host_view,
+    is_placed,
+    new_tensor,
+    place_all,
+    set_bytes,
+    shape,
+)
+
+MAX_PAIRS = 2048
+"""Pairs of token and expert that are computed in one graph; bounds its memory."""
+MAX_INLINE_TOKENS = 16
+"""Up to here a layer's experts are held all at once, if there is room; beyond, in turn."""
+SHAPES_KEPT = 4
+
+
+class Stage(NamedTuple):
+    """What lies between two choices of experts.
+
+    `before` is the layer whose chosen experts begin the stage, None at the embedding;
+    `inline` whether they are computed in it, or in graphs of their own before; `dense` are
+    layers without experts; `until` is the layer whose router ends it, None at the head.
+    """
+
+    before: int | None
+    inline: bool
+    dense: tuple[int, ...]
+    until: int | None
+    guess: bool
+
+
+class PagedForward(Forward):
+    """A model on one device, its experts behind a pager.
+
+    Not thread-safe: one thread owns it. Lifetime: close it before `kv` and `pager`.
+    """
+
+    model: MoeModel
+
+    def __init__(
+        self, model: MoeModel, device: Device, pager: ExpertPager, kv: KvCache, n_tokens: int
+    ) -> None:
+        """Allocate what layers hand on, for batches of up to `n_tokens`.
+
+        Raises:
+            CapacityError: no memory for it.
+        """
+        super().__init__(model, device, pager, kv)
+        assert model.hparams.moe is not None
+        self._moe: MoeHparams = model.hparams.moe
+        self._pager = pager
+        self._parts = _parts(model)
+        self.graphs.max_graphs = SHAPES_KEPT * 2 * len(self._parts)
+        self._carry = Carry(device, model.hparams.n_embd, self._moe, n_tokens)
+
+    @property
+    def carry_bytes(self) -> int:
+        """Bytes of what layers hand on."""
+        return self._carry.n_bytes
+
+    def reserve(self, n_tokens: int, n_kv: int) -> None:
+        """Size the compute buffer for a batch of `n_tokens` that sees `n_kv` cells."""
+        batch = shape_of(n_tokens, round_cells(n_kv), n_out=1)
+        for part in self._parts:
+            self._stage(part._replace(inline=False, guess=False), batch)
+        n_pairs = min(MAX_PAIRS, n_tokens * self._moe.n_expert_used)
+        il = next(part.until for part in self._parts if part.until is not None)
+        with self.graphs.passing(self._pairs_graph(il, n_pairs)):
+            pass
+        self.graphs.clear()
+
+    def run(
+        self, pieces: Sequence[Piece], spans: Sequence[Span] | None = None, *, borrow: bool = False
+    ) -> npt.NDArray[np.float32] | None:
+        """Compute a batch, as `Forward.run` does; `spans` must be None.
+
+        Raises:
+            ModelFileError: an expert cannot be read.
+        """
+        if spans is not None:
+            raise ComputeError("a paged model is computed stage by stage; spans do not apply")
+        batch = self.shape(pieces)
+        if batch.n_tokens > self._carry.n_tokens:
+            raise ComputeError(
+                f"a batch of {batch.n_tokens} tokens is over the {self._carry.n_tokens} that "
+                "this model was opened for"
+            )
+        self._pager.begin(prefill=batch.n_tokens > len(pieces))
+        try:
+            return self._run(pieces, batch, borrow)
+        finally:
+            self._pager.end()
+
+    def close(self) -> None:
+        """Free graphs and buffers; safe to call twice."""
+        super().close()
+        self._carry.close()
+
+    def _run(
+        self, pieces: Sequence[Piece], batch: BatchShape, borrow: bool
+    ) -> npt.NDArray[np.float32] | None:
+        inline = batch.n_tokens <= MAX_INLINE_TOKENS
+        slots: list[int] | None = None
+        graph: Graph | None = None
+        for part in self._parts:
+            guess = part.guess and self._pager.wants_guess
+            stage = part._replace(inline=slots is not None, guess=guess)
+            graph = self._stage(stage, batch)
+            self._fill(graph, pieces, batch)
+            if slots is not None:
+                set_bytes(graph.inputs.more["slots"], np.array(slots, np.int32))
+            if not self.device.compute(graph.pointer):
+                return None
+            if stage.until is None:
+                break
+            n = self._columns(stage.until, batch)
+            if not n:  # the last layer of a batch that wants no logits: its keys are written
+                break
+            ids = self._carry.read_ids(n)
+            guesses = self._carry.read_guess(n) if stage.guess else None
+            self._pager.chose(stage.until, ids, guesses)
+            slots = self._lease(stage.until, ids) if inline else None
+            if slots is None and not self._take_turns(stage.until, ids, n):
+                return None
+        if graph is None or not batch.n_out:
+            return np.empty((0, self.model.hparams.n_vocab), np.float32)
+        return self.logits(graph, batch, borrow)
+
+    def _columns(self, il: int, batch: BatchShape) -> int:
+        """Count the tokens that layer `il` chooses experts for."""
+        return batch.n_out if il == self.model.hparams.n_layer - 1 else batch.n_tokens
+
+    # leases
+
+    def _lease(self, il: int, ids: list[int]) -> list[int] | None:
+        """Hold all chosen experts at once: the slot of each choice, or None without room."""
+        experts = list(dict.fromkeys(ids))
+        if len(experts) > self._pager.max_at_once(il):
+            return None
+        held = self._pager.lease(il, experts)
+        if held is None or len(experts) == len(ids):
+            return held
+        slot_of = dict(zip(experts, held, strict=True))
+        return [slot_of[expert] for expert in ids]
+
+    def _take_turns(self, il: int, ids: list[int], n: int) -> bool:
+        """Compute the chosen experts group by group; False if that was stopped."""
+        k = self._moe.n_expert_used
+        chosen = np.array(ids, np.int32)
+        experts, counts = np.unique(chosen, return_counts=True)
+        group = max(1, int(MAX_PAIRS // max(1, counts.max())))
+        for held in self._pager.in_turn(il, experts.tolist(), group):
+            if held is None:
+                return False
+            slot_of = np.full(self._moe.n_expert, -1, np.int32)
+            slot_of[list(held.experts)] = held.slots
+            pairs = np.flatnonzero(slot_of[chosen] >= 0)
+            if not self._compute_pairs(il, chosen[pairs], slot_of, pairs, k):
+                return False
+        return True
+
+    def _compute_pairs(
+        self, il: int, experts: npt.NDArray[np.int32], slot_of: npt.NDArray[np.int32],
+        pairs: npt.NDArray[np.intp], k: int,
+    ) -> bool:  # fmt: skip
+        """Compute some pairs of token and expert, each into its own row of the carry."""
+        with self.graphs.passing(self._pairs_graph(il, len(pairs))) as graph:
+            more = graph.inputs.more
+            set_bytes(more["tokens"], (pairs // k).astype(np.int32))
+            set_bytes(more["rows"], pairs.astype(np.int64))
+            set_bytes(more["slots"], slot_of[experts])
+            if is_placed(more["ids"]):  # of families whose experts have biases
+                set_bytes(more["ids"], experts)
+            return self.device.compute(graph.pointer)
+
+    # graphs
+
+    def _stage(self, stage: Stage, batch: BatchShape) -> Graph:
+        key = (stage, batch)
+        graph = self.graphs.find(key)
+        if graph is None:
+            graph = self.graphs.add(key, self._build_stage(stage, batch))
+            if stage.until is None and batch.n_out:
+                ne = (batch.n_out, self.model.hparams.n_vocab)
+                graph.host_output = host_view(graph.output, ne)
+        return graph
+
+    def _build_stage(self, stage: Stage, batch: BatchShape) -> Graph:
+        model, n_layer = self.model, self.model.hparams.n_layer
+        span = Span(stage.dense, embed=stage.before is None, output=stage.until is None)
+        n_nodes = room_for_nodes(model.hparams, len(stage.dense) + 2, len(batch.segments))
+        b = Builder(span, batch, self.weights, self.kv, n_nodes)
+        b.last_layer = n_layer - 1
+        x = model.embed(b) if stage.before is None else self._combine(b, stage)
+        for il in stage.dense:
+            x = model.layer(b, il, x)
+        if stage.until is None:
+            return b.finish(model.head(b, x))
+        x, h = model.front(b, stage.until, x)
+        n = self._columns(stage.until, batch)
+        if not n:
+            return b.finish(x)
+        ids, weights = model.route(b, stage.until, h)
+        carry = self._carry.views(b, n)
+        if stage.guess:
+            guess, _ = model.route(b, stage.until + 1, h)
+            b.keep(guess, carry.guess)
+        b.keep(x, carry.x)
+        b.keep(h, carry.h)
+        b.keep(weights, carry.weights)
+        return b.finish(b.g.ggml_cpy(b.ctx, ids, carry.ids))
+
+    def _combine(self, b: Builder, stage: Stage) -> Tensor:
+        """Begin a stage with what the one before left: the residual stream after its experts."""
+        il = stage.before
+        assert il is not None
+        carry = self._carry.views(b, self._columns(il, b.batch))
+        outs = carry.outs
+        if stage.inline:
+            n_embd, n, _, _ = shape(carry.h)
+            slots = b.more("slots", I32, self._moe.n_expert_used, n)
+            h = b.g.ggml_reshape_3d(b.ctx, carry.h, n_embd, 1, n)
+            outs = self.model.experts(b, il, h, carry.ids, slots)
+        return self.model.combine(b, il, carry.x, carry.h, outs, carry.weights)
+
+    def _pairs_graph(self, il: int, n_pairs: int) -> Graph:
+        """Build experts' outputs for pairs of token and expert, written to rows of the carry."""
+        batch = shape_of(1, round_cells(1), n_out=1)
+        b = Builder(Span((), embed=False, output=False), batch, self.weights, self.kv,
+                    room_for_nodes(self.model.hparams, 1, 0))  # fmt: skip
+        carry = self._carry.views(b, self._carry.n_tokens)
+        tokens, rows = b.more("tokens", I32, n_pairs), b.more("rows", I64, n_pairs)
+        slots, ids = b.more("slots", I32, 1, n_pairs), b.more("ids", I32, 1, n_pairs)
+        n_embd = self.model.hparams.n_embd
+        h = b.g.ggml_get_rows(b.ctx, carry.h, tokens)
+        h = b.g.ggml_reshape_3d(b.ctx, h, n_embd, 1, n_pairs)
+        outs = self.model.experts(b, il, h, ids, slots)
+        flat = b.g.ggml_reshape_2d(b.ctx, outs, n_embd, n_pairs)
+        return b.finish(b.g.ggml_set_rows(b.ctx, carry.rows, flat, rows))
+
+
+def _parts(model: MoeModel) -> list[Stage]:
+    """Cut a model where its routers choose."""
+    found: list[Stage] = []
+    before: int | None = None
+    dense: list[int] = []
+    for il in range(model.hparams.n_layer):
+        if not model.is_moe(il):
+            dense.append(il)
+            continue
+        more = il + 1 < model.hparams.n_layer and model.is_moe(il + 1)
+        found.append(Stage(before, True, tuple(dense), il, more))
+        before, dense = il, []
+    return [*found, Stage(before, True, tuple(dense), None, False)]
+
+
+class _Views(NamedTuple):
+    """What a stage finds of `n` tokens: see `Carry`."""
+
+    x: Tensor
+    h: Tensor
+    weights: Tensor
+    ids: Tensor
+    guess: Tensor
+    outs: Tensor
+    rows: Tensor
+
+
+class Carry:
+    """What one stage leaves to the next, in a buffer of its own.
+
+    x and h F32 [n_embd, n] (residual stream, normed input of the experts), weights F32
+    [1, k, n], ids and guess I32 [k, n], outs F32 [n_embd, k, n]; k is n_expert_used.
+    """
+
+    def __init__(self, device: Device, n_embd: int, moe: MoeHparams, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+        self._n_embd, self._k = n_embd, moe.n_expert_used
+        self._descriptors = Descriptors(6)
+        kinds = {
+            "x": (F32, (n_embd, n_tokens)), "h": (F32, (n_embd, n_tokens)),
+            "weights": (F32, (self._k, n_tokens)), "ids": (I32, (self._k, n_tokens)),
+            "guess": (I32, (self._k, n_tokens)), "outs": (F32, (n_embd, self._k * n_tokens)),
+        }  # fmt: skip
+        self._all = {
+            name: new_tensor(self._descriptors, kind, ne, name)
+            for name, (kind, ne) in kinds.items()
+        }
+        self._buffer: Buffer = place_all(list(self._all.values()), device)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the buffer."""
+        return self._buffer.n_bytes
+
+    @staticmethod
+    def plan_bytes(n_embd: int, moe: MoeHparams, n_tokens: int) -> int:
+        """Return the bytes that a Carry for so many tokens takes, alignment apart."""
+        k = moe.n_expert_used
+        return 4 * n_tokens * (2 * n_embd + 3 * k + n_embd * k)
+
+    def views(self, b: Builder, n: int) -> _Views:
+        """View the first n tokens' part of each."""
+        g, ctx, k, n_embd = b.g, b.ctx, self._k, self._n_embd
+        column, all_of = n_embd * 4, self._all
+        flat = {
+            name: g.ggml_view_2d(ctx, all_of[name], n_embd, n, column, 0) for name in ("x", "h")
+        }
+        chosen = {
+            name: g.ggml_view_2d(ctx, all_of[name], k, n, k * 4, 0) for name in ("ids", "guess")
+        }
+        return _Views(
+            **flat, **chosen, rows=all_of["outs"],
+            weights=g.ggml_view_3d(ctx, all_of["weights"], 1, k, n, 4, k * 4, 0),
+            outs=g.ggml_view_3d(ctx, all_of["outs"], n_embd, k, n, column, k * column, 0),
+        )  # fmt: skip
+
+    def read_ids(self, n: int) -> list[int]:
+        """Read the experts that n tokens chose, best first, token after token."""
+        return self._read("ids", n)
+
+    def read_guess(self, n: int) -> list[int]:
+        """Read the experts that n tokens may choose in the next layer, likewise."""
+        return self._read("guess", n)
+
+    def _read(self, name: str, n: int) -> list[int]:
+        found = np.empty(n * self._k, np.int32)
+        get_bytes(self._all[name], found)
+        numbers: list[int] = found.tolist()
+        return numbers
+
+    def close(self) -> None:
+        """Free the buffer; safe to call twice."""
+        self._buffer.free()
+        self._descriptors.free()

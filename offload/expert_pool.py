@@ -1,0 +1,144 @@
+"""A pool: experts of equal shape and type, over all layers that have such, and their slots."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from edgeroute.offload.eviction import PolicyParams, PoolShape
+from edgeroute.offload.eviction_registry import make_policy
+from edgeroute.offload.load_plan import Extent, LoadJob
+from edgeroute.offload.page_table import PageTable
+from edgeroute.runtime.closing import Closing
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.gguf import TensorInfo
+from edgeroute.runtime.slots import Slots, choose_homes
+from edgeroute.runtime.units import format_bytes
+
+MODEL_FILE = 0
+"""Number of the model's own file among those that a Transfer reads."""
+
+
+class ExpertLayer(NamedTuple):
+    """A layer's expert tensors, [n_in, n_out, n_expert] each, under the model's names."""
+
+    il: int
+    infos: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolPlan:
+    """Layers whose experts can share slots, known from the header alone."""
+
+    layers: tuple[ExpertLayer, ...]
+    n_expert: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one expert in the file."""
+        return sum(info.nbytes // self.n_expert for info in self.layers[0].infos)
+
+    @property
+    def n_pages(self) -> int:
+        """Experts over all layers."""
+        return len(self.layers) * self.n_expert
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all experts."""
+        return self.n_pages * self.page_bytes
+
+
+def plan_pools(layers: Iterable[ExpertLayer], n_expert: int) -> list[PoolPlan]:
+    """Group layers by the shapes and types of their expert tensors."""
+    groups: dict[tuple[object, ...], list[ExpertLayer]] = {}
+    for layer in layers:
+        key = tuple((info.type, info.ne) for info in layer.infos)
+        groups.setdefault(key, []).append(layer)
+    return [PoolPlan(layers=tuple(group), n_expert=n_expert) for group in groups.values()]
+
+
+def share_slots(pools: Sequence[PoolPlan], budget_bytes: int, n_used: int) -> list[int]:
+    """Divide a budget so that each pool holds the same share of its pages.
+
+    Args:
+        pools: all pools of a model.
+        budget_bytes: for slots.
+        n_used: slots that every pool gets at least, the experts that a token uses in a layer.
+
+    Raises:
+        CapacityError: it does not hold those.
+    """
+    least = n_used * sum(pool.page_bytes for pool in pools)
+    if budget_bytes < least:
+        raise CapacityError(
+            f"{format_bytes(max(0, budget_bytes))} are left for experts, but those that one token "
+            f"uses in a layer take {format_bytes(least)}; raise the memory budget by at least "
+            f"{format_bytes(least - budget_bytes)}"
+        )
+    share = budget_bytes / sum(pool.all_bytes for pool in pools)
+    counts = [max(n_used, min(pool.n_pages, int(pool.n_pages * share))) for pool in pools]
+    over = sum(n * pool.page_bytes for n, pool in zip(counts, pools, strict=True)) - budget_bytes
+    for i in sorted(range(len(pools)), key=lambda i: -counts[i]):
+        while over > 0 and counts[i] > n_used:
+            counts[i] -= 1
+            over -= pools[i].page_bytes
+    return counts
+
+
+class ExpertPool(Closing):
+    """Slots, and the book of what they hold. Engine thread only."""
+
+    def __init__(self, device: Device, plan: PoolPlan, n_slots: int, policy: str) -> None:
+        """Reserve the slots.
+
+        Raises:
+            CapacityError: the device has no room for them.
+            UsageError: no such policy.
+        """
+        self.plan = plan
+        first = plan.layers[0].il
+        last = max(layer.il for layer in plan.layers)
+        n = plan.n_expert
+        pages = [layer.il * n + e for layer in plan.layers for e in range(n)]
+        whole = len(pages) == (last - first + 1) * n
+        self.shape = PoolShape(
+            pages=range(first * n, (last + 1) * n) if whole else pages,
+            n_expert=n, page_bytes=plan.page_bytes,
+        )  # fmt: skip
+        self.table = PageTable(
+            n_slots, make_policy(policy, self.shape, n_slots, PolicyParams()), self.shape
+        )
+        self.slots = Slots(device, choose_homes(device, plan.layers[0].infos), n_slots)
+        self._infos = {layer.il: layer.infos for layer in plan.layers}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the slot tensors by every name that they stand for."""
+        return {
+            info.name: tensor
+            for infos in self._infos.values()
+            for info, tensor in zip(infos, self.slots.tensors, strict=True)
+        }
+
+    def job(self, page: int, slot: int) -> LoadJob:
+        """Describe the load of a page into a slot."""
+        il, expert = divmod(page, self.plan.n_expert)
+        extents = []
+        for part, info in enumerate(self._infos[il]):
+            nbytes = info.nbytes // self.plan.n_expert
+            extents.append(Extent(MODEL_FILE, info.offset + expert * nbytes, nbytes, part))
+        return LoadJob(id=page, extents=extents, sink=self.slots.sink(slot))
+
+    def resize(self, n_slots: int) -> int:
+        """Give slots up or take them back, up to as many as there were at first.
+
+        Returns:
+            The bytes given back to the system.
+        """
+        done = self.table.resize(min(max(1, n_slots), self.slots.n_slots))
+        return self.slots.give_back(done.retired)
+
+    def close(self) -> None:
+        """Free the slots; safe to call twice."""
+        self.slots.close()

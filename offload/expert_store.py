@@ -1,0 +1,436 @@
+"""Experts on demand: leases by layer, loads by I/O threads, prefetch while it pays.
+
+Answers `runtime.experts.ExpertPager`. All of it runs on the engine thread but the reads.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from edgeroute.offload.counters import LayerCount, total
+from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
+from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
+from edgeroute.offload.prefetch import Predictor, make_predictor
+from edgeroute.offload.prefetch_gate import GateParams, PrefetchGate, StepCost
+from edgeroute.offload.pressure import Pressure
+from edgeroute.offload.trace import TraceRecorder
+from edgeroute.offload.transfer import Ticket, Transfer
+from edgeroute.runtime import machine
+from edgeroute.runtime.closing import Closing
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.experts import Held
+from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.weights import Weights
+
+GROUP_BYTES = 24 << 20
+"""Experts that a long prompt loads and computes together: several reads, few slots."""
+GROUPS_AHEAD = 2
+MOST_OF_A_LAYER = 0.75
+"""Share of its experts that a prompt must use for the next layer to be read ahead blindly."""
+READING_S = 0.25
+"""How often memory is looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertParams:
+    """How experts are kept: bytes for slots, the eviction policy, the predictor.
+
+    `policy` "auto" begins with the default, or with what does not collapse below the LRU
+    cliff. `prefetch` names a predictor; it is on only while it pays, or always if `forced`.
+    """
+
+    slots_bytes: int
+    n_expert_used: int
+    policy: str = "auto"
+    prefetch: str = "gate"
+    forced: bool = False
+
+
+class _Load(NamedTuple):
+    """Leased pages of one layer whose bytes may be on their way."""
+
+    pool: ExpertPool
+    il: int
+    pages: list[int]
+    slots: list[int]
+    tickets: list[Ticket]
+
+
+@dataclass(slots=True)
+class _Prefetch:
+    """Prefetches on their way, and what the step at work has spent."""
+
+    predictor: Predictor
+    gate: PrefetchGate
+    coming: dict[int, Ticket] = field(default_factory=dict)
+    on: bool = False
+    useful_before: int = 0
+    issued_before: int = 0
+
+
+DEFAULT_POLICY = "lfru"
+
+
+class ExpertStore(Closing):
+    """The experts of one model. Not thread-safe: the engine thread owns it.
+
+    Lifetime: owns slots and transfer; `base` must outlive it.
+    """
+
+    def __init__(
+        self, base: Weights, device: Device, pools: Sequence[PoolPlan], transfer: Transfer,
+        params: ExpertParams,
+    ) -> None:  # fmt: skip
+        """Reserve the slots; nothing is read yet.
+
+        Raises:
+            CapacityError: the budget or the device holds too little.
+            UsageError: no such policy or predictor.
+        """
+        self._base = base
+        self._device = device
+        self._transfer = transfer
+        self._n_expert, self._n_used = pools[0].n_expert, params.n_expert_used
+        counts = share_slots(pools, params.slots_bytes, params.n_expert_used)
+        self.cliff = _check_cliff(pools, counts, params.n_expert_used)
+        self.policy = params.policy
+        if params.policy == "auto":
+            self.policy = self.cliff.fallback or DEFAULT_POLICY
+        self.pools: list[ExpertPool] = []
+        try:
+            for plan, n_slots in zip(pools, counts, strict=True):
+                self.pools.append(ExpertPool(device, plan, n_slots, self.policy))
+        except BaseException:
+            self.close()
+            raise
+        self._pool_of = {layer.il: pool for pool in self.pools for layer in pool.plan.layers}
+        self._tensors: dict[str, Tensor] = {}
+        for pool in self.pools:
+            self._tensors |= pool.tensors()
+        allowed = params.prefetch != "none" and self.cliff.fallback is None
+        n_layer = max(self._pool_of) + 1
+        self._ahead = _Prefetch(
+            make_predictor(params.prefetch, n_layer, self._n_expert),
+            PrefetchGate(GateParams(step_budget_bytes=params.slots_bytes // 4), allowed),
+        )
+        self._forced = params.forced
+        self._loads: list[_Load] = []
+        self._guess: tuple[int, Sequence[int], Sequence[int] | None] | None = None
+        self._prefill = False
+        self._began = self._next_reading = 0.0
+        self.pressure = Pressure(self.slots_bytes)
+        self.recorder: TraceRecorder | None = None
+
+    # weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._tensors.get(name)
+        return self._base[name] if found is None else found
+
+    def get(self, name: str) -> Tensor | None:
+        """Return a tensor, or None where the file has none of that name."""
+        found = self._tensors.get(name)
+        return self._base.get(name) if found is None else found
+
+    # a pass over the model
+
+    def begin(self, *, prefill: bool) -> None:
+        """Begin a pass: a token per sequence, or a ubatch of a prompt."""
+        self._prefill = prefill
+        self._began = time.perf_counter()
+        if self._began >= self._next_reading:
+            self._read_pressure()
+        for pool in self.pools:
+            pool.table.begin_step(prefill)
+        if self.recorder is not None:
+            self.recorder.begin_step(prefill)
+        ahead = self._ahead
+        ahead.on = not prefill and (ahead.gate.begin_step() or self._forced)
+        if not prefill:
+            ahead.predictor.begin_step()
+            ahead.useful_before, ahead.issued_before = self._prefetched()
+
+    @property
+    def wants_guess(self) -> bool:
+        """Whether the next layer's router should be asked ahead in this pass."""
+        return self._ahead.on and self._ahead.predictor.name == "gate"
+
+    def max_at_once(self, il: int) -> int:
+        """Return how many experts of a layer can be held at the same time."""
+        return self._pool_of[il].table.n_slots
+
+    def chose(self, il: int, ids: Sequence[int], guess: Sequence[int] | None) -> None:
+        """Learn what a layer chose; what it makes likely is prefetched behind its own loads."""
+        if self.recorder is not None:
+            self.recorder.record(il, ids)
+        self._guess = (il, ids, guess)
+
+    def lease(self, il: int, experts: Sequence[int]) -> list[int] | None:
+        """Hold distinct experts of a layer until the next lease, or `end`."""
+        self._let_go()
+        load = self._start(il, experts)
+        if load.tickets and not self._finish(load):
+            return None
+        if not self._prefill:
+            self._look_ahead()
+        return load.slots
+
+    def in_turn(self, il: int, experts: Sequence[int], group: int) -> Iterator[Held | None]:
+        """Hold distinct experts of a layer group by group, resident ones first."""
+        self._let_go()
+        waiting = deque(self._groups(il, experts, group))
+        under_way: deque[_Load] = deque()
+        while waiting or under_way:
+            self._fill_ahead(il, waiting, under_way)
+            load = under_way.popleft()
+            if not self._finish(load):
+                yield None
+                return
+            if not waiting and not under_way and len(experts) > MOST_OF_A_LAYER * self._n_expert:
+                self._read_on(il + 1)
+            yield Held([page % self._n_expert for page in load.pages], load.slots)
+            self._release(load)
+
+    def end(self) -> None:
+        """Let go of everything held, whatever has happened."""
+        self._let_go()
+        self._collect()
+        if self.recorder is not None:
+            self.recorder.end_step()
+        if self._prefill:
+            return
+        ahead = self._ahead
+        useful, issued = self._prefetched()
+        ahead.gate.end_step(StepCost(
+            stall_s=time.perf_counter() - self._began,
+            prefetched_bytes=issued - ahead.issued_before,
+            useful_bytes=useful - ahead.useful_before,
+        ))  # fmt: skip
+
+    def end_sequence(self) -> None:
+        """An answer is complete: what follows may be about something else."""
+        self._ahead.predictor.end_sequence()
+
+    def close(self) -> None:
+        """Stop the I/O threads, then free the slots; safe to call twice."""
+        self._transfer.close()
+        for pool in self.pools:
+            pool.close()
+
+    # loads
+
+    def _start(self, il: int, experts: Sequence[int]) -> _Load:
+        """Lease pages and have the missing ones read."""
+        pool, first = self._pool_of[il], il * self._n_expert
+        pages = [first + expert for expert in experts]
+        if self._ahead.coming:
+            self._collect()
+        slots, missing = pool.table.acquire(pages)
+        tickets: list[Ticket] = []
+        load = _Load(pool, il, pages, slots, tickets)
+        self._loads.append(load)
+        if not missing:
+            return load
+        jobs = []
+        for page, slot, promote, cancels in missing:
+            if cancels is not None:
+                self._stop_prefetch(cancels)
+            if promote:
+                tickets.append(self._ahead.coming.pop(page))
+                self._transfer.promote(tickets[-1])
+            else:
+                jobs.append(pool.job(page, slot))
+        if jobs:
+            try:
+                tickets.append(self._transfer.load(jobs))
+            except BaseException:
+                for job in jobs:
+                    pool.table.failed(job.id)
+                raise
+        return load
+
+    def _finish(self, load: _Load) -> bool:
+        """Wait for a load; False if a stop was asked for, and then not all is there."""
+        if not load.tickets:
+            return True
+        began = time.perf_counter()
+        stop = self._device.stop_flag.is_set if self._prefill else None
+        try:
+            arrived = [self._transfer.wait(ticket, stop) for ticket in load.tickets]
+        finally:
+            load.pool.table.counters.stalled(load.il, time.perf_counter() - began)
+            self._book(load)
+        return all(arrived)
+
+    def _book(self, load: _Load) -> None:
+        """Enter how a load's reads ended, once all of them have."""
+        table = load.pool.table
+        for ticket in load.tickets:
+            if not ticket.done:
+                self._transfer.cancel(ticket)
+                with ticket.finished:
+                    pass
+            for result in ticket.results:
+                (table.loaded if result.outcome == "ok" else table.failed)(result.id)
+        load.tickets.clear()
+
+    def _release(self, load: _Load) -> None:
+        self._book(load)
+        self._loads.remove(load)
+        load.pool.table.release(load.pages)
+
+    def _let_go(self) -> None:
+        while self._loads:
+            self._release(self._loads[-1])
+
+    # prompts
+
+    def _groups(self, il: int, experts: Sequence[int], most: int) -> Iterator[list[int]]:
+        """Cut a layer's experts into groups: resident ones, then the others by place on disk."""
+        pool, first = self._pool_of[il], il * self._n_expert
+        here = [e for e in experts if pool.table.slot_of(first + e) is not None]
+        absent = sorted(set(experts).difference(here))
+        n_slots = pool.table.n_slots
+        size = max(1, min(GROUP_BYTES // pool.plan.page_bytes, n_slots // (GROUPS_AHEAD + 2), most))
+        room = max(1, min(most, n_slots - (GROUPS_AHEAD + 1) * size))
+        for start in range(0, len(here), room):
+            yield here[start : start + room]
+        for start in range(0, len(absent), size):
+            yield absent[start : start + size]
+
+    def _fill_ahead(self, il: int, waiting: deque[list[int]], under_way: deque[_Load]) -> None:
+        """Begin the loads of the next groups, as far as slots allow; of one group always."""
+        while waiting and len(under_way) <= GROUPS_AHEAD:
+            try:
+                under_way.append(self._start(il, waiting[0]))
+            except CapacityError:
+                if under_way:
+                    return
+                raise
+            waiting.popleft()
+
+    def _read_on(self, il: int) -> None:
+        """Begin the next layer's loads while the last groups of this one are computed."""
+        pool = self._pool_of.get(il)
+        if pool is None or self._ahead.predictor.name == "none":
+            return
+        n = 2 * max(1, GROUP_BYTES // pool.plan.page_bytes)
+        first = il * self._n_expert
+        absent = (p for p in range(first, first + self._n_expert) if not pool.table.has(p))
+        self._prefetch(pool, itertools.islice(absent, n))
+
+    # prefetch
+
+    def _look_ahead(self) -> None:
+        """Prefetch what the layer at work makes likely for the next one."""
+        chosen, self._guess = self._guess, None
+        ahead = self._ahead
+        if chosen is None or not (ahead.on or ahead.predictor.name != "gate"):
+            return
+        ranked = ahead.predictor.predict(*chosen)
+        if not ahead.on:
+            return
+        pool = self._pool_of.get(chosen[0] + 1)
+        if pool is None:
+            return
+        likely = [page for page, _ in ranked[: len(chosen[1])]]
+        pages: Iterator[int] = (page for page in likely if not pool.table.has(page))
+        if not self._forced:
+            pages = itertools.takewhile(lambda _: ahead.gate.take(pool.plan.page_bytes), pages)
+        self._prefetch(pool, pages)
+
+    def _prefetch(self, pool: ExpertPool, pages: Iterable[int]) -> None:
+        """Have pages read behind all demand loads, as far as slots are to be had for that."""
+        found, jobs = [], []
+        for page in pages:
+            slot = pool.table.reserve_prefetch(page)
+            if slot is None:
+                break
+            found.append(page)
+            jobs.append(pool.job(page, slot))
+        if jobs:
+            self._ahead.coming.update(zip(found, self._transfer.prefetch(jobs), strict=True))
+
+    def _collect(self) -> None:
+        """Enter prefetches that have ended."""
+        coming = self._ahead.coming
+        for page in [page for page, ticket in coming.items() if ticket.done]:
+            result = coming.pop(page).results[0]
+            table = self._pool_of[page // self._n_expert].table
+            (table.loaded if result.outcome == "ok" else table.failed)(page)
+
+    def _stop_prefetch(self, page: int) -> None:
+        """Have a read ended whose slot is wanted for another page."""
+        ticket = self._ahead.coming.pop(page)
+        self._transfer.cancel(ticket)
+        with ticket.finished:
+            pass
+
+    def _prefetched(self) -> tuple[int, int]:
+        """Bytes of prefetched pages that were asked for, and of all, so far."""
+        useful = issued = 0
+        for pool in self.pools:
+            counters = pool.table.decode
+            useful += sum(counters.prefetch_useful) * pool.plan.page_bytes
+            issued += sum(counters.prefetch_bytes)
+        return useful, issued
+
+    # size and statistics
+
+    @property
+    def slots_bytes(self) -> int:
+        """Bytes of all slots in use."""
+        return sum(pool.table.n_slots * pool.slots.slot_bytes for pool in self.pools)
+
+    def _read_pressure(self) -> None:
+        """Look at the machine's memory now and then, and give way to others before they starve."""
+        self._next_reading = self._began + READING_S
+        target = self.pressure.read(machine.memory().available_bytes, self.slots_bytes)
+        if target is not None:
+            self.resize(target)
+
+    def resize(self, slots_bytes: int) -> int:
+        """Shrink or grow towards a number of bytes; leased pages stay.
+
+        Returns:
+            The bytes given back to the system.
+        """
+        plans = [pool.plan for pool in self.pools]
+        least = self._n_used * sum(plan.page_bytes for plan in plans)
+        counts = share_slots(plans, max(slots_bytes, least), self._n_used)
+        return sum(pool.resize(n) for pool, n in zip(self.pools, counts, strict=True))
+
+    def spent(self) -> LayerCount:
+        """Return what the experts cost so far, decode and prefill together."""
+        tables = [pool.table for pool in self.pools]
+        return total(
+            counters.snapshot().total for t in tables for counters in (t.decode, t.prefill)
+        )
+
+    def stats(self) -> dict[str, object]:
+        """Return what the experts cost so far, decode and prefill apart."""
+        found: dict[str, object] = {}
+        for kind in ("decode", "prefill"):
+            snapshots = [getattr(pool.table, kind).snapshot().total for pool in self.pools]
+            found[kind] = total(snapshots).to_dict()
+        report = self._ahead.gate.report()
+        return {
+            "policy": self.policy,
+            "n_slots": sum(pool.table.n_slots for pool in self.pools),
+            "n_pages": sum(pool.plan.n_pages for pool in self.pools),
+            "slots_bytes": self.slots_bytes,
+            "prefetch": report.state,
+            **found,
+        }
+
+
+def _check_cliff(pools: Sequence[PoolPlan], counts: Sequence[int], n_used: int) -> CliffReport:
+    """Ask of the pool with the fewest slots per layer whether it can hold a token's experts."""
+    tightest = min(range(len(pools)), key=lambda i: counts[i] / len(pools[i].layers))
+    plan = pools[tightest]
+    shape = CycleShape(n_layer=len(plan.layers), n_expert=plan.n_expert, n_expert_used=n_used)
+    return check_cliff(counts[tightest], shape)

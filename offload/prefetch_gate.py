@@ -1,0 +1,201 @@
+"""Whether prefetch is on: only while it has measured to lose less time than its absence.
+
+A pure state machine. The engine reports what each step cost; nothing here reads a clock.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from statistics import median
+
+from edgeroute.runtime.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateParams:
+    """How prefetch must prove itself.
+
+    A trial runs `n_rounds` pairs of windows, off then on, of `window_steps` steps each; the
+    first `skip_steps` of a window are the echo of the one before and do not count. Prefetch
+    wins where the median on-step costs less than (1 - `min_gain_ratio`) of the median
+    off-step and at least `min_useful_ratio` of the prefetched bytes were asked for. After a
+    loss the next trial waits `first_wait_steps`, then `wait_growth` times longer each time up
+    to `max_wait_steps`; after a win as long as the latest wait, and a second win in a row
+    waits longer too. A step's prefetches may take up to `step_budget_bytes`.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    window_steps: int = 8
+    skip_steps: int = 1
+    n_rounds: int = 2
+    min_gain_ratio: float = 0.01
+    min_useful_ratio: float = 0.5
+    warmup_steps: int = 32
+    first_wait_steps: int = 512
+    wait_growth: float = 2.0
+    max_wait_steps: int = 16384
+    step_budget_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        good = (
+            0 <= self.skip_steps < self.window_steps
+            and self.n_rounds >= 1
+            and 0 <= self.min_gain_ratio < 1
+            and 0 <= self.min_useful_ratio <= 1
+            and self.warmup_steps >= 0
+            and 1 <= self.first_wait_steps <= self.max_wait_steps
+            and self.wait_growth >= 1
+            and self.step_budget_bytes >= 0
+        )
+        if not good:
+            raise UsageError(f"prefetch gate settings contradict each other: {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """What one decode step cost: seconds lost (or taken in all, as long as it is always the
+    same kind), bytes prefetched in it, and bytes of prefetched pages that were asked for."""
+
+    stall_s: float
+    prefetched_bytes: int = 0
+    useful_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateReport:
+    """The state, and the latest trial's medians in seconds per step (None before any)."""
+
+    state: str
+    n_trials: int
+    n_wins: int
+    stall_on_s: float | None
+    stall_off_s: float | None
+    useful_ratio: float | None
+    next_trial_steps: int
+
+
+class _State(Enum):
+    OFF = "off"
+    ON = "on"
+    TRIAL = "trial"
+
+
+class PrefetchGate:
+    """Switches prefetch on and off by what steps cost. Not thread-safe.
+
+    Call `begin_step`, prefetch only if it says so and `take` grants the bytes, then
+    `end_step`. `allowed=False` (slots below one token's cycle, say) keeps it off for good.
+    """
+
+    def __init__(self, params: GateParams | None = None, allowed: bool = True) -> None:
+        self.params = params or GateParams()
+        self.allowed = allowed
+        self._state = _State.OFF
+        self._until_trial = self.params.warmup_steps
+        self._wait = self.params.first_wait_steps
+        self._n_trials = self._n_wins = 0
+        self._costs: dict[bool, list[float]] = {False: [], True: []}
+        self._position = 0
+        self._prefetched = self._useful = 0
+        self._latest: tuple[float, float, float | None] | None = None
+        self._budget_left = 0
+
+    def begin_step(self) -> bool:
+        """Begin a decode step; True where it may prefetch."""
+        if self.allowed and self._state is not _State.TRIAL and self._until_trial <= 0:
+            self._begin_trial()
+        on = self.is_on
+        self._budget_left = self.params.step_budget_bytes if on else 0
+        return on
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the step at work may prefetch."""
+        if not self.allowed or self._state is _State.OFF:
+            return False
+        return self._state is _State.ON or self._window % 2 == 1
+
+    @property
+    def _window(self) -> int:
+        return self._position // self.params.window_steps
+
+    def take(self, n_bytes: int) -> bool:
+        """Claim bytes of this step's budget; False, and nothing claimed, where they exceed it."""
+        if n_bytes > self._budget_left:
+            return False
+        self._budget_left -= n_bytes
+        return True
+
+    def end_step(self, cost: StepCost) -> None:
+        """Enter what the step cost."""
+        if self._state is _State.TRIAL:
+            self._end_trial_step(cost)
+            return
+        self._until_trial -= 1
+        if self._state is _State.ON:
+            self._watch(cost)
+
+    def _watch(self, cost: StepCost) -> None:
+        """Off at once where a window's prefetches were mostly in vain."""
+        self._prefetched += cost.prefetched_bytes
+        self._useful += cost.useful_bytes
+        self._position += 1
+        if self._position < self.params.window_steps:
+            return
+        if self._is_wasteful():
+            self._state = _State.OFF
+            self._back_off()
+        self._position = self._prefetched = self._useful = 0
+
+    def _is_wasteful(self) -> bool:
+        return self._useful < self.params.min_useful_ratio * self._prefetched
+
+    def _begin_trial(self) -> None:
+        self._state = _State.TRIAL
+        self._n_trials += 1
+        self._costs = {False: [], True: []}
+        self._position = self._prefetched = self._useful = 0
+
+    def _end_trial_step(self, cost: StepCost) -> None:
+        on = self.is_on
+        if self._position % self.params.window_steps >= self.params.skip_steps:
+            self._costs[on].append(cost.stall_s)
+        self._prefetched += cost.prefetched_bytes
+        self._useful += cost.useful_bytes
+        self._position += 1
+        if self._position % self.params.window_steps:
+            return
+        if self._window == 2 * self.params.n_rounds or (on and self._is_wasteful()):
+            self._end_trial()
+
+    def _end_trial(self) -> None:
+        on, off = median(self._costs[True]), median(self._costs[False])
+        useful = self._useful / self._prefetched if self._prefetched else None
+        self._latest = (on, off, useful)
+        won = on < off * (1 - self.params.min_gain_ratio) and useful is not None
+        won = won and not self._is_wasteful()
+        if won:
+            self._n_wins += 1
+        self._state = _State.ON if won else _State.OFF
+        self._back_off()
+        self._position = self._prefetched = self._useful = 0
+
+    def _back_off(self) -> None:
+        """Test again after the present wait; wait longer the next time."""
+        self._until_trial = self._wait
+        longer = int(self._wait * self.params.wait_growth)
+        self._wait = min(longer, self.params.max_wait_steps)
+
+    def report(self) -> GateReport:
+        """What it knows now, for `stats`."""
+        on, off, useful = self._latest or (None, None, None)
+        return GateReport(
+            state=self._state.value if self.allowed else "forbidden",
+            n_trials=self._n_trials,
+            n_wins=self._n_wins,
+            stall_on_s=on,
+            stall_off_s=off,
+            useful_ratio=useful,
+            next_trial_steps=max(0, self._until_trial),
+        )

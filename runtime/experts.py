@@ -1,0 +1,67 @@
+"""The seam between a forward pass and whoever keeps the experts: pages are leased by layer.
+
+models/ asks through this protocol, offload/ answers; neither knows the other.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from edgeroute.runtime.weights import Weights
+
+
+class Held(NamedTuple):
+    """Experts that may be computed with now, and the slot of each."""
+
+    experts: Sequence[int]
+    slots: Sequence[int]
+
+
+class ExpertPager(Weights, Protocol):
+    """Weights whose expert tensors are slots, filled on demand.
+
+    One thread owns it. A pass over the model is begun, leases layer after layer, and ends.
+    """
+
+    def begin(self, *, prefill: bool) -> None:
+        """Begin a pass over the model: a token per sequence, or a ubatch of a prompt."""
+
+    def max_at_once(self, il: int) -> int:
+        """Return how many experts of a layer can be held at the same time."""
+
+    def lease(self, il: int, experts: Sequence[int]) -> list[int] | None:
+        """Hold distinct experts of a layer until the next call for another layer, or `end`.
+
+        Returns:
+            Their slots, in order; None if a stop was asked for while they were loaded.
+
+        Raises:
+            ModelFileError: their bytes cannot be read.
+        """
+
+    def in_turn(self, il: int, experts: Sequence[int], group: int) -> Iterator[Held | None]:
+        """Hold distinct experts of a layer group by group, resident ones first.
+
+        A group is let go when the next is asked for. Yields None, and ends, when a stop was
+        asked for.
+
+        Args:
+            il: layer.
+            experts: distinct experts.
+            group: how many the caller wants at once at most.
+
+        Raises:
+            ModelFileError: their bytes cannot be read.
+        """
+
+    def chose(self, il: int, ids: Sequence[int], guess: Sequence[int] | None) -> None:
+        """Learn what layer `il` chose, and what its state says of the next layer's choice.
+
+        Prefetches begin here; the call returns at once.
+        """
+
+    @property
+    def wants_guess(self) -> bool:
+        """Whether the next layer's router should be asked ahead in this pass."""
+
+    def end(self) -> None:
+        """Let go of everything held; called also after an error or a stop."""
