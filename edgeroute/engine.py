@@ -10,12 +10,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgeroute.config import RunParams, merge_settings
-from edgeroute.loaded import LoadedModel
 from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.models.pull import pull, resolve
+from edgeroute.opening import Opening
 from edgeroute.request import Outcome, Request
 from edgeroute.runtime import machine
 from edgeroute.runtime.closing import Closing
@@ -25,9 +25,12 @@ from edgeroute.runtime.records import SamplingParams
 from edgeroute.runtime.sampler import Sampler
 from edgeroute.runtime.text_stream import TextStream
 from edgeroute.runtime.threads import ThreadPolicy
-from edgeroute.scheduler import Scheduler
 from edgeroute.stats import Chunk, Generation
 from edgeroute.stream import Stream
+
+if TYPE_CHECKING:
+    from edgeroute.loaded import LoadedModel
+    from edgeroute.scheduler import Scheduler
 
 Message = Mapping[str, object]
 
@@ -305,7 +308,11 @@ class Runtime(Closing):
         """Load, loop until closed, free: the whole life of the engine thread."""
         meter = machine.LoadMeter()  # its first reading covers the time of loading
         try:
-            loaded = LoadedModel(self.path, self.params)
+            opening = Opening(self.path)
+            # Imported now, not at the top: the vocabulary is being read meanwhile.
+            from edgeroute.loaded import LoadedModel
+
+            loaded = LoadedModel(self.path, self.params, opening)
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -316,7 +323,9 @@ class Runtime(Closing):
         finally:
             loaded.close()
 
-    def _make_scheduler(self, loaded: LoadedModel, meter: machine.LoadMeter) -> Scheduler:
+    def _make_scheduler(self, loaded: "LoadedModel", meter: machine.LoadMeter) -> "Scheduler":
+        from edgeroute.scheduler import Scheduler
+
         params = self.params
         n_max = params.threads or machine.usable_cores()
         fixed = params.threads is not None
@@ -327,7 +336,7 @@ class Runtime(Closing):
             is_eog=loaded.tokenizer.is_eog, experts=loaded.experts,
         )  # fmt: skip
 
-    def _loop(self, scheduler: Scheduler) -> None:
+    def _loop(self, scheduler: "Scheduler") -> None:
         error: BaseException = ClosedError("this Runtime was closed while the request ran")
         try:
             while not self._closing:
@@ -342,7 +351,7 @@ class Runtime(Closing):
             self._receive(scheduler, wait=False)
         scheduler.fail_all(error)
 
-    def _receive(self, scheduler: Scheduler, *, wait: bool) -> None:
+    def _receive(self, scheduler: "Scheduler", *, wait: bool) -> None:
         """Take what has arrived; with `wait`, sleep until something does."""
         while wait or not self._inbox.empty():
             request = self._inbox.get()

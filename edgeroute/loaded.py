@@ -2,25 +2,24 @@
 
 import contextlib
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeroute.config import RunParams
 from edgeroute.models.base import Hparams, Model
 from edgeroute.models.forward import Forward
-from edgeroute.models.paged import PagedForward
 from edgeroute.models.registry import describe
-from edgeroute.offload.expert_store import ExpertStore
-from edgeroute.paging import MoeSource, moe_source, open_store, plan_paged
+from edgeroute.opening import Opening
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import KvCache, KvShape, round_cells
 from edgeroute.runtime.ledger import Ledger
-from edgeroute.runtime.tokenizer import Tokenizer
 from edgeroute.runtime.units import MIB, parse_bytes
 from edgeroute.runtime.weights import ResidentWeights, WeightsPlan
+
+if TYPE_CHECKING:
+    from edgeroute.offload.expert_store import ExpertStore
 
 RESERVE_RATIO, RESERVE_MIN_BYTES = 0.05, 256 * MIB
 """Of the memory available, what stays for everything else when no budget is given."""
@@ -95,40 +94,32 @@ def _n_values_ff(hparams: Hparams) -> int:
 class LoadedModel:
     """Everything one model owns, freed in reverse order by `close`.
 
-    Made, used and closed by the engine thread.
+    Made, used and closed by the engine thread. An `opening` of the same path is taken over.
 
     Raises:
         ModelFileError, UnsupportedModelError: the file cannot be used.
         CapacityError: it does not fit; nothing stays allocated.
     """
 
-    def __init__(self, path: Path, params: RunParams) -> None:
+    def __init__(self, path: Path, params: RunParams, opening: Opening | None = None) -> None:
         began = time.perf_counter()
         self._owned = contextlib.ExitStack()
         try:
-            self._load(path, params)
+            self._load(self._owned.enter_context(opening or Opening(path)), params)
         except BaseException:
             self._owned.close()
             raise
         self.load_s = time.perf_counter() - began
 
-    def _load(self, path: Path, params: RunParams) -> None:
-        own = self._owned
-        self.file = own.enter_context(GGUFFile.open(path))
-        with ThreadPoolExecutor(1, "edgeroute-vocab") as aside:
-            # The vocabulary takes longest: it is read while the weights are placed.
-            vocabulary = aside.submit(Tokenizer.open, self.file)
-            own.callback(_close_tokenizer, vocabulary)
-            self._load_weights(params)
-            self.tokenizer = vocabulary.result()
+    def _load(self, opening: Opening, params: RunParams) -> None:
+        self.file = opening.file
+        self._load_weights(params)  # while the vocabulary is being read
+        self.tokenizer = opening.tokenizer
         self._book_compute()
 
     def _book_compute(self) -> None:
         """Enter what the compute buffers really take instead of what was planned."""
         self.ledger.release("compute buffer")
-        if isinstance(self.forward, PagedForward):
-            self.ledger.release("expert compute")
-            self.ledger.reserve({"expert compute": self.forward.carry_bytes})
         self.ledger.reserve({"compute buffer": self.forward.graphs.n_bytes})
 
     def _load_weights(self, params: RunParams) -> None:
@@ -141,19 +132,23 @@ class LoadedModel:
         weights = ResidentWeights(self.file, self.device, self.model.specs())
         own.callback(weights.close)
         self.plan = plan_memory(self.model.hparams, weights, params)
-        source = moe_source(self.file, self.device, self.model, params)
-        if source is not None and self.plan.total_bytes > self.ledger.budget_bytes:
-            self._load_paged(source)
+        if self.model.hparams.moe and self.plan.total_bytes > self.ledger.budget_bytes:
+            self._load_paged(params)
             return
         self.ledger.reserve(self.plan.wants())
         weights.load()
         self._make_pool(params)
-        self.forward = Forward(self.model, self.device, weights, self.kv)
+        self.forward: Forward = Forward(self.model, self.device, weights, self.kv)
         self._reserve_compute(params)
 
-    def _load_paged(self, source: MoeSource) -> None:
+    def _load_paged(self, params: RunParams) -> None:
         """Place all but the experts, and make slots for as many of those as the budget holds."""
-        own, params = self._owned, source.params
+        # Models that fit need none of this, and should not wait for its import.
+        from edgeroute.models.paged import PagedForward
+        from edgeroute.paging import moe_source, open_store, plan_paged
+
+        own = self._owned
+        source = moe_source(self.file, self.device, self.model, params)
         base = source.other_weights()
         own.callback(base.close)
         self.plan = plan_memory(self.model.hparams, base, params)
@@ -162,9 +157,11 @@ class LoadedModel:
         base.load()
         self._make_pool(params)
         self.experts = open_store(own, source, base, paged)
-        self.forward = PagedForward(
+        self.forward = forward = PagedForward(
             source.model, self.device, self.experts, self.kv, params.n_ubatch
         )
+        self.ledger.release("expert compute")
+        self.ledger.reserve({"expert compute": forward.carry_bytes})
         self._reserve_compute(params)
 
     def _make_pool(self, params: RunParams) -> None:
@@ -179,9 +176,3 @@ class LoadedModel:
     def close(self) -> None:
         """Free everything; safe to call twice."""
         self._owned.close()
-
-
-def _close_tokenizer(vocabulary: Future[Tokenizer]) -> None:
-    """Close the vocabulary if it was loaded, even when the weights were refused."""
-    if vocabulary.exception() is None:
-        vocabulary.result().close()

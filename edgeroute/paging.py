@@ -72,10 +72,10 @@ class MoeSource:
         return ResidentWeights(self.file, self.device, specs, rows_on_demand=True)
 
 
-def moe_source(file: GGUFFile, device: Device, model: Model, params: RunParams) -> MoeSource | None:
-    """Return a model whose experts could be paged; None where it has none."""
+def moe_source(file: GGUFFile, device: Device, model: Model, params: RunParams) -> MoeSource:
+    """Take a model that has experts; all that do can be paged."""
     if model.hparams.moe is None or not isinstance(model, MoeModel):
-        return None
+        raise TypeError(f"{model.hparams.arch} has no experts to page")
     return MoeSource(file=file, device=device, model=model, params=params)
 
 

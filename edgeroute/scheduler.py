@@ -9,13 +9,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.offload.counters import LayerCount
-from edgeroute.offload.expert_store import ExpertStore
 from edgeroute.request import EngineState, Request
 from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.ledger import Ledger
@@ -23,6 +23,9 @@ from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
 from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.stats import FinishReason
+
+if TYPE_CHECKING:
+    from edgeroute.offload.expert_store import ExpertStore
 
 Logits = npt.NDArray[np.float32]
 
@@ -33,7 +36,7 @@ class Scheduler:
     def __init__(
         self, forward: Forward, ledger: Ledger, threads: ThreadPolicy, *, n_ctx: int,
         n_ubatch: int, max_batch: int, is_eog: Callable[[int], bool],
-        experts: ExpertStore | None = None,
+        experts: "ExpertStore | None" = None,
     ) -> None:  # fmt: skip
         self.forward = forward
         self.prefix = PrefixCache(forward.kv, n_ubatch)

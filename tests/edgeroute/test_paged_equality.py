@@ -80,7 +80,7 @@ def test_every_policy_at_every_budget(policy: str, slots: int | None, small: Any
         assert equal(paged.run(EVERYTHING), small.resident(EVERYTHING))
         counts = paged.counts()
         assert paged.store.policy == policy
-        assert counts.hits + counts.late + counts.misses > 1000
+        assert counts.hits + counts.misses > 500
         whole = slots == SMALL.n_expert
         assert (counts.evictions == 0) == whole
         if whole:
