@@ -9,6 +9,7 @@ from edgeroute.config import RunParams
 from edgeroute.models.base import Model, MoeHparams, MoeModel
 from edgeroute.models.paged import MAX_PAIRS, Carry
 from edgeroute.offload.disk import DiskFile
+from edgeroute.offload.disk_profile import profile
 from edgeroute.offload.expert_pool import ExpertLayer, PoolPlan, plan_pools
 from edgeroute.offload.expert_store import ExpertParams, ExpertStore
 from edgeroute.offload.trace import TraceMeta, TraceRecorder, TraceWriter
@@ -19,8 +20,6 @@ from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.units import MIB, format_bytes
 from edgeroute.runtime.weights import ResidentWeights
 
-READ_BYTES, N_IO_THREADS = MIB, 2
-"""Longest read and reads at once; see BENCHLOG for what disks were measured with."""
 STAGING_MIN_BYTES, STAGING_PAGES = 8 * MIB, 12
 VOCABULARY_RATIO = 6
 """Bytes that libllama's vocabulary takes in memory, over those of the file's header."""
@@ -127,8 +126,10 @@ def open_store(
     disk = own.enter_context(DiskFile.open(source.file.path))
     if not source.file.is_same(disk.identity):
         raise ModelFileError(f"{source.file.path} was changed while it was opened; open it again")
-    n_threads = params.io_threads or N_IO_THREADS
-    transfer = own.enter_context(Transfer([disk], n_threads, READ_BYTES, plan.staging_bytes))
+    reads = profile(disk)
+    transfer = own.enter_context(Transfer(
+        [disk], params.io_threads or reads.n_threads, reads.read_bytes, plan.staging_bytes
+    ))  # fmt: skip
     forced = params.prefetch not in ("auto", "off")
     predictor = {"auto": "gate", "off": "none"}.get(params.prefetch, params.prefetch)
     store = ExpertStore(base, source.device, plan.pools, transfer, ExpertParams(

@@ -11,7 +11,6 @@ that are popular everywhere, experts that are popular in this text, and a choice
 """
 
 import contextlib
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -25,10 +24,10 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType, quants
 
 from edgeroute.runtime.errors import UsageError
+from edgeroute.tools.synth_mosaic import MosaicTensor, Region, generator
 from edgeroute.tools.synth_vocab import SynthVocab, bpe_vocab
-from edgeroute.tools.synth_weights import WEIGHT_TYPES, random_weight
+from edgeroute.tools.synth_weights import WEIGHT_TYPES
 
-_POOL_ROWS: Final = 1024
 _N_MERGED: Final = 640  # tokens of the small vocabulary that the large one begins with
 _PARTS: Final = 8  # of the residual stream: six for the token, one constant, one for the context
 _BRANCH_POWER: Final = 0.2
@@ -44,8 +43,6 @@ _NEAR_SCORE: Final = 5.0
 _EMBD_TYPE: Final = "Q4_0"
 """Type of the embedding always. Random blocks of a type with minima have means, which those of
 the matrices that read the stream would answer to, and no deviation would be the wanted one."""
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +171,7 @@ def write_large(spec: LargeSpec, path: Path, *, sparse: bool = False) -> None:
 
 
 def _write_data(
-    writer: GGUFWriter, out: IO[bytes], tensors: "Sequence[_Tensor]", sparse: bool
+    writer: GGUFWriter, out: IO[bytes], tensors: Sequence[MosaicTensor], sparse: bool
 ) -> None:
     writer.write_padding(out, out.tell())
     for tensor in tensors:
@@ -233,91 +230,16 @@ def _vocab(spec: LargeSpec) -> SynthVocab:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Region:
-    """Columns or rows of a matrix whose values have one scale.
-
-    `alike` columns are the same in all rows, and in all tensors of one scale and type.
-    """
-
-    width: int
-    std: float = 1.0
-    alike: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tensor:
-    """One tensor to be written: a mosaic of `outs` x `columns`, or ready data.
-
-    `outs` repeats `n_expert` times; `zeroed` are rows of zeros.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    qtype: GGMLQuantizationType
-    seed: int
-    outs: tuple[_Region, ...] = ()
-    columns: tuple[_Region, ...] = ()
-    ready: npt.NDArray[np.float32] | None = None
-    zeroed: tuple[int, ...] = ()
-
-    @property
-    def is_expert(self) -> bool:
-        return len(self.shape) == 3
-
-    @property
-    def nbytes(self) -> int:
-        block_size, type_size = GGML_QUANT_SIZES[self.qtype]
-        return int(np.prod(self.shape, dtype=np.int64)) // block_size * type_size
-
-    def rows(self) -> Iterator[npt.NDArray[np.generic]]:
-        """Yield the tensor's bytes in file order, an expert (or a whole matrix) at a time."""
-        if self.ready is not None:
-            yield self.ready
-            return
-        rng = _generator(self.name, self.seed)
-        pools: dict[tuple[int, float], Bytes] = {}
-        for _ in range(self.shape[0] if self.is_expert else 1):
-            for out in self.outs:
-                made = self._mosaic(rng, pools, out)
-                if self.zeroed:
-                    made[list(self.zeroed)] = 0
-                yield made
-
-    def _mosaic(
-        self, rng: np.random.Generator, pools: dict[tuple[int, float], Bytes], out: _Region
-    ) -> Bytes:
-        pieces = []
-        for column in self.columns:
-            width, std = column.width, column.std * out.std
-            if column.alike:
-                one = self._random("alike", 1, width, std)
-                pieces.append(np.broadcast_to(one, (out.width, one.size)))
-                continue
-            if (width, std) not in pools:
-                pools[width, std] = self._random(self.name, _POOL_ROWS, width, std)
-            pieces.append(pools[width, std][rng.integers(0, _POOL_ROWS, out.width)])
-        return np.concatenate(pieces, axis=1)
-
-    def _random(self, name: str, n_rows: int, width: int, std: float) -> Bytes:
-        """Return pieces of rows, uint8 (n_rows, bytes of `width` columns)."""
-        data = random_weight(f"{name} {width} {std:.6g}", (n_rows, width), std,
-                             weight_type=self.qtype.name, seed=self.seed)  # fmt: skip
-        return data.view(np.uint8).reshape(n_rows, -1)
-
-
-def _tensors(spec: LargeSpec, ending_ids: Sequence[int]) -> Iterator[_Tensor]:
+def _tensors(spec: LargeSpec, ending_ids: Sequence[int]) -> Iterator[MosaicTensor]:
     """Yield every tensor in file order."""
     token_embd = _matrix(replace(spec, weight_type=_EMBD_TYPE), "token_embd",
-                         [_Region(width=spec.n_vocab)], _stream_columns(spec))  # fmt: skip
+                         [Region(width=spec.n_vocab)], _stream_columns(spec))  # fmt: skip
     yield token_embd
     yield _ones("output_norm", spec.n_embd)
     # Read through the token part alone: through the others, one token would always win.
-    quiet = _Region(width=spec.part, std=0.02)
-    heads = (*[_Region(width=spec.part)] * (_PARTS - 2), quiet, quiet)
-    output = _matrix(
-        spec, "output", [_Region(width=spec.n_vocab, std=2 / sqrt(spec.n_embd))], heads
-    )
+    quiet = Region(width=spec.part, std=0.02)
+    heads = (*[Region(width=spec.part)] * (_PARTS - 2), quiet, quiet)
+    output = _matrix(spec, "output", [Region(width=spec.n_vocab, std=2 / sqrt(spec.n_embd))], heads)
     # Random answers would end by chance, on another CPU's rounding elsewhere.
     yield replace(output, zeroed=tuple(ending_ids))
     constant = _constant(token_embd)
@@ -328,22 +250,22 @@ def _tensors(spec: LargeSpec, ending_ids: Sequence[int]) -> Iterator[_Tensor]:
         yield from _experts(spec, f"blk.{il}")
 
 
-def _stream_columns(spec: LargeSpec) -> tuple[_Region, ...]:
+def _stream_columns(spec: LargeSpec) -> tuple[Region, ...]:
     """Columns of an embedding: the token's own, the same constant for all, nothing yet."""
-    token, constant = _Region(width=spec.part), _Region(width=spec.part, alike=True)
-    return (*[token] * (_PARTS - 2), constant, _Region(width=spec.part, std=0.02))
+    token, constant = Region(width=spec.part), Region(width=spec.part, alike=True)
+    return (*[token] * (_PARTS - 2), constant, Region(width=spec.part, std=0.02))
 
 
-def _stream_rows(spec: LargeSpec, token: float, context: float) -> tuple[_Region, ...]:
+def _stream_rows(spec: LargeSpec, token: float, context: float) -> tuple[Region, ...]:
     """Rows of a matrix that writes to the stream; the constant stays as it is."""
     return (
-        _Region(width=(_PARTS - 2) * spec.part, std=token),
-        _Region(width=spec.part, std=0.0),
-        _Region(width=spec.part, std=context),
+        Region(width=(_PARTS - 2) * spec.part, std=token),
+        Region(width=spec.part, std=0.0),
+        Region(width=spec.part, std=context),
     )
 
 
-def _attention(spec: LargeSpec, layer: str) -> Iterator[_Tensor]:
+def _attention(spec: LargeSpec, layer: str) -> Iterator[MosaicTensor]:
     """Yield an attention that averages over the last tokens, whatever they are.
 
     Queries and keys answer to the constant part alone and are alike, so that a score depends
@@ -351,21 +273,21 @@ def _attention(spec: LargeSpec, layer: str) -> Iterator[_Tensor]:
     """
     n_q, n_kv = spec.n_head * spec.n_embd_head, spec.n_head_kv * spec.n_embd_head
     std = 1 / sqrt(spec.n_embd)
-    token, silent = _Region(width=spec.part), _Region(width=spec.part, std=0.02)
+    token, silent = Region(width=spec.part), Region(width=spec.part, std=0.02)
     value = (*[token] * (_PARTS - 2), silent, silent)
-    deaf = _Region(width=spec.part, std=0.002)
-    fixed = (*[deaf] * (_PARTS - 2), _Region(width=spec.part, alike=True), deaf)
+    deaf = Region(width=spec.part, std=0.002)
+    fixed = (*[deaf] * (_PARTS - 2), Region(width=spec.part, alike=True), deaf)
     weights, n_seen = _distance_norm(spec)
     yield _ones(f"{layer}.attn_norm", spec.n_embd)
     for part, n_out, columns in (("q", n_q, fixed), ("k", n_kv, fixed), ("v", n_kv, value)):
-        outs = [_Region(width=n_out, std=std)]
+        outs = [Region(width=n_out, std=std)]
         yield _matrix(spec, f"{layer}.attn_{part}", outs, columns)
         if part != "v":
             n_heads = 1 if spec.qk_norm_width == "head" else n_out // spec.n_embd_head
             yield _vector(f"{layer}.attn_{part}_norm", np.tile(weights, n_heads))
     context = sqrt(_CONTEXT_POWER * n_seen / n_q)
     outs = list(_stream_rows(spec, token=0.1 * context, context=context))
-    yield _matrix(spec, f"{layer}.attn_output", outs, [_Region(width=n_q)])
+    yield _matrix(spec, f"{layer}.attn_output", outs, [Region(width=n_q)])
 
 
 def _distance_norm(spec: LargeSpec) -> tuple[npt.NDArray[np.float32], float]:
@@ -388,22 +310,22 @@ def _distance_norm(spec: LargeSpec) -> tuple[npt.NDArray[np.float32], float]:
     return weights, float(1 / (shares @ shares))
 
 
-def _experts(spec: LargeSpec, layer: str) -> Iterator[_Tensor]:
-    columns = [_Region(width=spec.part)] * _PARTS
-    outs = [_Region(width=spec.n_ff_exp, std=1 / sqrt(spec.n_embd))]
+def _experts(spec: LargeSpec, layer: str) -> Iterator[MosaicTensor]:
+    columns = [Region(width=spec.part)] * _PARTS
+    outs = [Region(width=spec.n_ff_exp, std=1 / sqrt(spec.n_embd))]
     # A sum of n_expert_used independent answers with equal weights of gate_mass / n_expert_used.
     gain = sqrt(_BRANCH_POWER * spec.n_expert_used / _SILU_POWER) / spec.gate_mass
     down = _stream_rows(spec, token=gain / sqrt(spec.n_ff_exp), context=0.0)
     yield _matrix(spec, f"{layer}.ffn_gate_exps", outs, columns, n_expert=spec.n_expert)
     yield _matrix(spec, f"{layer}.ffn_up_exps", outs, columns, n_expert=spec.n_expert)
-    yield _matrix(spec, f"{layer}.ffn_down_exps", down, [_Region(width=spec.n_ff_exp)],
+    yield _matrix(spec, f"{layer}.ffn_down_exps", down, [Region(width=spec.n_ff_exp)],
                   n_expert=spec.n_expert)  # fmt: skip
 
 
-def _gate(spec: LargeSpec, il: int, constant: npt.NDArray[np.float32]) -> _Tensor:
+def _gate(spec: LargeSpec, il: int, constant: npt.NDArray[np.float32]) -> MosaicTensor:
     """Return a layer's gate, F32 [n_embd, n_expert]: scores of the wanted deviations."""
     name = f"blk.{il}.ffn_gate_inp.weight"
-    rng = _generator(name, spec.seed)
+    rng = generator(name, spec.seed)
     n_token, part = (_PARTS - 2) * spec.part, spec.part
     token_power = 1 + _BRANCH_POWER * il
     # What the norm divides by, from the powers of the three parts; the context's is small.
@@ -418,7 +340,7 @@ def _gate(spec: LargeSpec, il: int, constant: npt.NDArray[np.float32]) -> _Tenso
     gate[:, n_token + part :] = rng.standard_normal((spec.n_expert, part)) * (
         spec.gate.context * rms / sqrt(part * _context_power(il))
     )
-    return _Tensor(name=name, shape=gate.shape, qtype=GGMLQuantizationType.F32, seed=spec.seed,
+    return MosaicTensor(name=name, shape=gate.shape, qtype=GGMLQuantizationType.F32, seed=spec.seed,
                    ready=gate)  # fmt: skip
 
 
@@ -427,9 +349,9 @@ def _context_power(il: int) -> float:
     return _CONTEXT_POWER * (il + 1)
 
 
-def _constant(token_embd: _Tensor) -> npt.NDArray[np.float32]:
+def _constant(token_embd: MosaicTensor) -> npt.NDArray[np.float32]:
     """Return the constant part of the stream as the embedding holds it, F32 (n_embd / 8)."""
-    first = replace(token_embd, outs=(_Region(width=1),))
+    first = replace(token_embd, outs=(Region(width=1),))
     row = quants.dequantize(next(first.rows()).view(np.uint8), token_embd.qtype).reshape(-1)
     part = row.size // _PARTS
     return row[(_PARTS - 2) * part : (_PARTS - 1) * part].astype(np.float32)
@@ -438,13 +360,13 @@ def _constant(token_embd: _Tensor) -> npt.NDArray[np.float32]:
 def _matrix(
     spec: LargeSpec,
     stem: str,
-    outs: Sequence[_Region],
-    columns: Sequence[_Region],
+    outs: Sequence[Region],
+    columns: Sequence[Region],
     *,
     n_expert: int | None = None,
-) -> _Tensor:
+) -> MosaicTensor:
     shape = (sum(out.width for out in outs), sum(column.width for column in columns))
-    return _Tensor(
+    return MosaicTensor(
         name=f"{stem}.weight",
         shape=shape if n_expert is None else (n_expert, *shape),
         qtype=GGMLQuantizationType[spec.weight_type],
@@ -454,18 +376,13 @@ def _matrix(
     )
 
 
-def _ones(stem: str, n: int) -> _Tensor:
+def _ones(stem: str, n: int) -> MosaicTensor:
     return _vector(stem, np.ones(n, np.float32))
 
 
-def _vector(stem: str, values: npt.NDArray[np.float32]) -> _Tensor:
-    return _Tensor(name=f"{stem}.weight", shape=values.shape, qtype=GGMLQuantizationType.F32,
+def _vector(stem: str, values: npt.NDArray[np.float32]) -> MosaicTensor:
+    return MosaicTensor(name=f"{stem}.weight", shape=values.shape, qtype=GGMLQuantizationType.F32,
                    seed=0, ready=values)  # fmt: skip
-
-
-def _generator(name: str, seed: int) -> np.random.Generator:
-    """One generator per tensor, so that adding a tensor to a model changes no other."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 @click.command()
