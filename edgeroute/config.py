@@ -23,15 +23,18 @@ class RunParams:
         n_ctx: most tokens of one sequence, prompt and answer together.
         n_kv: cells of the KV pool that running and kept sequences share; None is n_ctx.
         n_ubatch: prompt tokens computed at once.
-        max_batch: most sequences that decode in one pass. Up to 3, no bit of a quantised
-            model's answer depends on who shares the pass; from 4 on, ggml multiplies
-            repacked weights by another kernel, whose last bits differ.
+        max_batch: most sequences that decode in one pass. None is 16, or 3 where weights are
+            repacked (most quantised models): from 4 on, ggml multiplies those by another
+            kernel, quicker in sum but with other last bits, so that an answer would depend
+            on who shares the pass. Set it where throughput counts more than that.
         kv_type: `f16` or `q8_0`.
         device: a ggml device by name or kind.
         policy: which expert leaves when another needs its slot; `auto` or a name, see
             `edgeroute.offload.eviction_registry`.
         prefetch: `auto` reads experts ahead while that is measured to pay, `off` never;
             the name of a predictor (`gate`, `eam`, `frequency`) always.
+        repack_experts: False keeps the experts of a model that fits in the file's layout, as
+            paged ones always are: slower to decode, and the same bits with and without paging.
         io_threads: reads of experts under way at once.
         trace: a file to record which experts were chosen.
     """
@@ -41,11 +44,12 @@ class RunParams:
     n_ctx: int = 4096
     n_kv: int | None = None
     n_ubatch: int = 512
-    max_batch: int = 16
+    max_batch: int | None = None
     kv_type: str = "f16"
     device: str = "cpu"
     policy: str = "auto"
     prefetch: str = "auto"
+    repack_experts: bool = True
     io_threads: int | None = None
     trace: str | None = None
 
@@ -54,7 +58,7 @@ class RunParams:
                                 ("n_ubatch", 64, 4096), ("max_batch", 1, 256),
                                 ("io_threads", 1, 64)):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name in ("threads", "n_kv", "io_threads"):
+            if value is None and name in ("threads", "n_kv", "io_threads", "max_batch"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise UsageError(
@@ -66,6 +70,8 @@ class RunParams:
             raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}, got {self.kv_type!r}")
         if self.n_kv is not None and self.n_kv < self.n_ctx:
             raise UsageError(f"n_kv must be at least n_ctx ({self.n_ctx}), got {self.n_kv}")
+        if self.repack_experts not in (True, False):
+            raise UsageError(f"repack_experts must be true or false, got {self.repack_experts!r}")
         if self.memory is not None:
             parse_bytes(self.memory)
         if (self.policy, self.prefetch) != ("auto", "auto"):

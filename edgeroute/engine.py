@@ -48,6 +48,7 @@ class Settings(TypedDict, total=False):
     device: str | None
     policy: str | None
     prefetch: str | None
+    repack_experts: bool | None
     io_threads: int | None
     trace: str | None
 
@@ -155,27 +156,32 @@ class Runtime(Closing):
         loaded, scheduler = self._loaded, self._scheduler
         steps = scheduler.n_decode_steps
         experts = {} if loaded.experts is None else {"experts": loaded.experts.stats()}
-        return {
-            "model": str(self.path),
-            "arch": loaded.model.hparams.arch,
-            "load_s": round(loaded.load_s, 6),
-            "memory": {entry.owner: entry.n_bytes for entry in loaded.ledger.entries()},
-            "memory_bytes": loaded.ledger.used_bytes,
-            "budget_bytes": loaded.ledger.budget_bytes,
-            "kv_cells": loaded.kv.n_cells,
-            "kv_free_cells": loaded.kv.n_free_cells,
-            "kv_kept_cells": scheduler.prefix.n_kept_cells,
-            "reused_cells": scheduler.prefix.n_reused_cells,
-            "running": scheduler.n_running,
-            "waiting": scheduler.n_waiting + self._inbox.qsize(),
-            "finished": scheduler.n_finished,
-            "decode_steps": steps,
-            "mean_batch": round(scheduler.n_decode_tokens / steps, 3) if steps else 0.0,
-            "graphs_built": loaded.forward.graphs.n_built,
-            "threads": scheduler.threads.n_threads,
-            "threads_max": scheduler.threads.n_max,
-            "thread_changes": scheduler.threads.n_changes,
-        } | experts
+        layers = {} if loaded.layers is None else {"layers": loaded.layers.stats()}
+        return (
+            {
+                "model": str(self.path),
+                "arch": loaded.model.hparams.arch,
+                "load_s": round(loaded.load_s, 6),
+                "memory": {entry.owner: entry.n_bytes for entry in loaded.ledger.entries()},
+                "memory_bytes": loaded.ledger.used_bytes,
+                "budget_bytes": loaded.ledger.budget_bytes,
+                "kv_cells": loaded.kv.n_cells,
+                "kv_free_cells": loaded.kv.n_free_cells,
+                "kv_kept_cells": scheduler.prefix.n_kept_cells,
+                "reused_cells": scheduler.prefix.n_reused_cells,
+                "running": scheduler.n_running,
+                "waiting": scheduler.n_waiting + self._inbox.qsize(),
+                "finished": scheduler.n_finished,
+                "decode_steps": steps,
+                "mean_batch": round(scheduler.n_decode_tokens / steps, 3) if steps else 0.0,
+                "graphs_built": loaded.forward.graphs.n_built,
+                "threads": scheduler.threads.n_threads,
+                "threads_max": scheduler.threads.n_max,
+                "thread_changes": scheduler.threads.n_changes,
+            }
+            | experts
+            | layers
+        )
 
     def encode(self, text: str) -> list[int]:
         """Turn text into token ids as `generate` does with a prompt."""
@@ -332,7 +338,7 @@ class Runtime(Closing):
         policy = ThreadPolicy(n_max, meter, time.monotonic, fixed=fixed)
         return Scheduler(
             loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
-            n_ubatch=params.n_ubatch, max_batch=params.max_batch,
+            n_ubatch=params.n_ubatch, max_batch=params.max_batch or loaded.max_batch,
             is_eog=loaded.tokenizer.is_eog, experts=loaded.experts,
         )  # fmt: skip
 

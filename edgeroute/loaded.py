@@ -20,7 +20,10 @@ from edgeroute.runtime.weights import ResidentWeights, WeightsPlan
 
 if TYPE_CHECKING:
     from edgeroute.offload.expert_store import ExpertStore
+    from edgeroute.offload.layer_store import LayerStore
 
+MAX_BATCH, MAX_BATCH_REPACKED = 16, 3
+"""Sequences in one pass by default: see RunParams.max_batch."""
 RESERVE_RATIO, RESERVE_MIN_BYTES = 0.05, 256 * MIB
 """Of the memory available, what stays for everything else when no budget is given."""
 
@@ -74,7 +77,7 @@ def plan_memory(hparams: Hparams, weights: ResidentWeights, params: RunParams) -
     n_kv = round_cells(params.n_kv or params.n_ctx)
     n_ubatch = min(params.n_ubatch, n_kv)
     per_token = 4 * (_n_values_ff(hparams) + 8 * hparams.n_embd) + 2 * round_cells(params.n_ctx)
-    logits = 4 * hparams.n_vocab * params.max_batch
+    logits = 4 * hparams.n_vocab * (params.max_batch or MAX_BATCH)
     return MemoryPlan(
         weights=weights.plan,
         kv_bytes=n_kv * kv_shape(hparams, params).bytes_per_cell,
@@ -128,12 +131,15 @@ class LoadedModel:
         self.model: Model = describe(self.file)
         self.device = own.enter_context(Device.open(params.device))
         self.experts: ExpertStore | None = None
+        self.layers: LayerStore | None = None
         self.ledger = Ledger(budget_bytes(params))
-        weights = ResidentWeights(self.file, self.device, self.model.specs())
+        weights = ResidentWeights(
+            self.file, self.device, self.model.specs(), repack_experts=params.repack_experts
+        )
         own.callback(weights.close)
         self.plan = plan_memory(self.model.hparams, weights, params)
-        if self.model.hparams.moe and self.plan.total_bytes > self.ledger.budget_bytes:
-            self._load_paged(params)
+        if self.plan.total_bytes > self.ledger.budget_bytes:
+            (self._load_paged if self.model.hparams.moe else self._load_layered)(params)
             return
         self.ledger.reserve(self.plan.wants())
         weights.load()
@@ -164,6 +170,24 @@ class LoadedModel:
         self.ledger.reserve({"expert compute": forward.carry_bytes})
         self._reserve_compute(params)
 
+    def _load_layered(self, params: RunParams) -> None:
+        """Place as many layers as the budget holds, and rooms for the others to go through."""
+        from edgeroute.paging_layers import LayerSource, open_layers, plan_layers
+
+        own = self._owned
+        source = LayerSource(file=self.file, device=self.device, model=self.model, params=params)
+        with contextlib.closing(source.base(source.units())) as small:
+            fixed = plan_memory(self.model.hparams, small, params).wants()
+        layered = plan_layers(source, fixed, self.ledger.budget_bytes)
+        base = source.base(layered.streamed)
+        own.callback(base.close)
+        self.plan = plan_memory(self.model.hparams, base, params)
+        self.ledger.reserve(self.plan.wants() | layered.entries)
+        base.load()
+        self._make_pool(params)
+        self.layers, self.forward = open_layers(own, source, base, layered, self.kv)
+        self._reserve_compute(params)
+
     def _make_pool(self, params: RunParams) -> None:
         shape = kv_shape(self.model.hparams, params)
         self.kv = KvCache(self.device, shape, params.n_kv or params.n_ctx)
@@ -172,6 +196,11 @@ class LoadedModel:
     def _reserve_compute(self, params: RunParams) -> None:
         self._owned.callback(self.forward.close)
         self.forward.reserve(min(params.n_ubatch, self.kv.n_cells), params.n_ctx)
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences that decode in one pass without changing each other's bits."""
+        return MAX_BATCH_REPACKED if self.plan.weights.repacked else MAX_BATCH
 
     def close(self) -> None:
         """Free everything; safe to call twice."""

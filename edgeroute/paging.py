@@ -1,6 +1,7 @@
 """Composes a model whose experts do not all fit: what stays, what is paged, what it takes."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import psutil
@@ -15,7 +16,7 @@ from edgeroute.offload.expert_store import ExpertParams, ExpertStore
 from edgeroute.offload.trace import TraceMeta, TraceRecorder, TraceWriter
 from edgeroute.offload.transfer import Transfer
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import CapacityError, ModelFileError
+from edgeroute.runtime.errors import CapacityError, ModelFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.units import MIB, format_bytes
 from edgeroute.runtime.weights import ResidentWeights
@@ -107,7 +108,8 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
         raise CapacityError(
             f"{parts} and the experts of one token, {format_bytes(least)}, are over the budget of "
             f"{format_bytes(budget)}; raise the memory budget to at least "
-            f"{(sum(fixed.values()) + least) / 2**30:.2f} GiB, or lower n_ctx or n_ubatch"
+            f"{math.ceil(100 * (sum(fixed.values()) + least) / 2**30) / 100:.2f} GiB, or lower "
+            "n_ctx or n_ubatch"
         )
     most = sum(pool.all_bytes for pool in pools)
     return PagedPlan(pools=pools, fixed=fixed, staging_bytes=staging, slots_bytes=min(left, most))
@@ -151,5 +153,10 @@ def _recorder(own: contextlib.ExitStack, source: MoeSource, plan: PagedPlan) -> 
         layers=tuple(sorted(layer.il for pool in plan.pools for layer in pool.layers)),
     )  # fmt: skip
     path = source.params.trace
-    writer = None if path is None else own.enter_context(TraceWriter(path, meta))
+    try:
+        writer = None if path is None else own.enter_context(TraceWriter(path, meta))
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the trace {path}: {error.strerror}; record to another file"
+        ) from error
     return TraceRecorder(meta, writer=writer)

@@ -204,11 +204,11 @@ class Scheduler:
             sequence = _sequence(request)
             pieces.append(Piece(tokens=sequence.tokens[-1:], pos=sequence.n_past,
                                 region=sequence.region))  # fmt: skip
-        began = time.perf_counter()
+        began = time.perf_counter() - self._stalled_s()
         logits = self._run(pieces, batch)
         if logits is None:
             return
-        self.threads.observe(len(batch), time.perf_counter() - began)
+        self.threads.observe(len(batch), time.perf_counter() - self._stalled_s() - began)
         self.n_decode_steps += 1
         self.n_decode_tokens += len(batch)
         for request, row in zip(batch, logits, strict=True):
@@ -216,6 +216,10 @@ class Scheduler:
             sequence.n_past += 1
             sequence.classes.append(CLASS_SINGLE)
             self._sample(request, row)
+
+    def _stalled_s(self) -> float:
+        """Seconds spent waiting for a disk so far, which no number of threads would change."""
+        return 0.0 if self._experts is None else self._experts.stalled_s
 
     def _run(self, pieces: list[Piece], requests: list[Request]) -> Logits | None:
         """Run a batch; a failed one fails its own requests only. None when it was stopped."""

@@ -13,7 +13,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import TensorInfo
-from edgeroute.runtime.slots import Slots, choose_homes
+from edgeroute.runtime.slots import Slots
 from edgeroute.runtime.units import format_bytes
 
 MODEL_FILE = 0
@@ -110,7 +110,7 @@ class ExpertPool(Closing):
         self.table = PageTable(
             n_slots, make_policy(policy, self.shape, n_slots, PolicyParams()), self.shape
         )
-        self.slots = Slots(device, choose_homes(device, plan.layers[0].infos), n_slots)
+        self.slots = Slots(device, plan.layers[0].infos, n_slots)
         self._infos = {layer.il: layer.infos for layer in plan.layers}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -21,12 +21,12 @@ from edgeroute.offload.transfer import Ticket, Transfer
 from edgeroute.runtime import machine
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.errors import CapacityError, UsageError
 from edgeroute.runtime.experts import Held
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.weights import Weights
 
-GROUP_BYTES = 24 << 20
+GROUP_BYTES = 48 << 20
 """Experts that a long prompt loads and computes together: several reads, few slots."""
 GROUPS_AHEAD = 2
 MOST_OF_A_LAYER = 0.75
@@ -100,6 +100,8 @@ class ExpertStore(Closing):
         self.policy = params.policy
         if params.policy == "auto":
             self.policy = self.cliff.fallback or DEFAULT_POLICY
+        n_layer = 1 + max(layer.il for plan in pools for layer in plan.layers)
+        predictor = make_predictor(params.prefetch, n_layer, self._n_expert)
         self.pools: list[ExpertPool] = []
         try:
             for plan, n_slots in zip(pools, counts, strict=True):
@@ -112,9 +114,8 @@ class ExpertStore(Closing):
         for pool in self.pools:
             self._tensors |= pool.tensors()
         allowed = params.prefetch != "none" and self.cliff.fallback is None
-        n_layer = max(self._pool_of) + 1
         self._ahead = _Prefetch(
-            make_predictor(params.prefetch, n_layer, self._n_expert),
+            predictor,
             PrefetchGate(GateParams(step_budget_bytes=params.slots_bytes // 4), allowed),
         )
         self._forced = params.forced
@@ -122,6 +123,8 @@ class ExpertStore(Closing):
         self._guess: tuple[int, Sequence[int], Sequence[int] | None] | None = None
         self._prefill = False
         self._began = self._next_reading = 0.0
+        self.stalled_s = 0.0
+        """Seconds that passes over the model have waited for reads so far."""
         self.pressure = Pressure(self.slots_bytes)
         self.recorder: TraceRecorder | None = None
 
@@ -199,10 +202,18 @@ class ExpertStore(Closing):
         """Let go of everything held, whatever has happened."""
         self._let_go()
         self._collect()
+        if not self._prefill:
+            self._judge_prefetch()
         if self.recorder is not None:
-            self.recorder.end_step()
-        if self._prefill:
-            return
+            try:
+                self.recorder.end_step()
+            except OSError as error:
+                raise UsageError(
+                    f"cannot write the trace: {error.strerror}; make room, or run without a trace"
+                ) from error
+
+    def _judge_prefetch(self) -> None:
+        """Tell the gate what the step at work has cost."""
         ahead = self._ahead
         useful, issued = self._prefetched()
         ahead.gate.end_step(StepCost(
@@ -262,7 +273,9 @@ class ExpertStore(Closing):
         try:
             arrived = [self._transfer.wait(ticket, stop) for ticket in load.tickets]
         finally:
-            load.pool.table.counters.stalled(load.il, time.perf_counter() - began)
+            waited_s = time.perf_counter() - began
+            self.stalled_s += waited_s
+            load.pool.table.counters.stalled(load.il, waited_s)
             self._book(load)
         return all(arrived)
 
@@ -353,7 +366,13 @@ class ExpertStore(Closing):
             found.append(page)
             jobs.append(pool.job(page, slot))
         if jobs:
-            self._ahead.coming.update(zip(found, self._transfer.prefetch(jobs), strict=True))
+            try:
+                tickets = self._transfer.prefetch(jobs)
+            except BaseException:
+                for page in found:
+                    pool.table.failed(page)
+                raise
+            self._ahead.coming.update(zip(found, tickets, strict=True))
 
     def _collect(self) -> None:
         """Enter prefetches that have ended."""

@@ -6,7 +6,6 @@ A page has parts (an expert's gate, up and down). Each part of every slot lies i
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,39 +17,6 @@ from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.ggml.structs import TensorStruct
 from edgeroute.runtime.gguf import TensorInfo
 from edgeroute.runtime.tensor import Descriptors, new_tensor, place, place_all
-from edgeroute.runtime.weights import supports_product
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartHome:
-    """Where one part of every slot goes: a buffer type, and whether it changes the layout."""
-
-    info: TensorInfo
-    buffer_type: int
-    repacked: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the part in the file, for one page."""
-        return self.info.nbytes // self.info.ne[2]
-
-
-def choose_homes(device: Device, infos: Sequence[TensorInfo]) -> tuple[PartHome, ...]:
-    """Pick a buffer type per part: a repacking one where ggml computes from it.
-
-    The same choice as for resident weights, so that paged and resident have equal bits.
-
-    Args:
-        infos: tensors [n_in, n_out, n_expert] of the file, one per part.
-    """
-    homes = []
-    for info in infos:
-        kinds = (k for k in device.extra_buffer_types
-                 if supports_product(device, k, info, by_id=True))  # fmt: skip
-        kind = next(kinds, None)
-        homes.append(PartHome(info=info, buffer_type=kind or device.buffer_type,
-                              repacked=kind is not None))  # fmt: skip
-    return tuple(homes)
 
 
 class Slots(Closing):
@@ -59,31 +25,39 @@ class Slots(Closing):
     Lifetime: tensors and sinks are valid until `close`; close the I/O threads first.
     """
 
-    def __init__(self, device: Device, homes: Sequence[PartHome], n_slots: int) -> None:
+    def __init__(self, device: Device, infos: Sequence[TensorInfo], n_slots: int) -> None:
         """Reserve address space for `n_slots` slots.
+
+        Args:
+            device: where to.
+            infos: tensors [n_in, n_out, n_expert] of the file, one per part, whose slices
+                slots will hold in the layout that they have there. A repacked layout would
+                make a token's arithmetic quicker by a quarter, but a prompt's slower by 40 %,
+                and every load dearer: see BENCHLOG, 2026-11-22.
+            n_slots: how many.
 
         Raises:
             CapacityError: the device has not that much.
         """
         self.n_slots = n_slots
-        self.homes = tuple(homes)
-        self._descriptors = Descriptors(len(homes) * (n_slots + 1))
+        self._infos = tuple(infos)
+        self._descriptors = Descriptors(len(infos) * (n_slots + 1))
         self._buffers: list[Buffer] = []
         self.tensors: list[Tensor] = []
         self._strides: list[int] = []
         self._sinks: dict[int, SlotSink] = {}
         self._direct = device.info.host_pointers
         try:
-            for home in homes:
-                self._add_part(device, home)
+            for info in infos:
+                self._add_part(device, info)
         except BaseException:
             self.close()
             raise
 
-    def _add_part(self, device: Device, home: PartHome) -> None:
-        n_in, n_out = home.info.ne[:2]
-        tensor = new_tensor(self._descriptors, home.info.type, (n_in, n_out, self.n_slots), "slots")
-        buffer = place_all([tensor], device, home.buffer_type)
+    def _add_part(self, device: Device, info: TensorInfo) -> None:
+        n_in, n_out = info.ne[:2]
+        tensor = new_tensor(self._descriptors, info.type, (n_in, n_out, self.n_slots), "slots")
+        buffer = place_all([tensor], device)
         ggml().ggml_backend_buffer_set_usage(buffer.pointer, api.USAGE_WEIGHTS)
         self._buffers.append(buffer)
         self.tensors.append(tensor)
@@ -109,7 +83,7 @@ class Slots(Closing):
         done = 0
         if self._direct:
             for slot in slots:
-                for part in range(len(self.homes)):
+                for part in range(len(self._infos)):
                     done += host_memory.give_back(self._address(slot, part), self._strides[part])
         return done
 
@@ -130,14 +104,14 @@ class Slots(Closing):
     def _make_sink(self, slot: int) -> "SlotSink":
         parts: list[Tensor] = []
         views: list[memoryview | None] = []
-        for part, home in enumerate(self.homes):
-            one = new_tensor(self._descriptors, home.info.type, home.info.ne[:2], "slot")
+        for part, info in enumerate(self._infos):
+            one = new_tensor(self._descriptors, info.type, info.ne[:2], "slot")
             address = self._address(slot, part)
             place(one, self._buffers[part], address)
             parts.append(one)
-            plain = self._direct and not home.repacked
-            views.append(_view(address, home.nbytes) if plain else None)
-        return SlotSink(parts, views, any(home.repacked for home in self.homes))
+            nbytes = info.nbytes // info.ne[2]
+            views.append(_view(address, nbytes) if self._direct else None)
+        return SlotSink(parts, views, whole_parts=False)
 
 
 class SlotSink:

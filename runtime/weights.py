@@ -114,7 +114,7 @@ class ResidentWeights:
 
     def __init__(
         self, file: GGUFFile, device: Device, specs: Sequence[TensorSpec], *,
-        rows_on_demand: bool = False,
+        rows_on_demand: bool = False, repack_experts: bool = True,
     ) -> None:  # fmt: skip
         """Plan where each tensor goes; nothing is read yet.
 
@@ -124,11 +124,14 @@ class ResidentWeights:
             specs: the tensors.
             rows_on_demand: leave tables of which only rows are read to the disk: they are
                 mapped, but neither read ahead nor counted.
+            repack_experts: False leaves experts in the file's layout, as paged ones are, so
+                that both have the same kernels and the same bits.
 
         Raises:
             ModelFileError: see `check_specs`.
         """
         self._rows_on_demand = rows_on_demand
+        self._repacks = {"mul_mat", "mul_mat_id"} if repack_experts else {"mul_mat"}
         self._file = file
         self._device = device
         self._pairs = check_specs(file, specs)
@@ -224,7 +227,7 @@ class ResidentWeights:
 
     def _choose_home(self, spec: TensorSpec, info: TensorInfo) -> int | None:
         """Pick a buffer type: a repacking one that ggml says it can compute from, or the file."""
-        if spec.use in ("mul_mat", "mul_mat_id"):
+        if spec.use in self._repacks:
             for buffer_type in self._device.extra_buffer_types:
                 by_id = spec.use == "mul_mat_id"
                 if supports_product(self._device, buffer_type, info, by_id=by_id):

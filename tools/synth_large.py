@@ -101,43 +101,18 @@ class LargeSpec:
         return self.n_embd // _PARTS
 
 
-SHAPES: Final[Mapping[str, LargeSpec]] = MappingProxyType(
-    {
-        "qwen3-30b-a3b": LargeSpec(
-            arch="qwen3moe",
-            pre="qwen2",
-            n_vocab=151936,
-            n_layer=48,
-            n_embd=2048,
-            n_ff=6144,
-            n_ff_exp=768,
-            n_head=32,
-            n_head_kv=4,
-            n_expert=128,
-            n_expert_used=8,
-            rope_base=1e6,
-            rms_eps=1e-6,
-            qk_norm_width="head",
-        ),
-        "olmoe": LargeSpec(
-            arch="olmoe",
-            pre="olmo",
-            n_vocab=50304,
-            n_layer=16,
-            n_embd=2048,
-            n_ff=1024,
-            n_ff_exp=1024,
-            n_head=16,
-            n_head_kv=16,
-            n_expert=64,
-            n_expert_used=8,
-            rope_base=10000.0,
-            rms_eps=1e-5,
-            qk_norm_width="all",
-            gate_mass=0.6,
-        ),
-    }
-)
+SHAPES: Final[Mapping[str, LargeSpec]] = MappingProxyType({
+    "qwen3-30b-a3b": LargeSpec(
+        arch="qwen3moe", pre="qwen2", n_vocab=151936, n_layer=48, n_embd=2048, n_ff=6144,
+        n_ff_exp=768, n_head=32, n_head_kv=4, n_expert=128, n_expert_used=8, rope_base=1e6,
+        rms_eps=1e-6, qk_norm_width="head",
+    ),
+    "olmoe": LargeSpec(
+        arch="olmoe", pre="olmo", n_vocab=50304, n_layer=16, n_embd=2048, n_ff=1024,
+        n_ff_exp=1024, n_head=16, n_head_kv=16, n_expert=64, n_expert_used=8, rope_base=10000.0,
+        rms_eps=1e-5, qk_norm_width="all", gate_mass=0.6,
+    ),
+})  # fmt: skip
 """The published shapes; `n_layer` may be cut, everything else is as the models have it."""
 
 

@@ -8,17 +8,23 @@ import click
 from edgeroute.cli import EXIT_CAPACITY
 from edgeroute.commands.doctor_table import Row, show
 from edgeroute.commands.generate_shared import SETTINGS, pick
-from edgeroute.runtime.units import format_bytes
+from edgeroute.runtime.units import MIB, format_bytes
 
 if TYPE_CHECKING:
-    from edgeroute.commands.plan_model import ModelPlan
+    from edgeroute.commands.plan_model import ExpertSlots, ModelPlan, Paging
 
 _EPILOG = """\b
 Examples:
   edgeroute plan smollm2-135m-instruct
   edgeroute plan qwen2.5-coder-1.5b-instruct --memory 2GiB --n-ctx 8192
+  edgeroute plan ./mixture-of-experts.gguf --memory 2GiB --policy lru
   edgeroute plan ./model.gguf --memory 1GiB --json || echo "does not fit"
 """
+_CACHE_NOTES = {
+    "bypassed": "",
+    "dropped": ", page cache dropped first",
+    "possible": ", perhaps from the page cache",
+}
 
 
 @click.command(epilog=_EPILOG)
@@ -28,14 +34,24 @@ Examples:
 @click.option("--n-ctx", type=int, metavar="N", help="Context length.  [default: 4096]")
 @click.option("--kv-type", metavar="TYPE", help="f16 or q8_0.  [default: f16]")
 @click.option("--threads", "-t", type=int, metavar="N", help="Threads to predict for.")
+@click.option("--policy", metavar="NAME", help="Which expert leaves when they are paged.  "
+              "[default: auto]")  # fmt: skip
+@click.option("--prefetch", metavar="WHEN", help="Read experts ahead: auto, off, or a "
+              "predictor.  [default: auto]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.pass_context
 def command(ctx: click.Context, /, model: str, as_json: bool, **given: Any) -> None:
     """Say what MODEL takes, by part, and whether that fits the budget.
 
-    Only the file's header is read. The predicted speed is a ceiling: the bytes that one
-    token reads over the memory bandwidth measured now. Ends with code 4 when it does not
-    fit, naming the smallest budget that would do and the longest context that would fit.
+    Only the file's header is read. A mixture of experts that does not fit is planned with
+    its experts paged: how many are held at a time, and from which budget on that is of use.
+
+    The predicted speed is a ceiling: the bytes that one token reads over the memory
+    bandwidth measured now and, for experts that are not in memory, over that of the disk,
+    measured on the file itself (at most 128 MiB are read).
+
+    Ends with code 4 when it does not fit even so, naming the smallest budget that would do
+    and the longest context that would fit.
     """
     from edgeroute.commands.plan_model import plan_model, predict
     from edgeroute.config import merge_settings
@@ -53,7 +69,7 @@ def command(ctx: click.Context, /, model: str, as_json: bool, **given: Any) -> N
 
 
 def _facts(model: str, plan: "ModelPlan") -> dict[str, Any]:
-    hparams, total = plan.hparams, plan.memory.total_bytes
+    hparams, parts = plan.hparams, plan.parts
     return {
         "model": model,
         "path": str(plan.path),
@@ -66,16 +82,51 @@ def _facts(model: str, plan: "ModelPlan") -> dict[str, Any]:
         "type_bytes": plan.type_bytes,
         "n_ctx": plan.params.n_ctx,
         "kv_type": plan.params.kv_type,
-        "parts": plan.memory.wants(),
-        "total_bytes": total,
+        "parts": parts,
+        "total_bytes": sum(parts.values()),
+        "resident_bytes": plan.memory.total_bytes,
         "budget_bytes": plan.budget_bytes,
         "available_bytes": plan.available.available_bytes,
         "memory_limit": plan.available.limit,
-        "verdict": "FITS" if plan.fits else "REFUSED",
-        "smallest_budget_bytes": total,
+        "fits": plan.fits,
+        "verdict": "REFUSED" if not plan.fits else "FITS" if plan.is_resident else "PAGED",
+        "smallest_budget_bytes": plan.smallest_budget_bytes,
         "largest_n_ctx": plan.largest_n_ctx,
         "weight_read_bytes": plan.weight_read_bytes,
         "kv_bytes_per_token": plan.kv_cell_bytes,
+        "experts": None if plan.paging is None else _experts_facts(plan.paging),
+        "slots": None if plan.slots is None else _slots_facts(plan.slots),
+    }
+
+
+def _experts_facts(paging: "Paging") -> dict[str, Any]:
+    return {
+        "n_pages": paging.n_pages,
+        "all_bytes": paging.all_bytes,
+        "token_pages": paging.token_pages,
+        "token_bytes": paging.token_bytes,
+        "fixed_bytes": paging.fixed_bytes,
+        "smallest_budget_bytes": paging.smallest_bytes,
+        "useful_budget_bytes": paging.useful_bytes,
+    }
+
+
+def _slots_facts(slots: "ExpertSlots") -> dict[str, Any]:
+    cliff = slots.cliff
+    return {
+        "n_slots": slots.n_slots,
+        "n_bytes": slots.n_bytes,
+        "policy": slots.policy,
+        "prefetch": slots.prefetch,
+        "cliff": {
+            "is_below": cliff.is_below,
+            "n_slots": cliff.n_slots,
+            "zero_below_slots": cliff.zero_below,
+            "useful_slots": cliff.smallest_useful,
+            "fallback": cliff.fallback,
+            "repeating_hit_ratios": dict(cliff.repeating),
+            "drifting_hit_ratios": dict(cliff.drifting),
+        },
     }
 
 
@@ -90,49 +141,131 @@ def _print(found: dict[str, Any]) -> None:
         ("parameters", f"{found['n_params'] / 1e6:.1f} million, {bits:.2f} bits each"),
         ("quantisation", mix),
     ])  # fmt: skip
-    total, budget = found["total_bytes"], found["budget_bytes"]
     show("Memory", [
         *((part, format_bytes(n)) for part, n in found["parts"].items()),
-        ("total", f"{format_bytes(total)} at n_ctx={found['n_ctx']}, KV {found['kv_type']}"),
-        ("budget", format_bytes(budget)),
+        ("total", f"{format_bytes(found['total_bytes'])} at n_ctx={found['n_ctx']}, "
+                  f"KV {found['kv_type']}"),
+        ("budget", format_bytes(found["budget_bytes"])),
         ("available now", f"{format_bytes(found['available_bytes'])} ({found['memory_limit']})"),
         ("verdict", _verdict(found)),
         *_advice(found),
     ])  # fmt: skip
+    if found["slots"] is not None:
+        show("Experts", _experts(found["experts"], found["slots"]))
     show("Decode", _decode(found))
 
 
 def _verdict(found: dict[str, Any]) -> str:
-    total, budget = found["total_bytes"], found["budget_bytes"]
+    budget, resident = found["budget_bytes"], found["resident_bytes"]
     if found["verdict"] == "FITS":
-        return f"FITS, {format_bytes(budget - total)} to spare"
-    return f"REFUSED, {format_bytes(total - budget)} too much"
+        return f"FITS, {format_bytes(budget - resident)} to spare"
+    if found["verdict"] == "PAGED":
+        share = found["slots"]["n_slots"] / found["experts"]["n_pages"]
+        return (f"FITS with experts paged, {share:.0%} of them in memory at a time; all at once "
+                f"would take {format_bytes(resident)}")  # fmt: skip
+    total = found["total_bytes"]
+    paged = ", even with the fewest experts in memory" if total < resident else ""
+    return f"REFUSED, {format_bytes(total - budget)} too much{paged}"
 
 
 def _advice(found: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     longest = found["largest_n_ctx"]
     if found["verdict"] == "REFUSED":
-        mib = -(-found["smallest_budget_bytes"] // (1 << 20))
-        rows.append(("smallest budget", f"--memory {mib}MiB"))
+        rows.append(("smallest budget", _memory_option(found["smallest_budget_bytes"])))
         context = "none fits" if longest is None else f"--n-ctx {longest}"
         rows.append(("longest context", f"{context} within this budget"))
     else:
         trained = ", all it was trained on" if longest == found["n_ctx_train"] else ""
-        rows.append(("longest context", f"--n-ctx {longest}{trained}"))
+        rows.append(("longest context", f"--n-ctx {longest}{trained}{_at_what_cost(found)}"))
     if found["budget_bytes"] > found["available_bytes"]:
         rows.append(("warning", "the budget is more than what is available now"))
     return rows
 
 
+def _at_what_cost(found: dict[str, Any]) -> str:
+    """Say that a longer context leaves fewer slots, where it does."""
+    if found["verdict"] != "PAGED" or found["largest_n_ctx"] <= found["n_ctx"]:
+        return ""
+    return ", with fewer experts in memory"
+
+
+def _memory_option(n_bytes: int) -> str:
+    """Write the option that gives at least so many bytes."""
+    return f"--memory {-(-n_bytes // MIB)}MiB"
+
+
+def _experts(experts: dict[str, Any], slots: dict[str, Any]) -> list[Row]:
+    cliff = slots["cliff"]
+    n_slots, n_pages = slots["n_slots"], experts["n_pages"]
+    useful = cliff["useful_slots"]
+    above = f"{cliff['n_slots']} slots hold the {useful} experts that one token uses"
+    if cliff["is_below"]:
+        keeps = "nothing" if cliff["n_slots"] < cliff["zero_below_slots"] else "next to nothing"
+        above = (f"below it: {cliff['n_slots']} slots are fewer than the {useful} experts that "
+                 f"one token uses; lru would keep {keeps}")  # fmt: skip
+    return [
+        ("slots", f"{n_slots} of {n_pages} experts ({n_slots / n_pages:.0%}), "
+                  f"{format_bytes(slots['n_bytes'])} of {format_bytes(experts['all_bytes'])}"),
+        ("one token", f"uses {experts['token_pages']} of them, "
+                      f"{format_bytes(experts['token_bytes'])}"),
+        ("LRU cliff", above),
+        ("policy", slots["policy"]),
+        ("prefetch", _prefetch(slots)),
+        ("smallest budget", f"about {_memory_option(experts['smallest_budget_bytes'])}"),
+        ("of use from", f"about {_memory_option(experts['useful_budget_bytes'])}, which holds "
+                        "one token's experts"),
+    ]  # fmt: skip
+
+
+def _prefetch(slots: dict[str, Any]) -> str:
+    how: str = slots["prefetch"]
+    if how == "auto":
+        return "while it pays"
+    if how == "off":
+        return f"off{', below the cliff' if slots['cliff']['is_below'] else ''}"
+    return f"always, by {how}"
+
+
 def _decode(found: dict[str, Any]) -> list[Row]:
     decode = found["decode"]
     full = decode["ceiling_tok_s_full_context"]
-    return [
+    paged = found["slots"] is not None
+    rows = [
         ("read per token", f"{format_bytes(found['weight_read_bytes'])} of weights and "
                            f"{format_bytes(found['kv_bytes_per_token'])} for each token before it"),
         ("memory reads", f"{format_bytes(decode['bandwidth_bytes_s'])}/s measured now, by "
                          f"{decode['threads']} threads"),
-        ("predicted", f"at most {decode['ceiling_tok_s']:.1f} tok/s, {full:.1f} with a full "
-                      "context (a ceiling: arithmetic comes on top)"),
+        ("all in memory" if paged else "predicted",
+         f"at most {decode['ceiling_tok_s']:.1f} tok/s, {full:.1f} with a full context "
+         "(a ceiling: arithmetic comes on top)"),
     ]  # fmt: skip
+    return rows + _paged_decode(decode) if paged else rows
+
+
+def _paged_decode(decode: dict[str, Any]) -> list[Row]:
+    """Ceilings by hit ratio: misses read before the arithmetic, or behind it."""
+    disk = decode["disk"]
+    if "error" in disk:
+        return [("disk reads", f"not measured, so nothing is predicted: {disk['error']}")]
+    rows = [
+        (
+            "disk reads",
+            f"{format_bytes(disk['bytes_s'])}/s measured now on this file, "
+            f"{disk['queue_depth']} at a time{_CACHE_NOTES[disk['cache']]}",
+        )
+    ]
+    for each in decode["paged"]:
+        routing = " (routing without locality)" if each["routing"] == "uniform" else ""
+        rows.append((
+            f"{each['hit_ratio']:.0%} hits",
+            f"at most {_speed(each['serial_ceiling_tok_s'])} tok/s, "
+            f"{_speed(each['overlapped_ceiling_tok_s'])} if reads hide behind arithmetic; "
+            f"{format_bytes(each['miss_bytes'])} read per token{routing}",
+        ))  # fmt: skip
+    return rows
+
+
+def _speed(tok_s: float) -> str:
+    """Print tokens per second with a digit behind the point, two below one."""
+    return f"{tok_s:.{1 if tok_s >= 1 else 2}f}"

@@ -1,29 +1,122 @@
 """What a model would take, read from its header alone: nothing is loaded."""
 
+import contextlib
 import dataclasses
 import math
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeroute.config import RunParams
 from edgeroute.loaded import MemoryPlan, budget_bytes, kv_shape, plan_memory
-from edgeroute.models.base import Hparams, Model
+from edgeroute.models.base import Hparams, Model, MoeHparams
 from edgeroute.models.registry import describe
+from edgeroute.offload.disk import DiskFile
+from edgeroute.offload.disk_profile import profile
+from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
+from edgeroute.offload.expert_pool import PoolPlan, share_slots
+from edgeroute.offload.expert_store import DEFAULT_POLICY
+from edgeroute.paging import VOCABULARY_RATIO, MoeSource, moe_source, plan_paged
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import CELL_BUCKET, round_cells
-from edgeroute.runtime.weights import ResidentWeights
-from edgeroute.tools.measure import memory_bandwidth
+from edgeroute.runtime.weights import ResidentWeights, TensorSpec
+from edgeroute.tools.bench.experts_ceiling import Ceiling
+from edgeroute.tools.measure import disk_read_bandwidth, memory_bandwidth
+
+HIT_RATIOS = (0.5, 0.7, 0.9)
+"""What speed is forecast for, beside the hits that routing without any locality has."""
 
 _MIN_N_CTX, _MAX_N_CTX = 32, 1 << 20
 """What RunParams allows."""
+_NO_LIMIT = 1 << 62
+_DISK_BYTES = 128 << 20
+_ENGINE_BYTES = 16 << 20
+"""What the engine has loaded, and this command has not, when it looks at its own size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paging:
+    """What a model takes whose experts are paged, whatever the budget. Bytes.
+
+    `fixed` are the ledger's entries of all but the slots, with this program as it is now. An
+    engine looks at itself later, with more modules loaded and some of the vocabulary read:
+    that is allowed for, so slots are rather more than planned than fewer.
+    """
+
+    fixed: Mapping[str, int]
+    pools: Sequence[PoolPlan]
+    n_expert_used: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the slots."""
+        return sum(self.fixed.values())
+
+    @property
+    def n_pages(self) -> int:
+        """Experts over all layers."""
+        return sum(pool.n_pages for pool in self.pools)
+
+    @property
+    def all_bytes(self) -> int:
+        """All experts."""
+        return sum(pool.all_bytes for pool in self.pools)
+
+    @property
+    def token_pages(self) -> int:
+        """Experts that one token uses in all layers: its cycle."""
+        return self.n_expert_used * sum(len(pool.layers) for pool in self.pools)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the experts that one token uses in all layers."""
+        return sum(self.n_expert_used * len(p.layers) * p.page_bytes for p in self.pools)
+
+    @property
+    def least_bytes(self) -> int:
+        """Slots for the experts that one token uses in one layer of each pool."""
+        return self.n_expert_used * sum(pool.page_bytes for pool in self.pools)
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The smallest budget that pages at all."""
+        return self.fixed_bytes + self.least_bytes
+
+    @property
+    def useful_bytes(self) -> int:
+        """The smallest budget whose slots hold one token's cycle: above the LRU cliff."""
+        # Each pool gets the same share of its pages; the byte more is for its rounding.
+        share = self.all_bytes * self.n_expert_used // self.pools[0].n_expert + 1
+        return self.fixed_bytes + min(self.all_bytes, share)
+
+    def helps(self, resident: MemoryPlan) -> bool:
+        """Whether it takes less than all weights at once; not so with very small models."""
+        return self.smallest_bytes < resident.total_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSlots:
+    """What a budget leaves for experts. `policy` is what evicts, `prefetch` when it reads."""
+
+    n_slots: int
+    n_bytes: int
+    policy: str
+    prefetch: str
+    cliff: CliffReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """A model's bytes against a budget. `read_bytes` is what one decoded token must read."""
+    """A model's bytes against a budget. `read_bytes` is what one decoded token must read.
+
+    `memory` is with every weight resident. `paging` is None for a model without experts;
+    `slots` only where it is needed and the budget is enough for it.
+    """
 
     path: Path
     hparams: Hparams
@@ -31,6 +124,8 @@ class ModelPlan:
     n_params: int
     type_bytes: dict[str, int]
     memory: MemoryPlan
+    paging: Paging | None
+    slots: ExpertSlots | None
     budget_bytes: int
     available: machine.Memory
     largest_n_ctx: int | None
@@ -38,9 +133,29 @@ class ModelPlan:
     kv_cell_bytes: int
 
     @property
-    def fits(self) -> bool:
-        """Whether loading would be let in."""
+    def is_resident(self) -> bool:
+        """Whether all of it would be held at once."""
         return self.memory.total_bytes <= self.budget_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether loading would be let in, experts paged if need be."""
+        return self.is_resident or self.slots is not None
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by owner, as it would be loaded; of what does not fit, in its smallest form."""
+        if self.paging is None or self.is_resident or not self.paging.helps(self.memory):
+            return self.memory.wants()
+        n_bytes = self.paging.least_bytes if self.slots is None else self.slots.n_bytes
+        return {**self.paging.fixed, "expert slots": n_bytes}
+
+    @property
+    def smallest_budget_bytes(self) -> int:
+        """The smallest budget with which loading is let in."""
+        if self.paging is None or not self.paging.helps(self.memory):
+            return self.memory.total_bytes
+        return self.paging.smallest_bytes
 
     def read_bytes(self, n_past: int) -> int:
         """Bytes that decoding one token after `n_past` others reads."""
@@ -54,30 +169,74 @@ def plan_model(path: Path, params: RunParams) -> ModelPlan:
         ModelFileError, UnsupportedModelError: the file cannot be used.
         UsageError: the device does not exist.
     """
-    with GGUFFile.open(path) as file:
+    with contextlib.ExitStack() as own:
+        file = own.enter_context(GGUFFile.open(path))
         model = describe(file)
-        with Device.open(params.device) as device:
-            weights = ResidentWeights(file, device, model.specs())
-            try:
-                return _plan(file, model, weights, params)
-            finally:
-                weights.close()
+        device = own.enter_context(Device.open(params.device))
+        weights = ResidentWeights(file, device, model.specs(), repack_experts=params.repack_experts)
+        own.callback(weights.close)
+        if model.hparams.moe is None:
+            return _plan(file, model, weights, (params, None, weights))
+        source = moe_source(file, device, model, params)
+        base = source.other_weights()
+        own.callback(base.close)
+        return _plan(file, model, weights, (params, _paging(source, base), base))
 
 
-def _plan(file: GGUFFile, model: Model, weights: ResidentWeights, params: RunParams) -> ModelPlan:
+def _plan(
+    file: GGUFFile, model: Model, weights: ResidentWeights,
+    form: tuple[RunParams, Paging | None, ResidentWeights],
+) -> ModelPlan:  # fmt: skip
+    """Compare with the budget; `form` is the settings, the paged form and its weights."""
+    params, paging, base = form
     type_bytes: dict[str, int] = {}
     for info in file.tensors.values():
         type_bytes[info.type.name] = type_bytes.get(info.type.name, 0) + info.nbytes
-    budget = budget_bytes(params)
+    budget, hparams = budget_bytes(params), model.hparams
+    memory = plan_memory(hparams, weights, params)
+    slots, largest = None, _largest_n_ctx(hparams, weights, params, budget)
+    if paging is not None and memory.total_bytes > budget and paging.helps(memory):
+        if paging.smallest_bytes <= budget:
+            slots = _expert_slots(paging, params, budget)
+        # Of what paging takes, only these parts grow with the context.
+        growing = plan_memory(hparams, base, params).total_bytes
+        largest = _largest_n_ctx(hparams, base, params, budget - paging.smallest_bytes + growing)
     return ModelPlan(
-        path=file.path, hparams=model.hparams, params=params,
+        path=file.path, hparams=hparams, params=params,
         n_params=sum(math.prod(info.ne) for info in file.tensors.values()),
         type_bytes=dict(sorted(type_bytes.items(), key=lambda pair: -pair[1])),
-        memory=plan_memory(model.hparams, weights, params), budget_bytes=budget,
-        available=machine.memory(),
-        largest_n_ctx=_largest_n_ctx(model.hparams, weights, params, budget),
+        memory=memory, paging=paging, slots=slots, budget_bytes=budget,
+        available=machine.memory(), largest_n_ctx=largest,
         weight_read_bytes=_read_per_token(model, weights),
-        kv_cell_bytes=kv_shape(model.hparams, params).bytes_per_cell,
+        kv_cell_bytes=kv_shape(hparams, params).bytes_per_cell,
+    )  # fmt: skip
+
+
+def _paging(source: MoeSource, base: ResidentWeights) -> Paging:
+    wants = plan_memory(source.model.hparams, base, source.params).wants()
+    plan = plan_paged(source, wants, _NO_LIMIT)
+    vocabulary = VOCABULARY_RATIO * source.file.data_offset
+    fixed = plan.fixed | {"allowance for loading": _ENGINE_BYTES + vocabulary}
+    return Paging(fixed=fixed, pools=plan.pools, n_expert_used=source.moe.n_expert_used)
+
+
+def _expert_slots(paging: Paging, params: RunParams, budget: int) -> ExpertSlots:
+    """Share a budget's slots among the pools, and ask of the tightest whether it is enough."""
+    pools, n_used = paging.pools, paging.n_expert_used
+    left = min(budget - paging.fixed_bytes, paging.all_bytes)
+    counts = share_slots(pools, left, n_used)
+    pairs = list(zip(pools, counts, strict=True))
+    pool, n_slots = min(pairs, key=lambda pair: pair[1] / len(pair[0].layers))
+    shape = CycleShape(n_layer=len(pool.layers), n_expert=pool.n_expert, n_expert_used=n_used)
+    cliff = check_cliff(n_slots, shape)
+    automatic = cliff.fallback or DEFAULT_POLICY
+    prefetch = params.prefetch
+    if prefetch == "auto" and cliff.is_below:
+        prefetch = "off"
+    return ExpertSlots(
+        n_slots=sum(counts), n_bytes=sum(n * pool.page_bytes for pool, n in pairs),
+        policy=automatic if params.policy == "auto" else params.policy, prefetch=prefetch,
+        cliff=cliff,
     )  # fmt: skip
 
 
@@ -104,26 +263,79 @@ def _largest_n_ctx(
 
 
 def _read_per_token(model: Model, weights: ResidentWeights) -> int:
-    """Bytes of weights that one token touches: all of each, but one row of a table."""
+    """Bytes of weights that one token touches: of a table one row, of experts the chosen."""
     infos, total = weights.infos, 0
     for spec in model.specs():
         info = infos.get(spec.name)
-        if info is not None:
-            total += info.type.row_size(info.ne[0]) if spec.use == "get_rows" else info.nbytes
+        if info is None:
+            continue
+        if spec.use == "get_rows":
+            total += info.type.row_size(info.ne[0])
+        elif (moe := model.hparams.moe) is not None and _is_per_expert(spec, moe):
+            total += info.nbytes // moe.n_expert * moe.n_expert_used
+        else:
+            total += info.nbytes
     return total
 
 
+def _is_per_expert(spec: TensorSpec, moe: MoeHparams) -> bool:
+    """Whether a tensor has a slice, or a row of biases, for each expert."""
+    rows = spec.use == "elementwise" and len(spec.ne) == 2 and spec.ne[1] == moe.n_expert
+    return rows or spec.use == "mul_mat_id"
+
+
 def predict(plan: ModelPlan) -> dict[str, Any]:
-    """Measure memory bandwidth and divide: an upper bound of decode speed.
+    """Measure bandwidths and divide: upper bounds of decode speed.
 
     Arithmetic, a cold page cache and other programs only make it slower. It holds for
     weights larger than the processor's caches.
     """
     threads = plan.params.threads or machine.usable_cores()
     bandwidth = memory_bandwidth(threads).read_bytes_s
-    return {
+    found: dict[str, Any] = {
         "bandwidth_bytes_s": round(bandwidth),
         "threads": threads,
         "ceiling_tok_s": round(bandwidth / plan.read_bytes(0), 2),
         "ceiling_tok_s_full_context": round(bandwidth / plan.read_bytes(plan.params.n_ctx), 2),
     }
+    if plan.slots is not None:
+        found |= _predict_paged(plan, plan.read_bytes(0) / bandwidth)
+    return found
+
+
+def _predict_paged(plan: ModelPlan, resident_s: float) -> dict[str, Any]:
+    """Add the reads of missing experts to the seconds that a token takes with none missing."""
+    paging, slots = plan.paging, plan.slots
+    assert paging is not None and slots is not None
+    try:
+        disk = _disk(plan)
+    except (EdgerouteError, OSError) as error:
+        return {"disk": {"error": str(error)}, "paged": []}
+    uniform = slots.n_slots / paging.n_pages
+    found = []
+    for ratio, routing in [*((ratio, "any") for ratio in HIT_RATIOS), (uniform, "uniform")]:
+        ceiling = Ceiling(
+            moved_bytes=(1 - ratio) * paging.token_bytes, store_bytes_s=disk["bytes_s"],
+            resident_s=resident_s,
+        )  # fmt: skip
+        found.append({
+            "routing": routing,
+            "hit_ratio": round(ratio, 4),
+            "miss_bytes": round(ceiling.moved_bytes),
+            "serial_ceiling_tok_s": round(1 / ceiling.serial_s, 2),
+            "overlapped_ceiling_tok_s": round(1 / ceiling.overlapped_s, 2),
+        })  # fmt: skip
+    return {"disk": disk, "paged": found}
+
+
+def _disk(plan: ModelPlan) -> dict[str, Any]:
+    """Read a part of the model file that the last measurement hardly read too."""
+    n_threads = plan.params.io_threads
+    if n_threads is None:
+        with DiskFile.open(plan.path) as disk:
+            n_threads = profile(disk).n_threads
+    room = max(0.0, 1 - _DISK_BYTES / plan.path.stat().st_size)
+    found = disk_read_bandwidth(
+        plan.path, queue_depth=n_threads, max_bytes=_DISK_BYTES, start=random.random() * room
+    )
+    return dataclasses.asdict(found)

@@ -1,12 +1,15 @@
 """A synthetic mixture of experts, once resident and any number of times paged, side by side."""
 
 import contextlib
+import functools
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,7 @@ from edgeroute.models.base import MoeModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.paged import PagedForward
 from edgeroute.models.registry import describe
+from edgeroute.offload import expert_store
 from edgeroute.offload.counters import LayerCount, total
 from edgeroute.offload.disk import Disk, DiskFile
 from edgeroute.offload.expert_pool import ExpertLayer, PoolPlan, plan_pools
@@ -39,6 +43,8 @@ faulty = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = faulty
 _spec.loader.exec_module(faulty)
 
+_check_cliff = functools.cache(expert_store.check_cliff)  # a simulation of 0.2 s
+
 N_CELLS, N_TOKENS = 1280, 256
 SMALL = replace(
     synth.ARCHITECTURES["qwen3moe"], n_layer=4, n_vocab=384, n_embd=64, n_ff=64, n_ff_exp=32,
@@ -52,14 +58,15 @@ Step = list[tuple[str, int, int]]
 """What one pass computes: (sequence, new tokens, how many of the last get logits)."""
 
 PREFILL: list[Step] = [[("a", 150, 150)]]
-SHORT: list[Step] = [[("a", 3, 0)], [("a", 5, 2)], [("a", 16, 1)], [("a", 17, 17)]]
-SINGLE: list[Step] = [[("a", 1, 1)]] * 12
+SHORT: list[Step] = [[("a", 3, 0)], [("a", 16, 2)], [("a", 17, 1)]]
+SINGLE: list[Step] = [[("a", 1, 1)]] * 8
 TOGETHER: list[Step] = [
     [("b", 20, 1)], [("c", 7, 0)], [("d", 33, 1)],
-    *[[("a", 1, 1), ("b", 1, 1), ("c", 1, 1), ("d", 1, 1)]] * 4,
+    *[[("a", 1, 1), ("b", 1, 1), ("c", 1, 1), ("d", 1, 1)]] * 3,
     [("a", 1, 1), ("c", 1, 1)], [("b", 2, 1), ("d", 1, 1)],
 ]  # fmt: skip
 EVERYTHING = [*PREFILL, *SHORT, *SINGLE, *TOGETHER]
+LESS = [*PREFILL, *SHORT[:1], *SINGLE[:3], *TOGETHER[:5]]
 
 
 def play(forward: Forward, steps: Sequence[Step], *, seed: int = 1) -> Answers:
@@ -127,11 +134,14 @@ class Paged:
             [self.disk], params.io_threads, params.read_bytes, params.staging_bytes
         )
         own.callback(self.transfer.close)
-        self.store = ExpertStore(base, lab.device, lab.pools, self.transfer, ExpertParams(
+        how = ExpertParams(
             slots_bytes=lab.slots_bytes(params.slots), n_expert_used=self.n_used,
             policy=params.policy, prefetch=params.prefetch, forced=params.forced,
-        ))  # fmt: skip
+        )  # fmt: skip
+        with mock.patch.object(expert_store, "check_cliff", _check_cliff):
+            self.store = ExpertStore(base, lab.device, lab.pools, self.transfer, how)
         own.callback(self.store.close)
+        self.store._next_reading = math.inf  # what else runs here must not take slots away
         self.kv = KvCache(lab.device, kv_shape(lab.model.hparams, RunParams()), N_CELLS)
         own.callback(self.kv.close)
         self.forward = PagedForward(lab.model, lab.device, self.store, self.kv, N_TOKENS)
@@ -182,7 +192,8 @@ class Lab:
             self.model, self.n_layer = model, model.hparams.n_layer
             self.n_used = model.hparams.moe.n_expert_used
             self.pools: list[PoolPlan] = plan_pools(self._layers(), model.hparams.moe.n_expert)
-            weights = ResidentWeights(self.file, self.device, model.specs())
+            # Paged experts have the file's layout; equal bits need equal kernels.
+            weights = ResidentWeights(self.file, self.device, model.specs(), repack_experts=False)
             own.callback(weights.close)
             weights.load()
             self.kv = KvCache(self.device, kv_shape(model.hparams, RunParams()), N_CELLS)

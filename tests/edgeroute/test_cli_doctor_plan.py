@@ -1,20 +1,24 @@
 """`edgeroute doctor` and `edgeroute plan`: what they say, and that it agrees with the engine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 import edgeroute
+from edgeroute import paging
 from edgeroute.cli import cli
-from edgeroute.commands import doctor_facts, doctor_table
+from edgeroute.commands import doctor_facts, doctor_table, plan_model
 from edgeroute.config import RunParams
 from edgeroute.runtime import machine
 from edgeroute.runtime.errors import LibraryError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.tools import measure
+from edgeroute.runtime.units import MIB
+from edgeroute.tools import measure, synth
 from edgeroute.tools.synth import make
 
 
@@ -128,6 +132,171 @@ def test_plan_refuses_like_the_engine(arguments: tuple[str, ...], code: int) -> 
     assert run("plan", *arguments).exit_code == code
 
 
+# plan, experts paged
+
+MOE = replace(
+    synth.ARCHITECTURES["qwen3moe"], n_layer=8, n_embd=128, n_ff=128, n_ff_exp=128, n_head=2,
+    n_head_kv=1, n_embd_head=64, n_expert=48, n_expert_used=3,
+)  # fmt: skip
+"""72 MiB of experts in pages of 192 KiB; a token uses 24 of 384."""
+SMALL = ("--n-ctx", "256", "--threads", "1")
+PAGE, N_PAGES, TOKEN_PAGES = 192 << 10, 384, 24
+
+
+@pytest.fixture(scope="module")
+def moe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("moe") / "moe.gguf"
+    synth.write(MOE, path)
+    return path
+
+
+@pytest.fixture
+def slim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runner's own memory, which is larger than the model, counts as nothing."""
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr(paging, "psutil", SimpleNamespace(Process=lambda: process))
+
+
+def plan_moe(path: Path, memory: int, *options: str, code: int = 0) -> dict[str, Any]:
+    return as_json("plan", str(path), *SMALL, "--memory", str(memory), *options, code=code)
+
+
+def budgets(path: Path) -> tuple[int, int]:
+    """The smallest budget that pages, and the smallest useful one."""
+    experts = plan_moe(path, MIB, code=4)["experts"]
+    return experts["smallest_budget_bytes"], experts["useful_budget_bytes"]
+
+
+def test_a_mixture_that_fits_is_not_paged(moe_path: Path) -> None:
+    found = plan_moe(moe_path, 1 << 30)
+    assert (found["verdict"], found["fits"], found["slots"]) == ("FITS", True, None)
+    assert found["experts"]["n_pages"] == N_PAGES and "paged" not in found["decode"]
+    assert found["total_bytes"] == found["resident_bytes"]
+    # A token reads few of the experts, and one row of the embeddings.
+    weights = sum(found["type_bytes"].values())
+    rows = 4 * found["n_vocab"] * found["n_embd"] - 4 * found["n_embd"]
+    assert found["weight_read_bytes"] == weights - rows - (N_PAGES - TOKEN_PAGES) * PAGE
+
+
+def test_a_mixture_that_does_not_fit_is_paged(moe_path: Path, slim: None) -> None:
+    smallest, useful = budgets(moe_path)
+    found = plan_moe(moe_path, useful + 10 * MIB)
+    assert (found["verdict"], found["fits"]) == ("PAGED", True)
+    assert found["total_bytes"] == sum(found["parts"].values()) <= found["budget_bytes"]
+    assert found["resident_bytes"] > found["budget_bytes"]
+    slots = found["slots"]
+    assert TOKEN_PAGES <= slots["n_slots"] < N_PAGES
+    assert slots["n_bytes"] == slots["n_slots"] * PAGE == found["parts"]["expert slots"]
+    assert (slots["policy"], slots["prefetch"]) == ("lfru", "auto")
+    assert not slots["cliff"]["is_below"]
+    assert found["experts"]["token_bytes"] == TOKEN_PAGES * PAGE
+    assert smallest == found["experts"]["smallest_budget_bytes"] == found["smallest_budget_bytes"]
+
+
+def test_the_named_budgets_are_the_smallest(moe_path: Path, slim: None) -> None:
+    """A page less, and it is refused or falls below the cliff."""
+    smallest, useful = budgets(moe_path)
+    assert plan_moe(moe_path, smallest)["slots"]["n_slots"] == MOE.n_expert_used
+    refused = plan_moe(moe_path, smallest - 1, code=4)
+    assert refused["verdict"] == "REFUSED" and not refused["fits"] and refused["slots"] is None
+    assert refused["total_bytes"] == smallest < refused["resident_bytes"]
+    at, below = (plan_moe(moe_path, n)["slots"]["cliff"] for n in (useful, useful - PAGE))
+    assert not at["is_below"] and at["n_slots"] == at["useful_slots"] == TOKEN_PAGES
+    assert below["is_below"] and below["fallback"] in below["drifting_hit_ratios"]
+
+
+def test_below_the_cliff_another_policy_is_named(moe_path: Path, slim: None) -> None:
+    smallest, _ = budgets(moe_path)
+    slots = plan_moe(moe_path, smallest)["slots"]
+    assert slots["policy"] == slots["cliff"]["fallback"] != "lru" and slots["prefetch"] == "off"
+    given = plan_moe(moe_path, smallest, "--policy", "lru", "--prefetch", "eam")["slots"]
+    assert (given["policy"], given["prefetch"]) == ("lru", "eam")
+    text = run("plan", str(moe_path), *SMALL, "--memory", str(smallest))
+    assert text.exit_code == 0
+    for words in ("FITS with experts paged", "below it", "of use from", "if reads hide"):
+        assert words in text.stdout
+    assert run("plan", str(moe_path), "--policy", "newest").exit_code == 2
+
+
+def test_the_engine_takes_what_was_planned(moe_path: Path, slim: None) -> None:
+    for budget in budgets(moe_path):
+        planned = plan_moe(moe_path, budget)
+        with edgeroute.Runtime(moe_path, memory=budget, n_ctx=256, threads=1) as runtime:
+            stats = runtime.stats()
+            assert runtime.generate("Hi", max_tokens=2, prefix="off").token_ids
+        loaded, experts = stats["memory"], stats["experts"]
+        assert isinstance(loaded, dict) and isinstance(experts, dict)
+        for part in ("weights (mapped file)", "KV cache", "expert staging"):
+            assert planned["parts"].get(part) == loaded.get(part)
+        # What is allowed for loading becomes slots where it was not needed.
+        allowed = planned["parts"]["allowance for loading"] // PAGE
+        more = experts["n_slots"] - planned["slots"]["n_slots"]
+        assert 0 <= more <= allowed + 1 and experts["n_pages"] == N_PAGES
+
+
+def test_the_longest_context_that_pages(moe_path: Path, slim: None) -> None:
+    smallest, _ = budgets(moe_path)
+    longest = plan_moe(moe_path, smallest)["largest_n_ctx"]
+    assert longest == 256
+    assert plan_moe(moe_path, smallest, "--n-ctx", str(longest + 1), code=4)["slots"] is None
+    assert plan_moe(moe_path, MIB, code=4)["largest_n_ctx"] is None
+
+
+def test_ceilings_by_hit_ratio(moe_path: Path, slim: None) -> None:
+    _, useful = budgets(moe_path)
+    found = plan_moe(moe_path, useful)
+    decode, slots = found["decode"], found["slots"]
+    rows = decode["paged"]
+    assert [row["hit_ratio"] for row in rows[:3]] == list(plan_model.HIT_RATIOS)
+    assert rows[3]["routing"] == "uniform"
+    assert rows[3]["hit_ratio"] == pytest.approx(slots["n_slots"] / N_PAGES, abs=1e-4)
+    resident_s = found["weight_read_bytes"] / decode["bandwidth_bytes_s"]
+    for row in rows:
+        assert row["miss_bytes"] == pytest.approx(
+            (1 - row["hit_ratio"]) * TOKEN_PAGES * PAGE, rel=1e-3
+        )
+        disk_s = row["miss_bytes"] / decode["disk"]["bytes_s"]
+        serial, overlapped = 1 / (disk_s + resident_s), 1 / max(disk_s, resident_s)
+        assert row["serial_ceiling_tok_s"] == pytest.approx(serial, rel=0.02, abs=0.01)
+        assert row["overlapped_ceiling_tok_s"] == pytest.approx(overlapped, rel=0.02, abs=0.01)
+        assert serial <= overlapped
+
+
+def test_a_disk_that_cannot_be_measured_is_told(
+    moe_path: Path, slim: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UsageError("too small to measure")
+
+    _, useful = budgets(moe_path)
+    monkeypatch.setattr(plan_model, "disk_read_bandwidth", refuse)
+    decode = plan_moe(moe_path, useful)["decode"]
+    assert decode["disk"] == {"error": "too small to measure"} and decode["paged"] == []
+    text = run("plan", str(moe_path), *SMALL, "--memory", str(useful))
+    assert text.exit_code == 0 and "not measured, so nothing is predicted" in text.stdout
+
+
+@pytest.mark.parametrize(
+    "arch", ["llama-moe", "qwen2moe", "olmoe", "gpt-oss", "deepseek", "deepseek2"]
+)
+def test_every_architecture_with_experts_is_planned(arch: str, tmp_path: Path) -> None:
+    spec = make(arch, tmp_path / "m.gguf")
+    found = as_json("plan", str(tmp_path / "m.gguf"), *SMALL)
+    experts = found["experts"]
+    n_layer, odd = divmod(experts["n_pages"], spec.n_expert)
+    assert not odd and 1 <= n_layer <= spec.n_layer
+    assert experts["token_pages"] == n_layer * spec.n_expert_used
+    assert found["weight_read_bytes"] < sum(found["type_bytes"].values())
+
+
+def test_a_model_too_small_to_gain_by_paging_is_refused_as_it_is(tmp_path: Path) -> None:
+    """Paging has costs of its own: the remedy is the budget that holds everything."""
+    make("qwen3moe", tmp_path / "m.gguf")
+    found = as_json("plan", str(tmp_path / "m.gguf"), *SMALL, "--memory", "1MiB", code=4)
+    assert found["smallest_budget_bytes"] == found["total_bytes"] == found["resident_bytes"]
+    assert found["experts"]["smallest_budget_bytes"] > found["resident_bytes"]
+
+
 # doctor
 
 
@@ -235,8 +404,6 @@ def test_tables_show_the_same_on_a_terminal(
 
 
 def test_run_params_allow_every_context_that_is_offered() -> None:
-    from edgeroute.commands import plan_model
-
     for n_ctx in (plan_model._MIN_N_CTX, plan_model._MAX_N_CTX):
         RunParams(n_ctx=n_ctx)
     for n_ctx in (plan_model._MIN_N_CTX - 1, plan_model._MAX_N_CTX + 1):

@@ -1,6 +1,7 @@
 """Paged experts give the bits of resident ones: whatever the budget, policy and layout."""
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeroute.offload import expert_store
 from edgeroute.offload.eviction_registry import POLICIES
 from edgeroute.offload.prefetch import PREDICTORS
 from edgeroute.tools import synth
@@ -21,18 +23,18 @@ assert _spec is not None and _spec.loader is not None
 lab = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = lab
 _spec.loader.exec_module(lab)
-EVERYTHING, SMALL, equal = lab.EVERYTHING, lab.SMALL, lab.equal
+EVERYTHING, LESS, SMALL, equal = lab.EVERYTHING, lab.LESS, lab.SMALL, lab.equal
 
 MOE = [name for name, spec in synth.ARCHITECTURES.items() if spec.n_expert]
-BUDGETS = [None, 1, 2, 5, 12]
-"""Slots per layer, in SMALL's 4 layers of 12 experts, 3 used; None is 3 in all."""
-
 Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("paged")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where models are; 200 MB that need not stay."""
+    made = tmp_path_factory.mktemp("paged")
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
 
 
 @pytest.fixture
@@ -63,24 +65,21 @@ def test_every_architecture(arch: str, folder: Path, open_lab: Open) -> None:
     path = folder / f"{arch}.gguf"
     synth.make(arch, path)
     opened = open_lab(path)
-    expected = opened.resident(EVERYTHING)
-    assert sum(each.size for each in expected) > 0
-    for slots in (None, opened.pools[0].n_expert // 2):
+    for slots, steps in ((None, LESS), (opened.pools[0].n_expert // 2, EVERYTHING)):
         with opened.paged(slots=slots, prefetch="gate", forced=True) as paged:
-            assert equal(paged.run(EVERYTHING), expected), slots
+            assert equal(paged.run(steps), opened.resident(steps)), slots
             assert paged.counts().misses and paged.counts().evictions
             paged.settle()
-    path.unlink()
 
 
-@pytest.mark.parametrize("slots", BUDGETS)
+@pytest.mark.parametrize("slots", [None, 2, 5, 12])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_at_every_budget(policy: str, slots: int | None, small: Any) -> None:
     with small.paged(policy=policy, slots=slots) as paged:
-        assert equal(paged.run(EVERYTHING), small.resident(EVERYTHING))
+        assert equal(paged.run(LESS), small.resident(LESS))
         counts = paged.counts()
         assert paged.store.policy == policy
-        assert counts.hits + counts.misses > 500
+        assert counts.hits + counts.misses > 200
         whole = slots == SMALL.n_expert
         assert (counts.evictions == 0) == whole
         if whole:
@@ -90,7 +89,7 @@ def test_every_policy_at_every_budget(policy: str, slots: int | None, small: Any
         assert counts.prefetch_issued == counts.late == 0
 
 
-@pytest.mark.parametrize("slots", BUDGETS[:-1])
+@pytest.mark.parametrize("slots", [None, 1, 2, 5])
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_every_predictor_forced_on(predictor: str, slots: int | None, small: Any) -> None:
     with small.paged(prefetch=predictor, slots=slots, forced=True) as paged:
@@ -110,7 +109,7 @@ def test_every_predictor_forced_on(predictor: str, slots: int | None, small: Any
 @pytest.mark.parametrize("io_threads", [1, 2, 4])
 def test_every_number_of_io_threads(io_threads: int, direct: bool, small: Any) -> None:
     """Through staging memory, and read straight into slots where the disk asks no alignment."""
-    for slots, read_bytes in ((2, 1 << 16), (5, 4096)):
+    for slots, read_bytes in ((2, 1 << 16), (5, 8192)):
         with small.paged(io_threads=io_threads, direct=direct, slots=slots,
                          read_bytes=read_bytes, prefetch="gate", forced=True) as paged:  # fmt: skip
             assert equal(paged.run(EVERYTHING), small.resident(EVERYTHING))
@@ -123,8 +122,10 @@ def test_every_type_repacked_and_not(
 ) -> None:
     """ggml's CPU repacks some types on some machines; without its leave none is."""
     path = folder / f"{kind}.gguf"
-    wide = {"n_embd": 256, "n_ff": 256, "n_ff_exp": 256} if kind == "Q4_K" else {}
-    synth.write(replace(SMALL, n_layer=2, weight_type=kind, **wide), path)
+    spec = replace(SMALL, n_layer=2, weight_type=kind)
+    if kind == "Q4_K":
+        spec = replace(spec, n_embd=256, n_ff=256, n_ff_exp=256, n_embd_head=128, n_head_kv=2)
+    synth.write(spec, path)
     answers = []
     for repack in (True, False):
         opened = open_lab(path)
@@ -132,12 +133,12 @@ def test_every_type_repacked_and_not(
             monkeypatch.setattr(type(opened.device), "_find_extra_buffer_types", lambda *_: ())
             opened = open_lab(path)
             assert not opened.device.extra_buffer_types
-        expected = opened.resident(EVERYTHING)
+        expected = opened.resident(LESS)
         for slots in (None, 4):
             with opened.paged(slots=slots, prefetch="gate", forced=True) as paged:
                 homes = paged.store.pools[0].slots.homes
                 assert repack or not any(home.repacked for home in homes)
-                assert equal(paged.run(EVERYTHING), expected), (repack, slots)
+                assert equal(paged.run(LESS), expected), (repack, slots)
         answers.append(expected)
     scale = np.abs(answers[1][0]).max()
     assert np.allclose(answers[0][0], answers[1][0], atol=0.2 * scale)  # another kernel's sums
@@ -162,11 +163,10 @@ def test_layers_of_several_types_are_several_pools(
     opened = open_lab(path)
     layers = [[layer.il for layer in pool.layers] for pool in opened.pools]
     assert layers == [[0, 3], [1, 4], [2]]
-    for slots in (None, 2, 5, 12):
-        for predictor in PREDICTORS:
-            with opened.paged(slots=slots, prefetch=predictor, forced=True) as paged:
-                assert equal(paged.run(EVERYTHING), opened.resident(EVERYTHING))
-                paged.settle()
+    for slots, predictor in ((None, "gate"), (2, "eam"), (5, "gate"), (12, "none")):
+        with opened.paged(slots=slots, prefetch=predictor, forced=True) as paged:
+            assert equal(paged.run(EVERYTHING), opened.resident(EVERYTHING))
+            paged.settle()
 
 
 def test_pages_that_lie_at_sectors(
@@ -195,14 +195,17 @@ def test_slots_given_back_and_taken_again(small: Any) -> None:
     with small.paged(slots=8, prefetch="gate", forced=True) as paged:
         for slots in (8, 2, None, 6, 1, 12):
             paged.store.resize(small.slots_bytes(slots))
-            assert equal(paged.run(EVERYTHING), small.resident(EVERYTHING)), slots
+            assert equal(paged.run(LESS), small.resident(LESS)), slots
             fewest = max(SMALL.n_expert_used, min(slots or 0, 8) * SMALL.n_layer)
             assert paged.store.pools[0].table.n_slots <= fewest + SMALL.n_expert
         paged.settle()
 
 
-def test_decode_after_a_prompt_finds_its_experts_still_there(small: Any) -> None:
+def test_decode_after_a_prompt_finds_its_experts_still_there(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt goes through few slots; what decoding lives on stays resident."""
+    monkeypatch.setattr(expert_store, "GROUP_BYTES", 2 * small.pools[0].page_bytes)
     with small.paged(slots=10, policy="lru") as paged:
         region = paged.kv.allocate(256)
         other = paged.kv.allocate(256)

@@ -18,19 +18,19 @@ import pytest
 
 from edgeroute import Runtime, paging
 from edgeroute.offload.replay import replay, steps_of
-from edgeroute.offload.trace import read_trace
+from edgeroute.offload.trace import TraceWriter, read_trace
 from edgeroute.runtime import errors
 from edgeroute.runtime.units import MIB
 from edgeroute.tools import synth
 
 SPEC = replace(
-    synth.ARCHITECTURES["qwen3moe"], n_layer=8, n_embd=128, n_ff=128, n_ff_exp=128, n_head=2,
-    n_head_kv=1, n_embd_head=64, n_expert=24, n_expert_used=3,
+    synth.ARCHITECTURES["qwen3moe"], n_layer=6, n_embd=128, n_ff=128, n_ff_exp=128, n_head=2,
+    n_head_kv=1, n_embd_head=64, n_expert=32, n_expert_used=3,
 )  # fmt: skip
 """36 MiB of experts in pages of 192 KiB."""
 SETTINGS: dict[str, Any] = {"n_ctx": 512, "n_kv": 2048, "n_ubatch": 64, "threads": 1,
                             "max_batch": 3}  # fmt: skip
-PROMPTS = [[10 + 7 * i + 3 * j * (i + 1) % 300 for j in range(5 + 23 * i)] for i in range(8)]
+PROMPTS = [[10 + 7 * i + 3 * j * (i + 1) % 300 for j in range(5 + 20 * i)] for i in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,10 @@ def smallest_budget(path: Path, **settings: Any) -> int:
 def open_paged(path: Path, *, spare: int = 8 * MIB, **settings: Any) -> Runtime:
     """Open with the smallest budget and room for a fifth of the experts."""
     budget = smallest_budget(path, **settings) + spare
-    return Runtime(path, **{**SETTINGS, "memory": budget, **settings})
+    runtime = Runtime(path, **{**SETTINGS, "memory": budget, **settings})
+    assert runtime._loaded.experts is not None
+    runtime._loaded.experts._next_reading = math.inf  # nobody else's memory takes slots away
+    return runtime
 
 
 def wait_idle(runtime: Runtime) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def test_answers_are_those_of_the_resident_model(path: Path, resident: Runtime) 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"policy": "lru"}, {"policy": "static"}, {"prefetch": "gate"}, {"prefetch": "eam"},
+    [{"policy": "lru", "prefetch": "gate"}, {"policy": "static", "prefetch": "eam"},
      {"prefetch": "frequency", "io_threads": 4}, {"prefetch": "off", "io_threads": 1}],
     ids=str,
 )  # fmt: skip
@@ -128,7 +131,8 @@ def test_eight_requests_at_once(path: Path, resident: Runtime, settings: dict[st
     expected = answers(resident)
     with open_paged(path, **settings) as paged:
         streams = [paged.stream(prompt_ids=ids, max_tokens=12) for ids in PROMPTS]
-        found = [tuple(i for chunk in stream for i in chunk.token_ids) for stream in streams]
+        ends = [list(stream)[-1].generation for stream in streams]
+        found = [end.token_ids for end in ends if end is not None]
         assert found == expected
         stats = check_balanced(paged)
         assert stats["mean_batch"] > 1
@@ -176,7 +180,7 @@ def test_a_long_prompt_is_in_the_trace_too(path: Path, tmp_path: Path) -> None:
     sizes = [step.sizes[0] // SPEC.n_expert_used for step in steps if step.prefill]
     assert sizes == [64, 64, len(PROMPTS[7]) - 128]
     # The last layer of a batch that wants no logits chooses nothing.
-    assert [len(step.layers) for step in steps] == [7, 7, 8, 8]
+    assert [len(step.layers) for step in steps] == [5, 5, 6, 6]
 
 
 def test_a_budget_too_small_is_refused_and_the_one_it_names_works(
@@ -195,10 +199,10 @@ def test_a_budget_too_small_is_refused_and_the_one_it_names_works(
 def test_every_budget_from_the_smallest_on_works(path: Path, resident: Runtime) -> None:
     """The plan holds what is really taken, whatever is left for slots."""
     budget = smallest_budget(path)
-    expected = answers(resident, 2)
-    for spare in (0, 300_000, 3 * MIB, 9 * MIB, 19 * MIB, 39 * MIB):
+    expected = answers(resident, 1)
+    for spare in (0, 300_000, 9 * MIB, 19 * MIB, 39 * MIB):
         with Runtime(path, **SETTINGS, memory=budget + spare) as runtime:
-            assert answers(runtime, 2) == expected
+            assert answers(runtime, 1) == expected
             stats = wait_idle(runtime)
             assert stats["memory_bytes"] <= stats["budget_bytes"]
             assert ("experts" in stats) == (runtime._loaded.experts is not None)
@@ -263,8 +267,8 @@ def test_a_disk_error_fails_its_request_only(
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"policy": "best"}, "no eviction policy is called 'best'"),
-     ({"prefetch": "oracle"}, "no predictor is called 'oracle'"),
+    [({"policy": "best"}, "policy .*lfru.*'best'"),
+     ({"prefetch": "oracle"}, "prefetch .*gate.*'oracle'"),
      ({"trace": "no/such/folder/x.trace"}, r"trace .*no/such/folder"),
      ({"io_threads": 65}, "io_threads")],
     ids=str,
@@ -280,30 +284,32 @@ def test_settings_that_cannot_be_met_are_refused(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_trace_that_cannot_be_written_is_a_clear_error(
-    path: Path, tmp_path: Path, resident: Runtime
-) -> None:
+def test_a_trace_that_cannot_be_begun_is_a_clear_error(path: Path) -> None:
     with pytest.raises(errors.UsageError, match="No space left"):
         open_paged(path, trace="/dev/full")
-    trace_path = tmp_path / "routes.trace"
-    with open_paged(path, trace=str(trace_path)) as paged:
+
+
+def test_a_trace_whose_disk_fills_up_fails_requests_not_the_engine(
+    path: Path, tmp_path: Path, resident: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with open_paged(path, trace=str(tmp_path / "routes.trace")) as paged:
         assert answers(paged, 1) == answers(resident, 1)
-        writer = paged._loaded.experts.recorder._writer  # type: ignore[union-attr]
-        writer._file.close()
-        writer._file = open("/dev/full", "ab")  # noqa: SIM115 (closed with the writer)
-        with pytest.raises(errors.EdgerouteError, match="No space left"):
-            answers(paged, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(TraceWriter, "append", full)
+            with pytest.raises(errors.UsageError, match=r"trace.*No space left"):
+                answers(paged, 1)
         check_balanced(paged)
-        writer._file = trace_path.open("ab")
         assert answers(paged, 2) == answers(resident, 2)
 
 
 _CLI = """
 import pathlib, sys
 from edgeroute.cli import cli
-code = 0
 try:
-    cli(sys.argv[1:], standalone_mode=False)
+    cli(sys.argv[1:])
 finally:
     status = pathlib.Path("/proc/self/status")
     if status.exists():
@@ -322,7 +328,7 @@ def _generate(path: Path, *options: str) -> "subprocess.CompletedProcess[str]":
 def test_the_command_line_keeps_to_its_memory(tmp_path: Path) -> None:
     """A process of its own, whose interpreter and libraries count; its peak is the system's."""
     path = tmp_path / "large.gguf"
-    synth.write(replace(SPEC, n_layer=12, n_embd=256, n_ff_exp=256), path)
+    synth.write(replace(SPEC, n_embd=256, n_ff_exp=256), path)
     refused = _generate(path, "--memory", "64MiB")
     assert refused.returncode != 0
     named = re.search(r"at least (\d+\.\d+) GiB", refused.stderr)
@@ -335,9 +341,11 @@ def test_the_command_line_keeps_to_its_memory(tmp_path: Path) -> None:
     assert ours["token_ids"] == theirs["token_ids"]
     assert ours["stats"]["budget_bytes"] == budget
     assert ours["stats"]["memory_bytes"] <= budget
-    if paged.stderr.strip():
-        assert int(paged.stderr) <= budget + 24 * MIB
-        assert int(resident.stderr) > int(paged.stderr) + 24 * MIB
+    path.unlink()
+    if Path("/proc/self/status").exists():
+        peak, larger = (int(each.stderr.split()[-1]) for each in (paged, resident))
+        assert peak <= budget + 24 * MIB
+        assert larger > peak + 24 * MIB
 
 
 def test_this_process_grows_by_no_more_than_the_budget(path: Path) -> None:

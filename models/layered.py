@@ -1,0 +1,102 @@
+"""Run a dense model of which not all layers are there: a graph per streamed layer.
+
+Layers that are always there are computed between them, several to a graph. The operations
+and their order are those of the whole graph, so that the logits are the same bits.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeroute.models.base import Model
+from edgeroute.models.forward import Forward, Piece, shape_of
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.graph import Graph, Span
+from edgeroute.runtime.kv_cache import KvCache, round_cells
+from edgeroute.runtime.rooms import LayerPager
+
+SHAPES_KEPT = 4
+
+
+class _Step(NamedTuple):
+    """What one graph computes, and the streamed units that it reads."""
+
+    span: Span
+    units: tuple[int, ...]
+
+
+class LayeredForward(Forward):
+    """A dense model on one device, some of its layers behind a pager.
+
+    Not thread-safe: one thread owns it. Lifetime: close it before `kv` and `pager`.
+    """
+
+    def __init__(self, model: Model, device: Device, pager: LayerPager, kv: KvCache) -> None:
+        super().__init__(model, device, pager, kv)
+        self._pager = pager
+        self._steps_of: dict[tuple[Span, ...], list[_Step]] = {}
+        self.graphs.max_graphs = SHAPES_KEPT * len(self._steps(self.whole))
+
+    def reserve(self, n_tokens: int, n_kv: int) -> None:
+        """Size the compute buffer for a batch of `n_tokens` that sees `n_kv` cells.
+
+        Raises:
+            CapacityError: no memory for it.
+        """
+        shape = shape_of(n_tokens, round_cells(n_kv), n_out=1)
+        for step in self._steps(self.whole):
+            self._graph(step.span, shape)
+        self.graphs.clear()
+
+    def run(
+        self, pieces: Sequence[Piece], spans: Sequence[Span] | None = None, *, borrow: bool = False
+    ) -> npt.NDArray[np.float32] | None:
+        """Compute a batch, as `Forward.run` does; a layer that no span names is not read.
+
+        Raises:
+            ModelFileError: a layer cannot be read.
+        """
+        shape = self.shape(pieces)
+        steps = self._steps(self.whole if spans is None else tuple(spans))
+        units = [unit for step in steps for unit in step.units]
+        self._pager.begin(units, prefill=shape.n_tokens > len(pieces))
+        graph: Graph | None = None
+        for step in steps:
+            graph = self._graph(step.span, shape)  # built and fed while its layer is on its way
+            self._fill(graph, pieces, shape)
+            if not self._pager.hold(step.units) or not self.device.compute(graph.pointer):
+                return None
+            self._pager.release(step.units)
+        if graph is None or not shape.n_out:
+            return np.empty((0, self.model.hparams.n_vocab), np.float32)
+        return self.logits(graph, shape, borrow)
+
+    def _steps(self, spans: tuple[Span, ...]) -> list[_Step]:
+        """Cut spans where streamed layers begin and end."""
+        steps = self._steps_of.get(spans)
+        if steps is None:
+            if len(self._steps_of) >= SHAPES_KEPT:
+                self._steps_of.clear()
+            steps = self._steps_of[spans] = [step for span in spans for step in self._cut(span)]
+        return steps
+
+    def _cut(self, span: Span) -> Iterator[_Step]:
+        """Cut one span. The head stays with the last layer, which drops unwanted tokens for it."""
+        streamed, head = self._pager.streamed, self.model.hparams.n_layer
+        head_streams = span.output and head in streamed
+        groups: list[list[int]] = []
+        for i, il in enumerate(span.layers):
+            alone = il in streamed or (head_streams and i == len(span.layers) - 1)
+            if not groups or alone or groups[-1][-1] in streamed:
+                groups.append([])
+            groups[-1].append(il)
+        groups = groups or [[]]
+        for i, group in enumerate(groups):
+            output = span.output and i == len(groups) - 1
+            units = [il for il in group if il in streamed]
+            if output and head_streams:
+                units.append(head)
+            part = Span(tuple(group), embed=span.embed and i == 0, output=output)
+            yield _Step(part, tuple(units))
