@@ -346,6 +346,8 @@ class Runtime(Closing):
         error: BaseException = ClosedError("this Runtime was closed while the request ran")
         try:
             while not self._closing:
+                if not scheduler.busy and self._inbox.empty():
+                    scheduler.use_the_pause()
                 self._receive(scheduler, wait=not scheduler.busy)
                 scheduler.step()
         except BaseException as failure:  # a bug: everyone waiting must hear of it

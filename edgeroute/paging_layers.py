@@ -61,6 +61,11 @@ class LayerSource:
         specs = [spec for spec in self.model.specs() if spec.name not in names]
         return ResidentWeights(self.file, self.device, specs, rows_on_demand=True)
 
+    def resident_bytes(self, streamed: Sequence[Unit]) -> int:
+        """Bytes of all other weights, if these stream."""
+        with contextlib.closing(self.base(streamed)) as base:
+            return base.plan.mapped_bytes + base.plan.copied_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
@@ -93,11 +98,15 @@ def plan_layers(
         CapacityError: not even a ring of two layers fits; names the smallest budget.
     """
     units = source.units()
+    # A head that is also the embedding may be both mapped and repacked: its sum is asked for.
+    head = source.resident_bytes(units[:-1]) - source.resident_bytes(units)
+    layers = sum(unit.nbytes for unit in units[:-1])
     program = _program_bytes(source.file)
     least: LayerPlan | None = None
     for streamed in _splits(units):
         entries = _entries(source, streamed, n_rooms) | {"program and vocabulary": program}
-        stays = sum(unit.nbytes for unit in units) - sum(unit.nbytes for unit in streamed)
+        gone = layers + head if len(streamed) == len(units) else sum(u.nbytes for u in streamed)
+        stays = layers + head - gone
         plan = LayerPlan(
             streamed=streamed, n_units=len(units), n_rooms=n_rooms, entries=entries,
             total_bytes=sum(fixed.values()) + sum(entries.values()) + stays,

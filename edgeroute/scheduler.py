@@ -85,6 +85,11 @@ class Scheduler:
             self._decode(running[first : first + self._max_batch])
         self._decoding = [request for request in self._decoding if request.sequence is not None]
 
+    def use_the_pause(self) -> None:
+        """Do what is better done while nobody waits."""
+        if self._experts is not None:
+            self._experts.reconsider()
+
     def fail_all(self, error: BaseException) -> None:
         """End every request with `error`; nothing of theirs stays behind."""
         for request in (*self._waiting, *self._prefilling, *self._decoding):

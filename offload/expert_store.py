@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from edgeroute.offload.counters import LayerCount, total
 from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
+from edgeroute.offload.eviction_registry import make_policy
 from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
+from edgeroute.offload.policy_choice import better_policy, latest
 from edgeroute.offload.prefetch import Predictor, make_predictor
 from edgeroute.offload.prefetch_gate import GateParams, PrefetchGate, StepCost
 from edgeroute.offload.pressure import Pressure
@@ -31,6 +33,8 @@ GROUP_BYTES = 48 << 20
 GROUPS_AHEAD = 2
 MOST_OF_A_LAYER = 0.75
 """Share of its experts that a prompt must use for the next layer to be read ahead blindly."""
+FIRST_CHOICE = 96
+"""Decoded tokens after which the eviction policy is chosen anew, and then at four times that."""
 READING_S = 0.25
 """How often memory is looked at."""
 
@@ -119,6 +123,8 @@ class ExpertStore(Closing):
             PrefetchGate(GateParams(step_budget_bytes=params.slots_bytes // 4), allowed),
         )
         self._forced = params.forced
+        self._chooses = params.policy == "auto" and self.cliff.fallback is None
+        self._n_steps, self._next_choice = 0, FIRST_CHOICE
         self._loads: list[_Load] = []
         self._guess: tuple[int, Sequence[int], Sequence[int] | None] | None = None
         self._prefill = False
@@ -203,6 +209,7 @@ class ExpertStore(Closing):
         self._let_go()
         self._collect()
         if not self._prefill:
+            self._n_steps += 1
             self._judge_prefetch()
         if self.recorder is not None:
             try:
@@ -225,6 +232,29 @@ class ExpertStore(Closing):
     def end_sequence(self) -> None:
         """An answer is complete: what follows may be about something else."""
         self._ahead.predictor.end_sequence()
+
+    def reconsider(self) -> None:
+        """Change to the eviction policy that would have served the latest tokens best.
+
+        To be called when nothing is being computed: it takes a few tenths of a second, now
+        and then.
+        """
+        if not self._chooses or self.recorder is None or self._n_steps < self._next_choice:
+            return
+        trace = latest(self.recorder.trace())
+        if trace is None:
+            return
+        self._next_choice = 4 * self._n_steps
+        for pool in self.pools:
+            table = pool.table
+            layers = [layer.il for layer in pool.plan.layers]
+            try:
+                better = better_policy(trace, table.n_slots, table.policy.name, layers)
+            except CapacityError:  # several sequences at once, more than a replay can hold
+                continue
+            if better is not None:
+                table.set_policy(make_policy(better, pool.shape, table.n_slots))
+        self.policy = "+".join(sorted({pool.table.policy.name for pool in self.pools}))
 
     def close(self) -> None:
         """Stop the I/O threads, then free the slots; safe to call twice."""
@@ -443,6 +473,7 @@ class ExpertStore(Closing):
             "n_pages": sum(pool.plan.n_pages for pool in self.pools),
             "slots_bytes": self.slots_bytes,
             "prefetch": report.state,
+            "warning": self.cliff.warning,
             **found,
         }
 

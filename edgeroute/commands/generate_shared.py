@@ -132,6 +132,9 @@ def open_runtime(path: "Path", given: dict[str, Any]) -> "Iterator[Runtime]":
 
     settings = cast("Settings", pick(given, SETTINGS))
     with Runtime(path, **settings) as runtime:
+        experts = cast("dict[str, Any]", runtime.stats().get("experts", {}))
+        if experts.get("warning"):
+            click.echo(f"warning: {experts['warning']}", err=True)
         yield runtime
 
 

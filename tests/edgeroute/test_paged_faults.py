@@ -39,7 +39,7 @@ class WatchedDisk(lab.faulty.FaultyDisk):  # type: ignore[misc]
     def read_at(self, offset: int, buffer: memoryview) -> int:
         self.on_read(len(self.offsets))
         if offset in self.late:
-            time.sleep(0.01)
+            time.sleep(0.05)
         n: int = super().read_at(offset, buffer)
         return n
 
@@ -187,31 +187,32 @@ def test_a_prefetch_that_fails_while_it_is_waited_for(
     check_works(paged, small)
 
 
-def test_a_prefetch_whose_slot_is_wanted_is_stopped_first(
-    small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prefetch_whose_slot_is_wanted_is_stopped_first(small: Any) -> None:
     """Else its bytes, which come late here, would land on those that took its place."""
-    steps = [*[[(name, 2, 1)] for name in "abc"],
-             *[[(name, 1, 1) for name in "abc"[: 2 + i % 2]] for i in range(24)]]  # fmt: skip
-    with small.paged(slots=2, prefetch="gate", forced=True, io_threads=4,
+    with small.paged(slots=1, prefetch="gate", forced=True, io_threads=4,
                      wrap=WatchedDisk) as tight:  # fmt: skip
-        prefetch, stop, n_stopped = tight.transfer.prefetch, tight.store._stop_prefetch, 0
-
-        def slowly(jobs: Any) -> Any:
-            step = tight.disk.alignment
-            tight.disk.late = {each.offset // step * step for job in jobs for each in job.extents}
-            return prefetch(jobs)
-
-        def count(page: int) -> None:
-            nonlocal n_stopped
-            n_stopped += 1
-            stop(page)
-
-        monkeypatch.setattr(tight.transfer, "prefetch", slowly)
-        monkeypatch.setattr(tight.store, "_stop_prefetch", count)
-        assert lab.equal(tight.run(steps), small.resident(steps))
-        assert n_stopped
-        tight.settle()
+        store, pool, step = tight.store, tight.store.pools[0], tight.disk.alignment
+        unwanted = lab.SMALL.n_expert + 5
+        extents = pool.job(unwanted, 0).extents
+        tight.disk.late = {each.offset // step * step for each in extents}
+        store.begin(prefill=False)
+        store.chose(0, [0, 1, 2], [5, 5, 5])
+        store.lease(0, [0, 1, 2])
+        assert list(store._ahead.coming) == [unwanted]
+        ticket = store._ahead.coming[unwanted]
+        slots = store.lease(1, [0, 1, 2, 3])  # all that there are
+        assert slots is not None and not store._ahead.coming
+        with ticket.finished:
+            pass
+        assert ticket.done and not pool.table.has(unwanted)
+        content = small.file.path.read_bytes()
+        for expert, slot in enumerate(slots):
+            job = pool.job(lab.SMALL.n_expert + expert, slot)
+            for _, offset, nbytes, part in job.extents:
+                held = job.sink.destination(part)
+                assert held is not None and bytes(held) == content[offset : offset + nbytes]
+        store.end()
+        check_works(tight, small)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be changed there")

@@ -1,0 +1,37 @@
+"""Which eviction policy suits a model: its own latest routes, replayed through each.
+
+Replays take the time that nobody waits for anything, and little of it.
+"""
+
+from collections.abc import Collection
+
+from edgeroute.offload.replay import choose_policy
+from edgeroute.offload.trace import Trace
+
+CANDIDATES = ("lru", "lfu", "lfru", "hobbit", "least-stale")
+MIN_GAIN = 0.005
+"""Hit rate that another policy must bring to be worth a change."""
+STEP_LAYERS = 1152
+"""Steps times layers that are replayed: a few tenths of a second over all candidates."""
+MIN_STEPS = 24
+
+
+def latest(trace: Trace) -> Trace | None:
+    """Return the last decode steps of a trace, as many as are replayed; None if too few."""
+    steps = [step for step in trace.steps if not step.prefill]
+    wanted = max(MIN_STEPS, STEP_LAYERS // len(trace.meta.layers))
+    if len(steps) < wanted:
+        return None
+    return Trace(meta=trace.meta, steps=tuple(steps[-wanted:]))
+
+
+def better_policy(trace: Trace, n_slots: int, current: str, layers: Collection[int]) -> str | None:
+    """Name the policy that a pool should change to; None where that gains too little.
+
+    Raises:
+        CapacityError: a step asks for more pages of a layer than there are slots.
+    """
+    names = tuple(dict.fromkeys((current, *CANDIDATES)))
+    choice = choose_policy(trace, n_slots, names, layers=layers)
+    gain = choice.hit_ratios[choice.name] - choice.hit_ratios[current]
+    return choice.name if gain > MIN_GAIN else None
