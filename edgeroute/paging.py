@@ -96,7 +96,7 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
     staging = max(STAGING_MIN_BYTES, STAGING_PAGES * page_bytes)
     rss = psutil.Process().memory_info().rss
     fixed = fixed | {
-        "expert compute": MAX_PAIRS * 4 * (2 * n_embd + 3 * moe.n_ff_exp)
+        "expert compute": max(MAX_PAIRS, source.params.n_ubatch) * 4 * (2 * n_embd + 3 * moe.n_ff_exp)
         + Carry.plan_bytes(n_embd, moe, source.params.n_ubatch),
         "expert staging": staging,
         "program and vocabulary": rss + VOCABULARY_RATIO * source.file.data_offset,

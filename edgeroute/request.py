@@ -101,7 +101,8 @@ class Request:
             finish_reason=reason, stats=self._stats(engine),
             seed=self.sampler.seed, logprobs=tuple(self.logprobs),
         )  # fmt: skip
-        self.emit(Chunk(text="", finish_reason=reason, generation=generation))
+        self.emit(Chunk(text="", token_ids=tuple(self.pending), finish_reason=reason,
+                        generation=generation))  # fmt: skip
         return generation
 
     def _pass_on(self, text: str) -> None:

@@ -60,6 +60,14 @@ def test_streamed_pieces_make_the_whole_text(smollm2: Runtime) -> None:
     assert len(chunks) > 10
 
 
+def test_chunks_bring_every_token_also_of_text_that_was_held_back(smollm2: Runtime) -> None:
+    free = smollm2.generate("1, 2, 3, 4,", max_tokens=24)
+    chunks = list(smollm2.stream("1, 2, 3, 4,", max_tokens=24, stop=[free.text[8:14]]))
+    generation = chunks[-1].generation
+    assert generation is not None and generation.finish_reason == "stop"
+    assert [i for chunk in chunks for i in chunk.token_ids] == list(generation.token_ids)
+
+
 def test_a_stop_string_ends_the_answer_and_stays_out_of_it(smollm2: Runtime) -> None:
     free = smollm2.generate("1, 2, 3, 4,", max_tokens=24)
     stop = free.text[8:11]
