@@ -13,6 +13,7 @@ from edgeroute.models.registry import describe
 from edgeroute.opening import Opening
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.kv_cache import KvCache, KvShape, round_cells
 from edgeroute.runtime.ledger import Ledger
 from edgeroute.runtime.units import MIB, parse_bytes
@@ -139,13 +140,28 @@ class LoadedModel:
         own.callback(weights.close)
         self.plan = plan_memory(self.model.hparams, weights, params)
         if self.plan.total_bytes > self.ledger.budget_bytes:
-            (self._load_paged if self.model.hparams.moe else self._load_layered)(params)
+            self._load_in_part(params)
             return
         self.ledger.reserve(self.plan.wants())
         weights.load()
         self._make_pool(params)
         self.forward: Forward = Forward(self.model, self.device, weights, self.kv)
         self._reserve_compute(params)
+
+    def _load_in_part(self, params: RunParams) -> None:
+        """Keep a part in memory and page the rest.
+
+        Raises:
+            CapacityError: that does not fit either; it names the smaller of the budgets that
+                the whole and the part would need.
+        """
+        whole = self.plan
+        try:
+            (self._load_paged if self.model.hparams.moe else self._load_layered)(params)
+        except CapacityError as error:
+            if error.smallest_bytes is not None and error.smallest_bytes >= whole.total_bytes:
+                self.ledger.reserve(whole.wants())
+            raise
 
     def _load_paged(self, params: RunParams) -> None:
         """Place all but the experts, and make slots for as many of those as the budget holds."""

@@ -96,7 +96,9 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
     staging = max(STAGING_MIN_BYTES, STAGING_PAGES * page_bytes)
     rss = psutil.Process().memory_info().rss
     fixed = fixed | {
-        "expert compute": max(MAX_PAIRS, source.params.n_ubatch) * 4 * (2 * n_embd + 3 * moe.n_ff_exp)
+        "expert compute": max(MAX_PAIRS, source.params.n_ubatch)
+        * 4
+        * (2 * n_embd + 3 * moe.n_ff_exp)
         + Carry.plan_bytes(n_embd, moe, source.params.n_ubatch),
         "expert staging": staging,
         "program and vocabulary": rss + VOCABULARY_RATIO * source.file.data_offset,
@@ -105,11 +107,12 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
     least = moe.n_expert_used * sum(pool.page_bytes for pool in pools)
     if left < least:
         parts = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in fixed.items())
+        smallest = sum(fixed.values()) + least
         raise CapacityError(
             f"{parts} and the experts of one token, {format_bytes(least)}, are over the budget of "
             f"{format_bytes(budget)}; raise the memory budget to at least "
-            f"{math.ceil(100 * (sum(fixed.values()) + least) / 2**30) / 100:.2f} GiB, or lower "
-            "n_ctx or n_ubatch"
+            f"{math.ceil(100 * smallest / 2**30) / 100:.2f} GiB, or lower n_ctx or n_ubatch",
+            smallest,
         )
     most = sum(pool.all_bytes for pool in pools)
     return PagedPlan(pools=pools, fixed=fixed, staging_bytes=staging, slots_bytes=min(left, most))

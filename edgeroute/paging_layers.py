@@ -122,7 +122,8 @@ def plan_layers(
     raise CapacityError(
         f"{parts} are over the budget of {format_bytes(budget)}, though all other weights would "
         f"stream; raise the memory budget to at least {-(-least.total_bytes // MIB)} MiB, or "
-        "lower n_ctx or n_ubatch"
+        "lower n_ctx or n_ubatch",
+        least.total_bytes,
     )
 
 

@@ -38,7 +38,14 @@ class LibraryError(EdgerouteError):
 
 
 class CapacityError(EdgerouteError):
-    """A request does not fit its byte budget; nothing was evicted or allocated."""
+    """A request does not fit its byte budget; nothing was evicted or allocated.
+
+    `smallest_bytes` is the smallest budget that would do, where that is known.
+    """
+
+    def __init__(self, message: str, smallest_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
 
 
 class ComputeError(EdgerouteError):

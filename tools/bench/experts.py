@@ -28,7 +28,7 @@ from edgeroute.tools.bench.report import BenchParams, Report
 from edgeroute.tools.bench.text import text_tokens
 from edgeroute.tools.bench.workers import Worker
 
-BUDGET_RATIO: Final = 0.85
+BUDGET_RATIO: Final = 0.92
 """Share of the limit that is the default budget; the rest is Python's, ggml's and the kernel's."""
 RESIDENT_RATIO: Final = 1.4
 """Free memory over the file's size from which on the all-resident run is made too."""
