@@ -56,7 +56,8 @@ class Ledger:
             raise CapacityError(
                 f"{parts} make {format_bytes(need)} in all, over the budget of "
                 f"{format_bytes(self.budget_bytes)}; raise the memory budget to at least "
-                f"{math.ceil(100 * need / 2**30) / 100:.2f} GiB, lower the context length, or take a smaller model"
+                f"{math.ceil(100 * need / 2**30) / 100:.2f} GiB, lower the context length, or take "
+                "a smaller model"
             )
         self._entries.update(wants)
 

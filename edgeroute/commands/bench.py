@@ -123,7 +123,7 @@ def contention(**options: Any) -> None:
 @click.option("--limit", required=True, metavar="BYTES|PERCENT",
               help="Memory limit by the kernel: 2GiB, or a share of the file, 40%.")  # fmt: skip
 @click.option("--memory", metavar="BYTES",
-              help="edgeroute's own budget; default: 0.85 of the limit.")  # fmt: skip
+              help="edgeroute's own budget; default: 0.92 of the limit.")  # fmt: skip
 @click.option("--policy", help="Eviction policy; default: the Runtime's own choice.")
 @click.option("--prefetch", help="`auto`, `off` or a predictor; default: the Runtime's.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(8, 4096),

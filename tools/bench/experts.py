@@ -41,7 +41,7 @@ class ExpertsParams:
 
     Attributes:
         limit: the kernel's limit: bytes, text such as `2GiB`, or a share of the file (`40%`).
-        memory: edgeroute's own budget in the same forms of bytes; None is 0.85 of the limit.
+        memory: edgeroute's own budget in the same forms of bytes; None is 0.92 of the limit.
         n_prompt: tokens of each of the two prompts.
         peer: whether llama.cpp runs too.
         target: least ratio of decoding speeds.
