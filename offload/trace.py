@@ -8,7 +8,9 @@ uint8 up to 256 experts, else uint16, token after token. A file cut off anywhere
 up to its last whole step; a wrong one is refused before anything large is allocated.
 """
 
+import contextlib
 import csv
+import errno
 import json
 import os
 import struct
@@ -169,12 +171,12 @@ class TraceWriter:
 
     def __init__(self, path: str | os.PathLike[str], meta: TraceMeta) -> None:
         self.meta = meta
-        self._file: BinaryIO = Path(path).open("ab")  # noqa: SIM115 (closed by close)
+        # Unbuffered: what a full disk refused must not be tried again by close.
+        self._file = Path(path).open("ab", buffering=0)  # noqa: SIM115 (closed by close)
         try:
             if self._file.tell() == 0:
                 header = json.dumps(asdict(meta)).encode()
-                self._file.write(_START.pack(MAGIC, VERSION, len(header)) + header)
-                self._file.flush()
+                self._write(_START.pack(MAGIC, VERSION, len(header)) + header)
             else:
                 self._resume(Path(path))
         except BaseException:
@@ -195,9 +197,22 @@ class TraceWriter:
         self._file.truncate(end)
 
     def append(self, step: TraceStep) -> None:
-        """Write one step through to the system."""
-        self._file.write(_pack(step, self.meta))
-        self._file.flush()
+        """Write one step through to the system.
+
+        Raises:
+            OSError: it could not be written; the file is as it was before.
+        """
+        self._write(_pack(step, self.meta))
+
+    def _write(self, data: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):  # a device cannot be cut
+                self._file.truncate(end)
+            raise
 
     def close(self) -> None:
         """Close the file; closing twice does nothing."""

@@ -5,6 +5,7 @@ import json
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,35 @@ def test_one_decode_step_costs_its_ids_and_twelve_bytes(tmp_path: Path) -> None:
         before = (tmp_path / "t").stat().st_size
         writer.append(random_step(meta, rng))
     assert (tmp_path / "t").stat().st_size - before == 12 + 6
+
+
+class _Full:
+    """A file on a disk that takes half of the next write."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        return int(self._file.write(data[: len(data) // 2]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_a_step_that_a_full_disk_takes_half_of_leaves_no_trace(tmp_path: Path) -> None:
+    meta, rng = new_meta(), random.Random(3)
+    steps = [random_step(meta, rng) for _ in range(3)]
+    with TraceWriter(tmp_path / "t", meta) as writer:
+        writer.append(steps[0])
+        whole = writer._file
+        writer._file = _Full(whole)  # type: ignore[assignment]
+        with pytest.raises(OSError, match="No space left"):
+            writer.append(steps[1])
+        writer._file = whole
+        writer.append(steps[2])
+    trace = read_trace(tmp_path / "t")
+    assert not trace.truncated
+    assert len(trace.steps) == 2 and all(map(same, trace.steps, (steps[0], steps[2])))
 
 
 def test_a_file_cut_anywhere_gives_its_whole_steps_and_can_be_continued(tmp_path: Path) -> None:
