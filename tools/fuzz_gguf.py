@@ -235,7 +235,12 @@ def write_seeds(folder: Path) -> int:
     for index in range(4):
         (folder / f"vocabulary-{index}").write_bytes(bytes([index]) * 2000)
     for name, spec in synth.ARCHITECTURES.items():
-        tiny = replace(spec, n_layer=1, n_embd=8, n_ff=8, n_head=1, n_head_kv=1, n_embd_head=8)
+        tiny = replace(spec, n_layer=1, n_embd=8, n_ff=8, n_head=1, n_head_kv=1, n_embd_head=8,
+                       n_ff_exp=8, n_ff_shexp=min(8, spec.n_ff_shexp))  # fmt: skip
+        if spec.latent is not None:
+            narrow = replace(spec.latent, n_lora_kv=8, n_nope=8, n_rot=8, n_head_v=8)
+            n_lora_q = None if spec.latent.n_lora_q is None else 8
+            tiny = replace(tiny, latent=replace(narrow, n_lora_q=n_lora_q))
         synth.write(replace(tiny, n_vocab=340, n_ctx=64), folder / f"{name}.gguf")
     return len(synth.ARCHITECTURES) + 4
 

@@ -93,7 +93,7 @@ def test_a_trace_is_replayed_through_all_policies(tmp_path: Path) -> None:
 def test_limits_in_bytes_and_in_shares_of_the_file() -> None:
     assert ExpertsParams(limit="2GiB").limit_bytes(5) == 2 * GIB
     assert ExpertsParams(limit="40%").limit_bytes(1000) == 400
-    assert ExpertsParams(limit="1GiB").budget_bytes(1000) == 850
+    assert ExpertsParams(limit="1GiB").budget_bytes(1000) == 920
     assert ExpertsParams(limit="1GiB", memory="1MiB").budget_bytes(1000) == MIB
     for wrong in ("0%", "101%", "x%", "-4%"):
         with pytest.raises(UsageError, match="no share of a file"):
