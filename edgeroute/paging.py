@@ -22,6 +22,8 @@ from edgeroute.runtime.units import MIB, format_bytes
 from edgeroute.runtime.weights import ResidentWeights
 
 STAGING_MIN_BYTES, STAGING_PAGES = 8 * MIB, 12
+MIN_IO_THREADS = 2
+"""One reads while another copies what it read into its slot."""
 VOCABULARY_RATIO = 6
 """Bytes that libllama's vocabulary takes in memory, over those of the file's header."""
 
@@ -132,9 +134,8 @@ def open_store(
     if not source.file.is_same(disk.identity):
         raise ModelFileError(f"{source.file.path} was changed while it was opened; open it again")
     reads = profile(disk)
-    transfer = own.enter_context(Transfer(
-        [disk], params.io_threads or reads.n_threads, reads.read_bytes, plan.staging_bytes
-    ))  # fmt: skip
+    n_threads = params.io_threads or max(MIN_IO_THREADS, reads.n_threads)
+    transfer = own.enter_context(Transfer([disk], n_threads, reads.read_bytes, plan.staging_bytes))
     forced = params.prefetch not in ("auto", "off")
     predictor = {"auto": "gate", "off": "none"}.get(params.prefetch, params.prefetch)
     store = ExpertStore(base, source.device, plan.pools, transfer, ExpertParams(
