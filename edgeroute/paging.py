@@ -120,6 +120,18 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
     return PagedPlan(pools=pools, fixed=fixed, staging_bytes=staging, slots_bytes=min(left, most))
 
 
+def open_disk(own: contextlib.ExitStack, file: GGUFFile) -> DiskFile:
+    """Open a model's file for reads by offset; `own` closes it.
+
+    Raises:
+        ModelFileError: it was changed since its header was read.
+    """
+    disk = own.enter_context(DiskFile.open(file.path))
+    if not file.is_same(disk.identity):
+        raise ModelFileError(f"{file.path} was changed while it was opened; open it again")
+    return disk
+
+
 def open_store(
     own: contextlib.ExitStack, source: MoeSource, base: ResidentWeights, plan: PagedPlan
 ) -> ExpertStore:
@@ -130,9 +142,7 @@ def open_store(
         ModelFileError: the file was changed since its header was read.
     """
     params = source.params
-    disk = own.enter_context(DiskFile.open(source.file.path))
-    if not source.file.is_same(disk.identity):
-        raise ModelFileError(f"{source.file.path} was changed while it was opened; open it again")
+    disk = open_disk(own, source.file)
     reads = profile(disk)
     n_threads = params.io_threads or max(MIN_IO_THREADS, reads.n_threads)
     transfer = own.enter_context(Transfer([disk], n_threads, reads.read_bytes, plan.staging_bytes))

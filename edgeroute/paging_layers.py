@@ -10,13 +10,12 @@ from edgeroute.config import RunParams
 from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward
 from edgeroute.models.layered import LayeredForward
-from edgeroute.offload.disk import DiskFile
 from edgeroute.offload.disk_profile import MOST_READ_BYTES, profile
 from edgeroute.offload.layer_store import LayerParams, LayerStore
 from edgeroute.offload.transfer import Transfer
-from edgeroute.paging import STAGING_MIN_BYTES, VOCABULARY_RATIO
+from edgeroute.paging import STAGING_MIN_BYTES, VOCABULARY_RATIO, open_disk
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import CapacityError, ModelFileError
+from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.rooms import Unit, make_unit, room_bytes
@@ -24,7 +23,7 @@ from edgeroute.runtime.units import MIB, format_bytes
 from edgeroute.runtime.weights import ResidentWeights, check_specs
 
 N_ROOMS = 2
-"""One layer is computed while the next is read; see BENCHLOG for what a third room brings."""
+"""One layer is computed while the next is read."""
 PARTS_AHEAD = 2
 HEAD = "output.weight"
 
@@ -143,9 +142,7 @@ def open_layers(
     """
     if not plan.streamed:
         return None, Forward(source.model, source.device, base, kv)
-    disk = own.enter_context(DiskFile.open(source.file.path))
-    if not source.file.is_same(disk.identity):
-        raise ModelFileError(f"{source.file.path} was changed while it was opened; open it again")
+    disk = open_disk(own, source.file)
     reads = profile(disk)
     # Repacking takes as long as reading: another thread reads meanwhile.
     repacks = any(part.repacked for unit in plan.streamed for part in unit.parts)

@@ -29,6 +29,7 @@ class GptOss(moe.MoeLayers):
     """Pre-norm decoder: attention with biases and sinks, then experts with biases."""
 
     routing = moe.Routing(gating="softmax_weight")
+    ffn_norm = "post_attention_norm"
 
     def __init__(self, file: GGUFFile) -> None:
         self.hparams: Hparams = read_hparams(file, "gpt-oss")
@@ -85,14 +86,6 @@ class GptOss(moe.MoeLayers):
 
     def embed(self, b: Builder) -> Tensor:
         return blocks.embed_tokens(b)
-
-    def front(self, b: Builder, il: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        eps, p = self.hparams.norm_rms_eps, f"blk.{il}"
-        attn = self.attention(b, il, b.rms_norm(f"{p}.attn_norm", x, eps))
-        if b.is_last(il):
-            attn, x = b.select_outputs(attn), b.select_outputs(x)
-        x = b.add(attn, x)
-        return x, b.rms_norm(f"{p}.post_attention_norm", x, eps)
 
     def attention(self, b: Builder, il: int, x: Tensor) -> Tensor:
         """Build one attention block on normed input, windowed or full."""

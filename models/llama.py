@@ -75,14 +75,6 @@ class Llama(moe.MoeLayers):
     def embed(self, b: Builder) -> Tensor:
         return blocks.embed_tokens(b)
 
-    def front(self, b: Builder, il: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        hp, p = self.hparams, f"blk.{il}"
-        attn = self.attention(b, il, b.rms_norm(f"{p}.attn_norm", x, hp.norm_rms_eps))
-        if b.is_last(il):
-            attn, x = b.select_outputs(attn), b.select_outputs(x)
-        x = b.add(attn, x)
-        return x, b.rms_norm(f"{p}.ffn_norm", x, hp.norm_rms_eps)
-
     def attention(self, b: Builder, il: int, x: Tensor) -> Tensor:
         """Build one attention block on normed input."""
         hp, p = self.hparams, f"blk.{il}"

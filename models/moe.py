@@ -1,6 +1,6 @@
 """Mixtures of experts: routing, experts and their sum, as the families share them.
 
-A family subclasses `MoeLayers`, writes `front`, names its `Routing`, and overrides what it
+A family subclasses `MoeLayers`, writes `attention`, names its `Routing`, and overrides what it
 does otherwise. Source: llama.cpp, src/llama-graph.cpp, build_moe_ffn: the same operations in
 the same order, so that results can be compared bit for bit.
 """
@@ -54,6 +54,8 @@ class MoeLayers:
 
     hparams: Hparams
     routing = Routing()
+    ffn_norm = "ffn_norm"
+    """The norm before the experts, in a layer."""
 
     def is_moe(self, il: int) -> bool:
         moe = self.hparams.moe
@@ -68,7 +70,15 @@ class MoeLayers:
         return self.combine(b, il, x, h, outs, weights)
 
     def front(self, b: Builder, il: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Build attention and the feed-forward's norm: residual and normed input."""
+        eps, p = self.hparams.norm_rms_eps, f"blk.{il}"
+        attn = self.attention(b, il, b.rms_norm(f"{p}.attn_norm", x, eps))
+        if b.is_last(il):
+            attn, x = b.select_outputs(attn), b.select_outputs(x)
+        x = b.add(attn, x)
+        return x, b.rms_norm(f"{p}.{self.ffn_norm}", x, eps)
+
+    def attention(self, b: Builder, il: int, x: Tensor) -> Tensor:
+        """Build one attention block on normed input."""
         raise NotImplementedError
 
     def dense(self, b: Builder, il: int, h: Tensor) -> Tensor:

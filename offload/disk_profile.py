@@ -4,18 +4,15 @@ A second of reads tells the length and the number of reads at once that the disk
 does not change from start to start.
 """
 
-import contextlib
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import platformdirs
-
 from edgeroute.offload.disk import DiskFile
 from edgeroute.offload.disk_speed import measure
+from edgeroute.runtime.cache_file import cache_path, replace_text
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import MIB
 
@@ -58,7 +55,8 @@ def profile(disk: DiskFile) -> DiskProfile:
     found = DiskProfile(read_bytes=best.read_bytes, n_threads=best.n_threads, bytes_s=best.bytes_s)
     entry = {"read_bytes": found.read_bytes, "n_threads": found.n_threads,
              "bytes_s": round(found.bytes_s), "measured": int(time.time())}  # fmt: skip
-    _write(dict([*known.items(), (key, entry)][-_MOST_DISKS:]))
+    entries = dict([*known.items(), (key, entry)][-_MOST_DISKS:])
+    replace_text(_path(), json.dumps(entries))
     return found
 
 
@@ -78,7 +76,7 @@ def _checked(entry: object) -> DiskProfile | None:
 
 
 def _path() -> Path:
-    return platformdirs.user_cache_path("edgeroute", appauthor=False) / "disks.json"
+    return cache_path("disks.json")
 
 
 def _read() -> dict[str, object]:
@@ -88,16 +86,3 @@ def _read() -> dict[str, object]:
     except (OSError, ValueError, RecursionError):
         return {}  # not there, or not ours: measured again
     return found if isinstance(found, dict) else {}
-
-
-def _write(entries: dict[str, object]) -> None:
-    """Replace the file; without a writable cache folder the disk is measured again."""
-    path = _path()
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(entries), encoding="ascii")
-        fresh.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            fresh.unlink()

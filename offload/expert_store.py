@@ -100,7 +100,7 @@ class ExpertStore(Closing):
         self._transfer = transfer
         self._n_expert, self._n_used = pools[0].n_expert, params.n_expert_used
         counts = share_slots(pools, params.slots_bytes, params.n_expert_used)
-        self.cliff = _check_cliff(pools, counts, params.n_expert_used)
+        self.cliff = check_tightest(pools, counts, params.n_expert_used)
         self.policy = params.policy
         if params.policy == "auto":
             self.policy = self.cliff.fallback or DEFAULT_POLICY
@@ -478,7 +478,7 @@ class ExpertStore(Closing):
         }
 
 
-def _check_cliff(pools: Sequence[PoolPlan], counts: Sequence[int], n_used: int) -> CliffReport:
+def check_tightest(pools: Sequence[PoolPlan], counts: Sequence[int], n_used: int) -> CliffReport:
     """Ask of the pool with the fewest slots per layer whether it can hold a token's experts."""
     tightest = min(range(len(pools)), key=lambda i: counts[i] / len(pools[i].layers))
     plan = pools[tightest]

@@ -5,15 +5,13 @@ a small model. A file counts as the same while device, inode, size and both time
 the change time cannot be set by programs, so that an edited file is checked again.
 """
 
-import contextlib
 import hashlib
 import os
 import time
 from pathlib import Path
 from typing import Final
 
-import platformdirs
-
+from edgeroute.runtime.cache_file import cache_path, replace_text
 from edgeroute.runtime.gguf import GGUFFile
 
 RULES: Final = 1
@@ -46,19 +44,11 @@ def remember(mark: str | None) -> None:
     """Note that a file has passed; without a writable cache folder it is checked again."""
     if mark is None:
         return
-    path = _path()
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text("\n".join([*_read(), mark][-_MAX_STAMPS:]), encoding="ascii")
-        fresh.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
+    replace_text(_path(), "\n".join([*_read(), mark][-_MAX_STAMPS:]))
 
 
 def _path() -> Path:
-    return platformdirs.user_cache_path("edgeroute", appauthor=False) / "checked_vocabularies"
+    return cache_path("checked_vocabularies")
 
 
 def _read() -> list[str]:

@@ -15,9 +15,9 @@ from edgeroute.models.base import Hparams, Model, MoeHparams
 from edgeroute.models.registry import describe
 from edgeroute.offload.disk import DiskFile
 from edgeroute.offload.disk_profile import profile
-from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
+from edgeroute.offload.eviction_cliff import CliffReport
 from edgeroute.offload.expert_pool import PoolPlan, share_slots
-from edgeroute.offload.expert_store import DEFAULT_POLICY
+from edgeroute.offload.expert_store import DEFAULT_POLICY, check_tightest
 from edgeroute.paging import VOCABULARY_RATIO, MoeSource, moe_source, plan_paged
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
@@ -225,16 +225,14 @@ def _expert_slots(paging: Paging, params: RunParams, budget: int) -> ExpertSlots
     pools, n_used = paging.pools, paging.n_expert_used
     left = min(budget - paging.fixed_bytes, paging.all_bytes)
     counts = share_slots(pools, left, n_used)
-    pairs = list(zip(pools, counts, strict=True))
-    pool, n_slots = min(pairs, key=lambda pair: pair[1] / len(pair[0].layers))
-    shape = CycleShape(n_layer=len(pool.layers), n_expert=pool.n_expert, n_expert_used=n_used)
-    cliff = check_cliff(n_slots, shape)
+    cliff = check_tightest(pools, counts, n_used)
     automatic = cliff.fallback or DEFAULT_POLICY
     prefetch = params.prefetch
     if prefetch == "auto" and cliff.is_below:
         prefetch = "off"
+    n_bytes = sum(n * pool.page_bytes for pool, n in zip(pools, counts, strict=True))
     return ExpertSlots(
-        n_slots=sum(counts), n_bytes=sum(n * pool.page_bytes for pool, n in pairs),
+        n_slots=sum(counts), n_bytes=n_bytes,
         policy=automatic if params.policy == "auto" else params.policy, prefetch=prefetch,
         cliff=cliff,
     )  # fmt: skip
