@@ -15,6 +15,7 @@ import click
 
 from edgeroute import __version__
 from edgeroute.runtime.errors import (
+    AdapterFileError,
     CapacityError,
     CatalogueError,
     EdgerouteError,
@@ -40,6 +41,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (CapacityError, EXIT_CAPACITY),
     (UsageError, EXIT_USAGE),  # ContextError and GrammarError are UsageErrors
     (ModelFileError, EXIT_REFUSED),
+    (AdapterFileError, EXIT_REFUSED),
     (UnsupportedModelError, EXIT_REFUSED),
     (TemplateError, EXIT_REFUSED),
     (CatalogueError, EXIT_REFUSED),
@@ -53,6 +55,7 @@ COMMANDS: dict[str, str] = {
     "chat": "Talk with a model, turn by turn.",
     "pull": "Download a model and check its hash.",
     "models": "List known and installed models.",
+    "adapters": "Keep LoRA adapters, and train one.",
     "doctor": "Measure this machine and say what is missing.",
     "plan": "Tell whether a model fits, before loading it.",
     "convert": "Rewrite models for this engine.",

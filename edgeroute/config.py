@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edgeroute.runtime.errors import UsageError
@@ -37,6 +37,11 @@ class RunParams:
             paged ones always are: slower to decode, and the same bits with and without paging.
         io_threads: reads of experts under way at once.
         trace: a file to record which experts were chosen.
+        adapters: LoRA adapters: a folder of them, one, or several. An empty tuple begins with
+            none and lets them be added later.
+        adapter_slots: adapters in memory at once; None is up to 8, as the budget allows.
+        adapter_state: the file where `adapter="auto"` keeps what feedback taught it; `off` for
+            nowhere, None for one of the user's.
     """
 
     memory: str | int | None = None
@@ -52,13 +57,16 @@ class RunParams:
     repack_experts: bool = True
     io_threads: int | None = None
     trace: str | None = None
+    adapters: tuple[str, ...] | None = None
+    adapter_slots: int | None = None
+    adapter_state: str | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (("threads", 1, 512), ("n_ctx", 32, 1 << 20), ("n_kv", 32, 1 << 22),
                                 ("n_ubatch", 64, 4096), ("max_batch", 1, 256),
-                                ("io_threads", 1, 64)):  # fmt: skip
+                                ("io_threads", 1, 64), ("adapter_slots", 1, 256)):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name in ("threads", "n_kv", "io_threads", "max_batch"):
+            if value is None and name not in ("n_ctx", "n_ubatch"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise UsageError(
@@ -112,13 +120,25 @@ def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = 
             hint = f"; did you mean {near[0]}" if near else ""
             raise UsageError(f"there is no setting {name!r}{hint}")
         if value is not None:
-            values[name] = value
+            values[name] = _as_paths(value) if name == "adapters" else value
     return RunParams(**values)  # type: ignore[arg-type]
+
+
+def _as_paths(value: object) -> tuple[str, ...]:
+    """Return paths as text; a lone one counts as a list of one."""
+    each = [value] if isinstance(value, str | os.PathLike) else value
+    if isinstance(each, Iterable):
+        paths = list(each)
+        if all(isinstance(path, str | os.PathLike) for path in paths):
+            return tuple(os.fspath(path) for path in paths)
+    raise UsageError(f"adapters must be a path or a list of paths, got {value!r:.200}")
 
 
 def _from_text(name: str, text: str) -> object:
     """Read a setting from the environment; what it means there is what it means in Python."""
-    if name in ("memory", "kv_type", "device", "policy", "prefetch", "trace"):
+    if name == "adapters":
+        return _as_paths(text)
+    if name in ("memory", "kv_type", "device", "policy", "prefetch", "trace", "adapter_state"):
         return text
     if not text.strip().isdigit():
         raise UsageError(f"{ENV_PREFIX}{name.upper()} must be a whole number, got {text!r}")

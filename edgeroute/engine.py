@@ -29,6 +29,7 @@ from edgeroute.stats import Chunk, Generation
 from edgeroute.stream import Stream
 
 if TYPE_CHECKING:
+    from edgeroute.adapters import Adapters
     from edgeroute.loaded import LoadedModel
     from edgeroute.scheduler import Scheduler
 
@@ -51,6 +52,9 @@ class Settings(TypedDict, total=False):
     repack_experts: bool | None
     io_threads: int | None
     trace: str | None
+    adapters: str | Path | Sequence[str | Path] | None
+    adapter_slots: int | None
+    adapter_state: str | None
 
 
 class Options(TypedDict, total=False):
@@ -58,7 +62,8 @@ class Options(TypedDict, total=False):
 
     `prefix` says which stored keys and values may serve the prompt: `exact` those with the
     bits a fresh run would compute (default), `all` whatever has equal tokens (for
-    continuing a conversation at once), `off` none.
+    continuing a conversation at once), `off` none. `adapter` names a LoRA adapter, `auto` to
+    choose one by the prompt, or several with a factor each: `{"a": 0.7, "b": 0.3}`.
     """
 
     messages: Sequence[Message] | None
@@ -80,10 +85,19 @@ class Options(TypedDict, total=False):
     timeout_s: float | None
     prefix: Mode
     prompt_ids: Sequence[int] | None
+    adapter: str | Mapping[str, float] | None
 
 
 _SAMPLING = frozenset(SamplingParams.__dataclass_fields__)
-_OTHER = frozenset({"messages", "max_tokens", "stop", "timeout_s", "prefix", "prompt_ids"})
+_OTHER = frozenset(
+    {"messages", "max_tokens", "stop", "timeout_s", "prefix", "prompt_ids", "adapter"}
+)
+
+
+Command = Callable[[], None]
+"""What the engine thread does for another between two tokens; it raises nothing."""
+STALL_POLL_S = 0.02
+"""How often cancels and deadlines are looked for while only adapters are waited for."""
 
 
 class Runtime(Closing):
@@ -102,7 +116,7 @@ class Runtime(Closing):
     def __init__(self, model: str | Path | None = None, **settings: Unpack[Settings]) -> None:
         self.params: RunParams = merge_settings(settings)
         self.path = _find(model)
-        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | Command | None] = queue.SimpleQueue()
         self._closing = False
         self._failure: BaseException | None = None
         self._gate = threading.Lock()  # orders "is it open?" against "now it is closed"
@@ -112,6 +126,46 @@ class Runtime(Closing):
         )
         self._thread.start()
         self._loaded, self._scheduler = ready.result()
+
+    def feedback(self, generation_id: str, reward: float) -> None:
+        """Tell what an answer of `adapter="auto"` was worth: 0 useless, 1 perfect.
+
+        Raises:
+            UsageError: no such answer, its feedback was given before, or another reward.
+        """
+        adapters = self._adapters()
+        self._on_engine(lambda: adapters.routing.feedback(generation_id, reward))
+
+    def add_adapter(self, path: str | Path) -> str:
+        """Check an adapter and put it into the library, also while requests run.
+
+        One of the same name is replaced; requests that use it end with it.
+
+        Returns:
+            Its name.
+
+        Raises:
+            AdapterFileError: it does not fit this model, or is damaged.
+            CapacityError: it does not fit the slots or the budget.
+        """
+        adapters = self._adapters()
+        file = adapters.open(path)
+        self._on_engine(lambda: adapters.add(file))
+        return file.name
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter out of the library; requests that use it end with it.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        adapters = self._adapters()
+        self._on_engine(lambda: adapters.remove(name))
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that requests may ask for, sorted."""
+        return [] if self._loaded.adapters is None else self._loaded.adapters.store.names
 
     # one answer
 
@@ -157,6 +211,7 @@ class Runtime(Closing):
         steps = scheduler.n_decode_steps
         experts = {} if loaded.experts is None else {"experts": loaded.experts.stats()}
         layers = {} if loaded.layers is None else {"layers": loaded.layers.stats()}
+        adapters = {} if loaded.adapters is None else {"adapters": loaded.adapters.stats()}
         return (
             {
                 "model": str(self.path),
@@ -181,6 +236,7 @@ class Runtime(Closing):
             }
             | experts
             | layers
+            | adapters
         )
 
     def encode(self, text: str) -> list[int]:
@@ -227,8 +283,47 @@ class Runtime(Closing):
         return Request(
             prompt_ids=ids, max_tokens=max_tokens, sampler=Sampler(params, tokenizer, ids),
             text=text, emit=emit, streaming=streaming, prefix=prefix,
+            adapter=self.check_adapter(options.get("adapter")),
             deadline=None if timeout_s is None else time.monotonic() + timeout_s,
         )  # fmt: skip
+
+    def check_adapter(
+        self, asked: str | Mapping[str, float] | None
+    ) -> Mapping[str, float] | str | None:
+        """Check what `generate` would take as `adapter`, and return it as factors by name.
+
+        Raises:
+            UsageError: there is no such adapter, or a factor is out of range.
+        """
+        if asked is None:
+            return None
+        adapters = self._adapters()
+        from edgeroute.adapters import parse_adapter
+
+        return parse_adapter(asked, adapters.store.knows)
+
+    def _adapters(self) -> "Adapters":
+        found = self._loaded.adapters
+        if found is None:
+            raise UsageError("this Runtime has no adapters; open it with adapters=FOLDER")
+        return found
+
+    def _on_engine(self, action: Command) -> None:
+        """Have the engine thread do something between two tokens; raise what that raises."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                action()
+            except BaseException as error:  # the caller's, not the engine's
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        with self._gate:
+            self._check_open()
+            self._inbox.put(run)
+        done.result()
 
     def _encode(
         self, prompt: str | None, messages: Sequence[Message] | None, ids: Sequence[int] | None
@@ -318,7 +413,7 @@ class Runtime(Closing):
             # Imported now, not at the top: the vocabulary is being read meanwhile.
             from edgeroute.loaded import LoadedModel
 
-            loaded = LoadedModel(self.path, self.params, opening)
+            loaded = LoadedModel(self.path, self.params, opening, lambda: self._inbox.put(None))
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -339,7 +434,7 @@ class Runtime(Closing):
         return Scheduler(
             loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
             n_ubatch=params.n_ubatch, max_batch=params.max_batch or loaded.max_batch,
-            is_eog=loaded.tokenizer.is_eog, experts=loaded.experts,
+            is_eog=loaded.tokenizer.is_eog, experts=loaded.experts, adapters=loaded.adapters,
         )  # fmt: skip
 
     def _loop(self, scheduler: "Scheduler") -> None:
@@ -348,7 +443,10 @@ class Runtime(Closing):
             while not self._closing:
                 if not scheduler.busy and self._inbox.empty():
                     scheduler.use_the_pause()
-                self._receive(scheduler, wait=not scheduler.busy)
+                if scheduler.stalled and scheduler.busy:
+                    self._receive(scheduler, wait_s=STALL_POLL_S)
+                else:
+                    self._receive(scheduler, wait_s=0.0 if scheduler.busy else None)
                 scheduler.step()
         except BaseException as failure:  # a bug: everyone waiting must hear of it
             with self._gate:
@@ -356,16 +454,19 @@ class Runtime(Closing):
             error = ClosedError(f"the engine stopped: {failure!r}")
             error.__cause__ = failure
         while not self._inbox.empty():
-            self._receive(scheduler, wait=False)
+            self._receive(scheduler, wait_s=0.0)
         scheduler.fail_all(error)
 
-    def _receive(self, scheduler: "Scheduler", *, wait: bool) -> None:
-        """Take what has arrived; with `wait`, sleep until something does."""
-        while wait or not self._inbox.empty():
-            request = self._inbox.get()
-            wait = False
-            if request is not None:
-                scheduler.submit(request)
+    def _receive(self, scheduler: "Scheduler", *, wait_s: float | None) -> None:
+        """Take what has arrived; sleep up to `wait_s` until something does, None for ever."""
+        while wait_s != 0.0 or not self._inbox.empty():
+            with contextlib.suppress(queue.Empty):
+                arrived = self._inbox.get(timeout=wait_s)
+                if isinstance(arrived, Request):
+                    scheduler.submit(arrived)
+                elif arrived is not None:
+                    arrived()
+            wait_s = 0.0
 
 
 def generate(

@@ -1,7 +1,9 @@
 """A model ready to run: file, vocabulary, device, weights and KV pool, under one ledger."""
 
 import contextlib
+import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ from edgeroute.runtime.units import MIB, parse_bytes
 from edgeroute.runtime.weights import ResidentWeights, WeightsPlan
 
 if TYPE_CHECKING:
+    from edgeroute.adapters import AdapterPlan, Adapters
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
 
@@ -36,6 +39,7 @@ class MemoryPlan:
     weights: WeightsPlan
     kv_bytes: int
     compute_bytes: int
+    adapter_bytes: int = 0
 
     def wants(self) -> dict[str, int]:
         """Return ledger entries by owner."""
@@ -44,6 +48,7 @@ class MemoryPlan:
             "weights (repacked or copied)": self.weights.copied_bytes,
             "KV cache": self.kv_bytes,
             "compute buffer": self.compute_bytes,
+            "adapter slots": self.adapter_bytes,
         }
         return {owner: n_bytes for owner, n_bytes in found.items() if n_bytes}
 
@@ -98,15 +103,20 @@ def _n_values_ff(hparams: Hparams) -> int:
 class LoadedModel:
     """Everything one model owns, freed in reverse order by `close`.
 
-    Made, used and closed by the engine thread. An `opening` of the same path is taken over.
+    Made, used and closed by the engine thread. An `opening` of the same path is taken over;
+    `wake` is called from other threads when something that was waited for has arrived.
 
     Raises:
         ModelFileError, UnsupportedModelError: the file cannot be used.
         CapacityError: it does not fit; nothing stays allocated.
     """
 
-    def __init__(self, path: Path, params: RunParams, opening: Opening | None = None) -> None:
+    def __init__(
+        self, path: Path, params: RunParams, opening: Opening | None = None,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         began = time.perf_counter()
+        self._wake = wake
         self._owned = contextlib.ExitStack()
         try:
             self._load(self._owned.enter_context(opening or Opening(path)), params)
@@ -133,12 +143,14 @@ class LoadedModel:
         self.device = own.enter_context(Device.open(params.device))
         self.experts: ExpertStore | None = None
         self.layers: LayerStore | None = None
+        self.adapters: Adapters | None = None
         self.ledger = Ledger(budget_bytes(params))
+        self._adapter_plan = self._plan_adapters(params)
         weights = ResidentWeights(
             self.file, self.device, self.model.specs(), repack_experts=params.repack_experts
         )
         own.callback(weights.close)
-        self.plan = plan_memory(self.model.hparams, weights, params)
+        self.plan = self._plan(weights, params)
         if self.plan.total_bytes > self.ledger.budget_bytes:
             self._load_in_part(params)
             return
@@ -147,6 +159,21 @@ class LoadedModel:
         self._make_pool(params)
         self.forward: Forward = Forward(self.model, self.device, weights, self.kv)
         self._reserve_compute(params)
+
+    def _plan_adapters(self, params: RunParams) -> "AdapterPlan | None":
+        if params.adapters is None:
+            return None
+        # A model without adapters should not wait for its import.
+        from edgeroute.adapters import plan_adapters
+
+        return plan_adapters(self.file.path, self.model, params, self.ledger.budget_bytes)
+
+    def _plan(self, weights: ResidentWeights, params: RunParams) -> MemoryPlan:
+        adapters = self._adapter_plan
+        return dataclasses.replace(
+            plan_memory(self.model.hparams, weights, params),
+            adapter_bytes=0 if adapters is None else adapters.n_bytes,
+        )
 
     def _load_in_part(self, params: RunParams) -> None:
         """Keep a part in memory and page the rest.
@@ -173,7 +200,7 @@ class LoadedModel:
         source = moe_source(self.file, self.device, self.model, params)
         base = source.other_weights()
         own.callback(base.close)
-        self.plan = plan_memory(self.model.hparams, base, params)
+        self.plan = self._plan(base, params)
         paged = plan_paged(source, self.plan.wants(), self.ledger.budget_bytes)
         self.ledger.reserve(paged.wants())
         base.load()
@@ -193,11 +220,11 @@ class LoadedModel:
         own = self._owned
         source = LayerSource(file=self.file, device=self.device, model=self.model, params=params)
         with contextlib.closing(source.base(source.units())) as small:
-            fixed = plan_memory(self.model.hparams, small, params).wants()
+            fixed = self._plan(small, params).wants()
         layered = plan_layers(source, fixed, self.ledger.budget_bytes)
         base = source.base(layered.streamed)
         own.callback(base.close)
-        self.plan = plan_memory(self.model.hparams, base, params)
+        self.plan = self._plan(base, params)
         self.ledger.reserve(self.plan.wants() | layered.entries)
         base.load()
         self._make_pool(params)
@@ -211,6 +238,12 @@ class LoadedModel:
 
     def _reserve_compute(self, params: RunParams) -> None:
         self._owned.callback(self.forward.close)
+        if self._adapter_plan is not None:
+            from edgeroute.adapters import Adapters
+
+            self.adapters = self._owned.enter_context(
+                Adapters(self.forward, self.ledger, self._adapter_plan, self._wake)
+            )
         self.forward.reserve(min(params.n_ubatch, self.kv.n_cells), params.n_ctx)
 
     @property

@@ -2,17 +2,22 @@
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgeroute.offload.counters import LayerCount
+from edgeroute.runtime.lora import LoraRow
 from edgeroute.runtime.prefix import Mode
 from edgeroute.runtime.records import TokenLogprob
 from edgeroute.runtime.sampler import Sampler
 from edgeroute.runtime.sequence import Sequence
 from edgeroute.runtime.text_stream import TextStream
 from edgeroute.stats import Chunk, FinishReason, Generation, GenerationStats
+
+if TYPE_CHECKING:
+    from edgeroute.adapter_routing import Turn
+    from edgeroute.offload.adapter_store import Lease
 
 Outcome = Chunk | BaseException
 """What a listener hears: chunks, the last with a finish_reason; or one exception."""
@@ -41,10 +46,18 @@ class Request:
     id: str = field(default_factory=lambda: f"gen-{uuid.uuid4().hex[:24]}")
     created: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+    adapter: Mapping[str, float] | str | None = None
+    """What was asked for, as `parse_adapter` gives it."""
     on_cancel: Callable[[], None] | None = None
     """Stops the computation that runs for this request alone."""
 
     experts_before: LayerCount | None = None
+    lease: "Lease | None" = None
+    leased: float = 0.0
+    adapter_s: float = 0.0
+    lora: LoraRow | None = None
+    turn: "Turn | None" = None
+    n_common: int = 0
     sequence: Sequence | None = None
     n_cached: int = 0
     started: float | None = None
@@ -98,7 +111,7 @@ class Request:
         self._pass_on(self.text.flush())
         generation = Generation(
             id=self.id, text="".join(self.pieces), token_ids=tuple(self.token_ids),
-            finish_reason=reason, stats=self._stats(engine),
+            finish_reason=reason, stats=self._stats(engine), adapter=self._adapter_name(),
             seed=self.sampler.seed, logprobs=tuple(self.logprobs),
         )  # fmt: skip
         self.emit(Chunk(text="", token_ids=tuple(self.pending), finish_reason=reason,
@@ -113,6 +126,24 @@ class Request:
             self.emit(Chunk(text=text, token_ids=tuple(self.pending)))
             self.pending.clear()
 
+    def _adapter_name(self) -> str | None:
+        """What served the request: a name, or `a:0.7+b:0.3`, or None."""
+        if self.lease is None or not self.lease.pages:
+            return None
+        pairs = list(zip(self.lease.pages, self.lease.weights, strict=True))
+        if len(pairs) == 1 and pairs[0][1] == 1.0:
+            return pairs[0][0].name
+        return "+".join(f"{page.name}:{weight:g}" for page, weight in pairs)
+
+    def _adapter_stats(self) -> dict[str, object] | None:
+        """Tell which adapters served, whether they were there, and what waiting for them cost."""
+        lease = self.lease
+        if lease is None:
+            return None
+        used = {page.name: w for page, w in zip(lease.pages, lease.weights, strict=True)}
+        found = {"used": used, "hit": lease.hit, "wait_s": round(self.adapter_s, 6)}
+        return found if self.turn is None else found | {"auto": self.turn.to_dict()}
+
     def _stats(self, engine: EngineState) -> GenerationStats:
         now = time.monotonic()
         first = self.first_token or now
@@ -122,7 +153,7 @@ class Request:
             queue_s=(self.started or now) - self.created, prefill_s=self.prefill_s,
             ttft_s=first - self.created, decode_s=max(0.0, self.last_token - first),
             memory_bytes=engine.memory_bytes, threads=engine.threads,
-            experts=_cost(self.experts_before, engine.experts),
+            experts=_cost(self.experts_before, engine.experts), adapters=self._adapter_stats(),
         )  # fmt: skip
 
 

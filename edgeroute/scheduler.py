@@ -25,6 +25,7 @@ from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.stats import FinishReason
 
 if TYPE_CHECKING:
+    from edgeroute.adapters import Adapters
     from edgeroute.offload.expert_store import ExpertStore
 
 Logits = npt.NDArray[np.float32]
@@ -36,7 +37,7 @@ class Scheduler:
     def __init__(
         self, forward: Forward, ledger: Ledger, threads: ThreadPolicy, *, n_ctx: int,
         n_ubatch: int, max_batch: int, is_eog: Callable[[int], bool],
-        experts: "ExpertStore | None" = None,
+        experts: "ExpertStore | None" = None, adapters: "Adapters | None" = None,
     ) -> None:  # fmt: skip
         self.forward = forward
         self.prefix = PrefixCache(forward.kv, n_ubatch)
@@ -47,9 +48,13 @@ class Scheduler:
         self._max_batch = max_batch
         self._is_eog = is_eog
         self._experts = experts
+        self._adapters = adapters
         self._waiting: deque[Request] = deque()
+        self._arriving: list[Request] = []  # their adapters are held, perhaps still loading
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
+        self.stalled = False
+        """Whether the last step had nothing to compute: adapters are being loaded."""
         self.n_finished = 0
         self.n_decode_steps = 0
         self.n_decode_tokens = 0
@@ -57,7 +62,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._waiting or self._prefilling or self._decoding)
+        return bool(self._waiting or self._arriving or self._prefilling or self._decoding)
 
     @property
     def n_running(self) -> int:
@@ -67,17 +72,19 @@ class Scheduler:
     @property
     def n_waiting(self) -> int:
         """Requests without cells yet."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._arriving)
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
         request.max_tokens = min(request.max_tokens, self._n_ctx - len(request.prompt_ids) + 1)
         self._waiting.append(request)
+        self.stalled = False
 
     def step(self) -> None:
         """Do one round: at most one prefill batch, then one token for all that decode."""
         self._drop_interrupted()
         self._admit()
+        self.stalled = not self.n_running
         if self._prefilling:
             self._prefill(self._prefilling[0])
         running = list(self._decoding)
@@ -92,37 +99,67 @@ class Scheduler:
 
     def fail_all(self, error: BaseException) -> None:
         """End every request with `error`; nothing of theirs stays behind."""
-        for request in (*self._waiting, *self._prefilling, *self._decoding):
-            self._fail(request, error)
+        for group in (self._waiting, self._arriving, self._prefilling, self._decoding):
+            for request in group:
+                self._fail(request, error)
         self._waiting.clear()
+        self._arriving.clear()
         self._prefilling.clear()
         self._decoding.clear()
 
     # admission and leaving
 
     def _drop_interrupted(self) -> None:
-        for group in (self._waiting, self._prefilling, self._decoding):
+        for group in (self._waiting, self._arriving, self._prefilling, self._decoding):
             for request in [each for each in group if each.interrupted()]:
                 group.remove(request)
                 self._finish(request, request.interrupted() or "cancelled")
 
     def _admit(self) -> None:
-        """Let waiting requests in, in order, while there are cells for them."""
+        """Let waiting requests in, in order, while there are slots and cells for them.
+
+        One whose adapter is still being loaded lets those behind it pass.
+        """
         while self._waiting:
             request = self._waiting[0]
-            if request.max_tokens < 1:
-                self._waiting.popleft()
-                self._finish(request, "length")
+            try:
+                if self._adapters is not None and not self._adapters.hold(request):
+                    break
+            except EdgerouteError as error:
+                self._fail(self._waiting.popleft(), error)
                 continue
-            sequence = self.prefix.open(list(request.prompt_ids), request.n_cells, request.prefix)
-            if sequence is None:
-                return
             self._waiting.popleft()
-            request.sequence = sequence
-            request.n_cached = sequence.n_past
-            request.started = time.monotonic()
-            request.experts_before = self._spent()
-            self._prefilling.append(request)
+            if request.max_tokens < 1:
+                self._finish(request, "length")
+            else:
+                self._arriving.append(request)
+        for request in list(self._arriving):
+            try:
+                arrived = self._adapters is None or self._adapters.has_arrived(request)
+            except EdgerouteError as error:
+                self._arriving.remove(request)
+                self._fail(request, error)
+                continue
+            if arrived and not self._open(request):
+                return
+
+    def _open(self, request: Request) -> bool:
+        """Give a request its cells; False while there are none."""
+        key = None if request.lease is None else request.lease.key
+        if request.turn is not None:  # cells of another adapter would have served otherwise
+            request.n_common = self.prefix.longest_common(request.prompt_ids)
+        sequence = self.prefix.open(
+            list(request.prompt_ids), request.n_cells, request.prefix, adapter=key
+        )
+        if sequence is None:
+            return False
+        self._arriving.remove(request)
+        request.sequence = sequence
+        request.n_cached = sequence.n_past
+        request.started = time.monotonic()
+        request.experts_before = self._spent()
+        self._prefilling.append(request)
+        return True
 
     def _finish(self, request: Request, reason: FinishReason, *, keep: bool = True) -> None:
         """Free what a request holds, then tell its listener."""
@@ -143,6 +180,8 @@ class Scheduler:
         request.emit(error)
 
     def _free(self, request: Request, *, keep: bool) -> None:
+        if self._adapters is not None:
+            self._adapters.release(request)
         sequence, request.sequence = request.sequence, None
         if sequence is not None:
             (self.prefix.keep if keep else self.prefix.drop)(sequence)
@@ -157,7 +196,7 @@ class Scheduler:
         start, n = sequence.n_past, len(request.prompt_ids)
         end = next_chunk_end(start, n, self._n_ubatch)
         piece = Piece(tokens=request.prompt_ids[start:end], pos=start, region=sequence.region,
-                      n_out=int(end == n))  # fmt: skip
+                      n_out=int(end == n), lora=request.lora)  # fmt: skip
         began = time.monotonic()
         with self._stoppable(request):
             logits = self._run([piece], [request])
@@ -208,7 +247,7 @@ class Scheduler:
         for request in batch:
             sequence = _sequence(request)
             pieces.append(Piece(tokens=sequence.tokens[-1:], pos=sequence.n_past,
-                                region=sequence.region))  # fmt: skip
+                                region=sequence.region, lora=request.lora))  # fmt: skip
         began = time.perf_counter() - self._stalled_s()
         logits = self._run(pieces, batch)
         if logits is None:

@@ -30,6 +30,10 @@ class GenerationStats:
     """What the paged experts cost meanwhile: hits, misses, hit_ratio, demand_bytes,
     prefetch_bytes and stall_s, those of requests that ran at the same time included."""
 
+    adapters: dict[str, object] | None = None
+    """Which adapters served it: used (name to factor), hit (whether all were in memory), and
+    wait_s until they were."""
+
     @property
     def prefill_tok_s(self) -> float:
         """Prompt tokens computed (not reused) per second."""
@@ -43,19 +47,24 @@ class GenerationStats:
     def to_dict(self) -> dict[str, object]:
         """Return all figures, rates included, as plain JSON types."""
         experts: dict[str, object] = {} if self.experts is None else {"experts": self.experts}
-        return {
-            "n_prompt": self.n_prompt,
-            "n_cached": self.n_cached,
-            "n_generated": self.n_generated,
-            "queue_s": round(self.queue_s, 6),
-            "prefill_s": round(self.prefill_s, 6),
-            "ttft_s": round(self.ttft_s, 6),
-            "decode_s": round(self.decode_s, 6),
-            "prefill_tok_s": round(self.prefill_tok_s, 3),
-            "decode_tok_s": round(self.decode_tok_s, 3),
-            "memory_bytes": self.memory_bytes,
-            "threads": self.threads,
-        } | experts
+        adapters = {} if self.adapters is None else {"adapters": self.adapters}
+        return (
+            {
+                "n_prompt": self.n_prompt,
+                "n_cached": self.n_cached,
+                "n_generated": self.n_generated,
+                "queue_s": round(self.queue_s, 6),
+                "prefill_s": round(self.prefill_s, 6),
+                "ttft_s": round(self.ttft_s, 6),
+                "decode_s": round(self.decode_s, 6),
+                "prefill_tok_s": round(self.prefill_tok_s, 3),
+                "decode_tok_s": round(self.decode_tok_s, 3),
+                "memory_bytes": self.memory_bytes,
+                "threads": self.threads,
+            }
+            | experts
+            | adapters
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,21 @@ from edgeroute.runtime.graph import (
     Builder,
     Graph,
     GraphCache,
+    Inputs,
     MaskSlot,
     Segment,
     Span,
     causal_mask,
 )
 from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
+from edgeroute.runtime.lora import (
+    LoraRow,
+    LoraShape,
+    LoraSlots,
+    lora_factors,
+    lora_ids,
+    lora_shape,
+)
 from edgeroute.runtime.tensor import (
     F32,
     Descriptors,
@@ -35,18 +44,20 @@ from edgeroute.runtime.weights import Weights
 
 NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 72, 12, 64
 NODES_PER_MOE, NODES_PER_EXPERT = 40, 2  # more than a dense layer has; per expert used
+NODES_PER_LORA, NODES_PER_SLOT = 60, 20  # more with adapters; per slot that a token uses
 
 
 class Piece(NamedTuple):
     """New tokens of one sequence: ids, the position of the first, and where its cells are.
 
-    `n_out` of the last tokens get logits.
+    `n_out` of the last tokens get logits; `lora` is what an adapter adds to all of them.
     """
 
     tokens: Sequence[int]
     pos: int
     region: Region
     n_out: int = 1
+    lora: LoraRow | None = None
 
 
 class Forward:
@@ -61,6 +72,7 @@ class Forward:
         self.weights = weights
         self.kv = kv
         self.graphs = GraphCache(device)
+        self.lora: LoraSlots | None = None
         layers = tuple(range(model.hparams.n_layer))
         self.whole = (Span(layers, embed=True, output=True),)
         self._strip = Table(causal_mask(kv.n_cells))
@@ -82,9 +94,26 @@ class Forward:
         Raises:
             CapacityError: no memory for it.
         """
-        shape = shape_of(n_tokens, round_cells(n_kv), n_out=1)
+        shape = shape_of(n_tokens, round_cells(n_kv), n_out=1)._replace(lora=self.widest_lora)
         self._graph(self.whole[0], shape)
         self.graphs.clear()
+
+    @property
+    def widest_lora(self) -> LoraShape | None:
+        """What a batch with adapters takes at least; memory is sized for it."""
+        return None if self.lora is None else LoraShape(1, weighted=True)
+
+    def embed(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Look token embeddings up: F32 (n, n_embd)."""
+        span, shape = Span((), embed=True, output=False), shape_of(len(tokens), 0, n_out=0)
+        b = self._builder(span, shape, 0)
+        with self.graphs.passing(b.finish(self.model.embed(b))) as graph:
+            set_bytes(b.tokens(), np.array(tokens, np.int32))
+            if not self.device.compute(graph.pointer):
+                raise ComputeError("looking token embeddings up was stopped")
+            found = np.empty((len(tokens), self.model.hparams.n_embd), np.float32)
+            get_bytes(graph.output, found)
+        return found
 
     def run(
         self,
@@ -127,7 +156,9 @@ class Forward:
             ComputeError: a piece lies outside its region.
         """
         return BatchShape(
-            tuple([_segment(piece) for piece in pieces]), sum([piece.n_out for piece in pieces])
+            tuple([_segment(piece) for piece in pieces]),
+            sum([piece.n_out for piece in pieces]),
+            lora_shape([piece.lora for piece in pieces]),
         )
 
     def logits(self, graph: Graph, shape: BatchShape, borrow: bool) -> npt.NDArray[np.float32]:
@@ -156,14 +187,21 @@ class Forward:
         return graph
 
     def _build(self, span: Span, shape: BatchShape) -> Graph:
-        n_nodes = room_for_nodes(self.model.hparams, len(span.layers), len(shape.segments))
-        b = Builder(span, shape, self.weights, self.kv, n_nodes)
+        b = self._builder(span, shape, len(span.layers))
         x = self.model.embed(b) if span.embed else self._stream_view(b)
         for il in span.layers:
             x = self.model.layer(b, il, x)
         if span.output:
             return b.finish(self.model.head(b, x))
         return b.finish(b.g.ggml_cpy(b.ctx, x, self._stream_view(b)))
+
+    def _builder(self, span: Span, shape: BatchShape, n_layer: int) -> Builder:
+        """Begin a graph with room for `n_layer` layers."""
+        n_nodes = room_for_nodes(self.model.hparams, n_layer, shape)
+        b = Builder(span, shape, self.weights, self.kv, n_nodes)
+        if self.lora is not None:
+            b.adapt(self.lora)
+        return b
 
     def _stream_view(self, b: Builder) -> Tensor:
         """View the residual stream that spans hand on: F32 [n_embd, n_tokens]."""
@@ -191,15 +229,19 @@ class Forward:
             first += n
         if inputs.out_ids is not None:
             set_bytes(inputs.out_ids, _out_ids(pieces))
+        if shape.lora is not None:
+            _fill_lora(inputs, pieces, shape.lora)
         for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
             if strip is not None:
                 for slot, piece, segment in zip(masks, pieces, shape.segments, strict=False):
                     _write_mask(strip, slot, piece, segment)
 
 
-def room_for_nodes(hparams: Hparams, n_layer: int, n_segment: int) -> int:
+def room_for_nodes(hparams: Hparams, n_layer: int, shape: BatchShape) -> int:
     """Bound the operations, inputs and views of a graph over `n_layer` layers."""
-    per_layer = NODES_PER_LAYER + NODES_PER_SEGMENT * n_segment
+    per_layer = NODES_PER_LAYER + NODES_PER_SEGMENT * len(shape.segments)
+    if shape.lora is not None:
+        per_layer += NODES_PER_LORA + NODES_PER_SLOT * shape.lora.n_used
     if hparams.moe is not None:
         per_layer += NODES_PER_MOE + NODES_PER_EXPERT * hparams.moe.n_expert_used
     return NODES_BASE + n_layer * per_layer
@@ -227,6 +269,18 @@ def _write_mask(strip: Table, slot: MaskSlot, piece: Piece, segment: Segment) ->
     rows = np.lib.stride_tricks.sliding_window_view(strip.values, segment.n_kv)
     last = first - segment.n_tokens
     set_bytes(slot.tensor, np.ascontiguousarray(rows[first : last if last >= 0 else None : -1]))
+
+
+def _fill_lora(inputs: Inputs, pieces: Sequence[Piece], lora: LoraShape) -> None:
+    """Write each token's adapter slots and factors, and those of each output's token."""
+    for end, rows in (
+        ("", [(piece.lora, len(piece.tokens)) for piece in pieces]),
+        ("_out", [(piece.lora, piece.n_out) for piece in pieces]),
+    ):
+        if (ids := inputs.more.get(f"lora_ids{end}")) is not None:
+            set_bytes(ids, lora_ids(rows, lora.n_used))
+        if (factors := inputs.more.get(f"lora_factors{end}")) is not None:
+            set_bytes(factors, lora_factors(rows, lora.n_used))
 
 
 def _out_ids(pieces: Sequence[Piece]) -> npt.NDArray[np.int32]:

@@ -45,7 +45,7 @@ class LayeredForward(Forward):
         Raises:
             CapacityError: no memory for it.
         """
-        shape = shape_of(n_tokens, round_cells(n_kv), n_out=1)
+        shape = shape_of(n_tokens, round_cells(n_kv), n_out=1)._replace(lora=self.widest_lora)
         for step in self._steps(self.whole):
             self._graph(step.span, shape)
         self.graphs.clear()

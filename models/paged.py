@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.base import MoeHparams, MoeModel
-from edgeroute.models.forward import Forward, Piece, room_for_nodes, shape_of
+from edgeroute.models.forward import Forward, Piece, shape_of
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.experts import ExpertPager
@@ -86,7 +86,7 @@ class PagedForward(Forward):
 
     def reserve(self, n_tokens: int, n_kv: int) -> None:
         """Size the compute buffer for a batch of `n_tokens` that sees `n_kv` cells."""
-        batch = shape_of(n_tokens, round_cells(n_kv), n_out=1)
+        batch = shape_of(n_tokens, round_cells(n_kv), n_out=1)._replace(lora=self.widest_lora)
         for part in self._parts:
             self._stage(part._replace(inline=False, guess=False), batch)
         n_pairs = min(MAX_PAIRS, n_tokens * self._moe.n_expert_used)
@@ -214,8 +214,7 @@ class PagedForward(Forward):
     def _build_stage(self, stage: Stage, batch: BatchShape) -> Graph:
         model, n_layer = self.model, self.model.hparams.n_layer
         span = Span(stage.dense, embed=stage.before is None, output=stage.until is None)
-        n_nodes = room_for_nodes(model.hparams, len(stage.dense) + 2, len(batch.segments))
-        b = Builder(span, batch, self.weights, self.kv, n_nodes)
+        b = self._builder(span, batch, len(stage.dense) + 2)
         b.last_layer = n_layer - 1
         x = model.embed(b) if stage.before is None else self._combine(b, stage)
         for il in stage.dense:
@@ -252,8 +251,7 @@ class PagedForward(Forward):
     def _pairs_graph(self, il: int, n_pairs: int) -> Graph:
         """Build experts' outputs for pairs of token and expert, written to rows of the carry."""
         batch = shape_of(1, round_cells(1), n_out=1)
-        b = Builder(Span((), embed=False, output=False), batch, self.weights, self.kv,
-                    room_for_nodes(self.model.hparams, 1, 0))  # fmt: skip
+        b = self._builder(Span((), embed=False, output=False), batch, 1)
         carry = self._carry.views(b, self._carry.n_tokens)
         tokens, rows = b.more("tokens", I32, n_pairs), b.more("rows", I64, n_pairs)
         slots, ids = b.more("slots", I32, 1, n_pairs), b.more("ids", I32, 1, n_pairs)

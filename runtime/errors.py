@@ -25,6 +25,10 @@ class ModelFileError(EdgerouteError):
     """A model file is malformed, truncated, or does not match its own header."""
 
 
+class AdapterFileError(EdgerouteError):
+    """An adapter is malformed, does not fit the model, or needs what cannot be applied."""
+
+
 class UnsupportedModelError(EdgerouteError):
     """A well-formed model needs something this version cannot run."""
 

@@ -18,7 +18,8 @@ from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.kv_cache import KV_TYPES, KvCache
-from edgeroute.runtime.tensor import F16, I32, I64, Descriptors, shape, strides
+from edgeroute.runtime.lora import LoraShape, LoraSlots, LoraUse
+from edgeroute.runtime.tensor import F16, F32, I32, I64, Descriptors, shape, strides
 from edgeroute.runtime.weights import Weights
 
 SPLIT_KV_MIN = 512
@@ -52,6 +53,7 @@ class BatchShape(NamedTuple):
 
     segments: tuple[Segment, ...]
     n_out: int
+    lora: LoraShape | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -96,10 +98,16 @@ class Builder:
         self.n_tokens = batch.n_tokens
         self.inputs = Inputs()
         self.last_layer = span.layers[-1] if span.output and span.layers else None
+        self._lora: LoraUse | None = None
         self._groups = group_segments(batch.segments)
         self._descriptors = Descriptors(n_nodes, n_nodes)
         self.ctx = self._descriptors.ctx
         self.graph = self.g.ggml_new_graph_custom(self.ctx, n_nodes, False)
+
+    def adapt(self, slots: LoraSlots) -> None:
+        """Let linear layers add what the batch's adapters in `slots` ask for."""
+        if self.batch.lora is not None:
+            self._lora = LoraUse(slots, self.batch.lora)
 
     # inputs, made on first use
 
@@ -147,8 +155,23 @@ class Builder:
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Multiply with weight `name` and add its bias where the file has one."""
         y = self.g.ggml_mul_mat(self.ctx, self.weights[f"{name}.weight"], x)
+        lora = self._lora
+        if lora is not None and (place := lora.slots.place(name)) is not None:
+            inputs = self._lora_inputs(shape(x)[1], lora.shape)
+            y = self.add(y, lora.delta(self.ctx, place, x, inputs))
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else self.g.ggml_add(self.ctx, y, bias)
+
+    def _lora_inputs(self, n: int, lora: LoraShape) -> tuple[Tensor, Tensor | None]:
+        """Slots of each column, I32 [n_used, n], and their factors, F32 [1, n_used, n] or none."""
+        end = "" if n == self.n_tokens else "_out"
+        ids = self.inputs.more.get(f"lora_ids{end}")
+        if ids is None:
+            ids = self.more(f"lora_ids{end}", I32, lora.n_used, n)
+        factors = self.inputs.more.get(f"lora_factors{end}")
+        if factors is None and lora.weighted:
+            factors = self.more(f"lora_factors{end}", F32, 1, lora.n_used, n)
+        return ids, factors
 
     def linear_id(self, name: str, x: Tensor, ids: Tensor, slots: Tensor) -> Tensor:
         """Multiply each token with the expert slices it chose, and add their biases if any.

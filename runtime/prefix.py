@@ -74,6 +74,11 @@ class PrefixCache:
         classes = bytearray(match.kept.classes[: match.n_reuse].tobytes())
         return Sequence(tokens, region, match.n_reuse, classes, adapter)
 
+    def longest_common(self, tokens: list[int]) -> int:
+        """Return how many leading tokens some kept sequence shares, whatever its adapter."""
+        wanted = np.array(tokens[:-1], np.int32)
+        return max((common_prefix(kept.tokens, wanted) for kept in self._kept), default=0)
+
     def keep(self, sequence: Sequence) -> None:
         """Take a finished sequence's region; its cells serve later prompts."""
         n = sequence.n_past

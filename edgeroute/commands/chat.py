@@ -17,6 +17,7 @@ from edgeroute.commands.generate_shared import (
     has_chat_template,
     model_options,
     open_runtime,
+    read_adapter,
     sampling_options,
     writer,
 )
@@ -47,6 +48,7 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     outgrows --n-ctx its oldest turns are dropped, never the system message.
     """
     check_options(given)
+    adapter = read_adapter(given)
     path = find_model(given["model"])
     if not has_chat_template(path):
         raise TemplateError(
@@ -57,7 +59,7 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
         session = ChatSession(
             runtime=runtime, model=given["model"] or path.stem, system=given["system"],
             options={name: given.get(name) for name in SETTABLE},
-            write=writer(err=as_json), note=_note,
+            write=writer(err=as_json), note=_note, adapter=adapter,
         )  # fmt: skip
         errors = _converse(session, path)
     if as_json:

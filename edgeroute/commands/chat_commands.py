@@ -98,6 +98,14 @@ def _undo(session: ChatSession, argument: str) -> None:
     session.note(f"{n} messages taken back" if n else "there is nothing to take back")
 
 
+def _adapter(session: ChatSession, argument: str) -> None:
+    if argument:
+        asked = None if argument == "none" else argument
+        session.runtime.check_adapter(asked)
+        session.adapter = asked
+    session.note(f"adapter = {session.adapter or 'none'}")
+
+
 def _set(session: ChatSession, argument: str) -> None:
     key, _, value = argument.replace("=", " ", 1).partition(" ")
     key = key.replace("-", "_")
@@ -119,6 +127,11 @@ COMMANDS: dict[str, tuple[str, str, _Action]] = {
     "exit": ("/exit", "leave (also Ctrl-D, or Ctrl-C twice)", _exit),
     "reset": ("/reset", "forget the conversation, not the system message", _reset),
     "system": ("/system TEXT", "show or set the system message; none removes it", _system),
+    "adapter": (
+        "/adapter NAME",
+        "show or set the adapter that answers: a name, auto or none",
+        _adapter,
+    ),
     "save": ("/save FILE", "write the conversation as JSON", _save),
     "load": ("/load FILE", "go on with a saved conversation", _load),
     "stats": ("/stats", "say what the last answer and the conversation took", _stats),

@@ -27,6 +27,7 @@ class ChatSession:
         options: sampling options and max_tokens, by name; None is the engine's own choice.
         write: gets the text of answers; `note` gets remarks about the conversation.
         system: the system message, which is never dropped.
+        adapter: what answers, as `generate` takes it.
         turns: user and assistant messages in turn.
     """
 
@@ -36,6 +37,7 @@ class ChatSession:
     write: Callable[[str], None]
     note: Callable[[str], None]
     system: str | None = None
+    adapter: str | dict[str, float] | None = None
     turns: list[Message] = field(default_factory=list)
     last: Answer | None = None
     n_answers: int = 0
@@ -156,7 +158,8 @@ class ChatSession:
     def _request(self) -> "Options":
         options = pick(self.options, SETTABLE)
         # Continue from the cells of the turn before, whatever batches they came from.
-        return cast("Options", options | {"messages": self.messages, "prefix": "all"})
+        more = {"messages": self.messages, "prefix": "all", "adapter": self.adapter}
+        return cast("Options", options | more)
 
     def _make_room(self) -> None:
         """Drop the oldest turns until the prompt leaves room for an answer."""

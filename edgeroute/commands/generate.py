@@ -20,6 +20,7 @@ from edgeroute.commands.generate_shared import (
     model_options,
     open_runtime,
     pick,
+    read_adapter,
     sampling_options,
     stats_line,
     writer,
@@ -65,6 +66,7 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     """
     check_options(given)
     options = _options(given)
+    options["adapter"] = read_adapter(given)
     prompt = _read_prompt(given["prompt"], given["prompt_file"])
     path = find_model(given["model"])
     if _as_chat(path, given):

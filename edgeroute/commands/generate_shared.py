@@ -37,6 +37,10 @@ _MODEL_OPTIONS = (
     click.option("--prefetch", metavar="WHEN", help="Read experts ahead: auto (while it pays), "
                  "off, or always by gate, eam or frequency.  [default: auto]"),
     click.option("--trace", metavar="FILE", help="Record which experts were chosen."),
+    click.option("--adapters", metavar="DIR", help="LoRA adapters to choose from; without it, "
+                 "where --adapter is given, the library of `edgeroute adapters`."),
+    click.option("--adapter", metavar="NAME", help="Adapter that answers: a name, several as "
+                 "a=0.7,b=0.3, or auto to choose by the prompt."),
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
     click.option("--temperature", type=float, default=0.0, show_default=True,
@@ -53,7 +57,7 @@ _SAMPLING_OPTIONS = (
 )  # fmt: skip
 SETTINGS = (
     *("memory", "threads", "n_ctx", "kv_type", "device"),
-    *("policy", "prefetch", "trace"),
+    *("policy", "prefetch", "trace", "adapters"),
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 
@@ -88,6 +92,33 @@ def check_options(given: dict[str, Any]) -> None:
 
     SamplingParams(**pick(given, SAMPLING))
     merge_settings(pick(given, SETTINGS))
+
+
+def read_adapter(given: dict[str, Any]) -> str | dict[str, float] | None:
+    """Read --adapter, and let --adapters default to the library where it is given.
+
+    Raises:
+        UsageError: a mixture is malformed.
+    """
+    text = given["adapter"]
+    if text is None:
+        return None
+    if given["adapters"] is None:
+        from edgeroute.models.adapter_library import library_folder
+
+        given["adapters"] = str(library_folder())
+    if "=" not in text:
+        return str(text)
+    mixture: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            mixture[name.strip()] = float(weight)
+        except ValueError:
+            raise click.UsageError(
+                f"--adapter {text!r}: write a mixture as name=factor,name=factor"
+            ) from None
+    return mixture
 
 
 def find_model(name: str | None) -> "Path":
@@ -198,6 +229,8 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
     parts += [memory, f"{stats['threads']} thread{'' if stats['threads'] == 1 else 's'}"]
     if experts := stats.get("experts"):
         parts.append(_experts_part(experts))
+    if adapters := stats.get("adapters"):
+        parts.append(_adapters_part(adapters))
     ends = {"length": "ended at --max-tokens or --n-ctx", "cancelled": "stopped",
             "timeout": "ended by --timeout"}  # fmt: skip
     if answer.finish_reason in ends:
@@ -209,6 +242,15 @@ def _experts_part(experts: dict[str, Any]) -> str:
     read = format_bytes(experts["demand_bytes"] + experts["prefetch_bytes"])
     return (f"experts paged: {experts['hit_ratio']:.0%} hits, {read} read, "
             f"{experts['stall_s']:.1f} s waited")  # fmt: skip
+
+
+def _adapters_part(adapters: dict[str, Any]) -> str:
+    used = [name if weight == 1 else f"{name} x {weight:g}"
+            for name, weight in adapters["used"].items()]  # fmt: skip
+    if not used:
+        return "no adapter"
+    came = "in memory" if adapters["hit"] else f"loaded in {1e3 * adapters['wait_s']:.0f} ms"
+    return f"adapter {', '.join(used)}, {came}"
 
 
 def _prompt_part(stats: dict[str, Any]) -> str:

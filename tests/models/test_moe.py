@@ -171,10 +171,11 @@ def test_a_moe_model_is_described_planned_and_bounded(arch: str, tmp_path: Path)
         assert loaded.plan.compute_bytes >= run.graphs.n_bytes
         hp = model.hparams
         segments = tuple(Segment(256 * i, 256, 1) for i in range(2))
-        graph = run._build(run.whole[0], BatchShape(segments, 2))
+        shape = BatchShape(segments, 2)
+        graph = run._build(run.whole[0], shape)
         n_nodes = ggml().ggml_graph_n_nodes(graph.pointer)
         graph.free()
-        assert n_nodes < forward.room_for_nodes(hp, hp.n_layer, 2)
+        assert n_nodes < forward.room_for_nodes(hp, hp.n_layer, shape)
 
 
 def test_many_experts_at_once_fit_the_graph(tmp_path: Path) -> None:
