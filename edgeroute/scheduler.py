@@ -5,6 +5,7 @@ that its bits do not depend on who else is there; decoding sequences share one p
 """
 
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
@@ -46,7 +47,7 @@ class Scheduler:
         self._n_ctx = n_ctx
         self._n_ubatch = n_ubatch
         self._max_batch = max_batch
-        self._is_eog = is_eog
+        self._is_eog = functools.cache(is_eog)  # asked of every token, and 15 us in libllama
         self._experts = experts
         self._adapters = adapters
         self._waiting: deque[Request] = deque()
@@ -255,11 +256,11 @@ class Scheduler:
         self.threads.observe(len(batch), time.perf_counter() - self._stalled_s() - began)
         self.n_decode_steps += 1
         self.n_decode_tokens += len(batch)
-        for request, row in zip(batch, logits, strict=True):
+        for i, request in enumerate(batch):  # iterating over the array costs an IndexError
             sequence = _sequence(request)
             sequence.n_past += 1
             sequence.classes.append(CLASS_SINGLE)
-            self._sample(request, row)
+            self._sample(request, logits[i])
 
     def _stalled_s(self) -> float:
         """Seconds spent waiting for a disk so far, which no number of threads would change."""

@@ -39,6 +39,7 @@ from edgeroute.runtime.tensor import (
     new_tensor,
     place_all,
     set_bytes,
+    set_ids,
 )
 from edgeroute.runtime.weights import Weights
 
@@ -217,8 +218,7 @@ class Forward:
         """Write a batch's numbers into a graph's inputs."""
         inputs = graph.inputs
         if inputs.tokens is not None:
-            tokens = [token for piece in pieces for token in piece.tokens]
-            set_bytes(inputs.tokens, np.array(tokens, np.int32))
+            set_ids(inputs.tokens, [token for piece in pieces for token in piece.tokens])
         first = 0
         for piece in pieces:
             n = len(piece.tokens)
@@ -228,7 +228,7 @@ class Forward:
                 self._rows.write(inputs.rows, first, piece.region.start + piece.pos, n)
             first += n
         if inputs.out_ids is not None:
-            set_bytes(inputs.out_ids, _out_ids(pieces))
+            set_ids(inputs.out_ids, _out_ids(pieces))
         if shape.lora is not None:
             _fill_lora(inputs, pieces, shape.lora)
         for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
@@ -283,13 +283,13 @@ def _fill_lora(inputs: Inputs, pieces: Sequence[Piece], lora: LoraShape) -> None
             set_bytes(factors, lora_factors(rows, lora.n_used))
 
 
-def _out_ids(pieces: Sequence[Piece]) -> npt.NDArray[np.int32]:
+def _out_ids(pieces: Sequence[Piece]) -> list[int]:
     ids: list[int] = []
     end = 0
     for piece in pieces:
         end += len(piece.tokens)
         ids += range(end - piece.n_out, end)
-    return np.array(ids, np.int32)
+    return ids
 
 
 class _Stream:

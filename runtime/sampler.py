@@ -82,6 +82,14 @@ class Sampler(Closing):
             for token_id in prompt_ids[-n_last:]:
                 self._remember(token_id)
         self._grammar = tokenizer.constraint(params)
+        self._shape = (self.n_vocab,)
+        self._plain = (  # the strongest token, and nothing else to do: the common case
+            params.temperature <= 0
+            and params.logprobs is None
+            and not n_last
+            and not self._bias_ids.size
+            and self._grammar is None
+        )
 
     def close(self) -> None:
         """Free the grammar; closing twice is fine."""
@@ -99,8 +107,10 @@ class Sampler(Closing):
             ComputeError: the logits have another shape, or are not all numbers.
             GrammarError: the grammar admits no token; the text so far is valid up to here.
         """
-        if logits.shape != (self.n_vocab,):
+        if logits.shape != self._shape:
             raise ComputeError(f"expected {self.n_vocab} logits, got an array of {logits.shape}")
+        if self._plain:
+            return _argmax(logits)
         adjusted = self._adjust(logits)
         chosen = self._choose(adjusted)
         if self._grammar is not None and not self._grammar.allows(chosen):

@@ -4,6 +4,8 @@ A ggml context here never owns tensor data, only the descriptors (`no_alloc`).
 """
 
 import ctypes
+from array import array
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -89,6 +91,17 @@ def set_bytes(tensor: Tensor, array: npt.NDArray[np.generic]) -> None:
     ggml().ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
 
 
+def set_ids(tensor: Tensor, ids: Iterable[int]) -> None:
+    """Copy whole numbers into the start of an I32 tensor, without a numpy object for them.
+
+    Raises:
+        OverflowError: one does not fit 32 bits.
+    """
+    numbers = array("i", ids)
+    address, n = numbers.buffer_info()
+    ggml().ggml_backend_tensor_set(tensor, address, 0, n * numbers.itemsize)
+
+
 class Table:
     """Numbers that graphs are fed slices of, written without an array made per slice.
 
@@ -98,7 +111,8 @@ class Table:
     def __init__(self, values: npt.NDArray[np.generic]) -> None:
         self.values = np.ascontiguousarray(values)
         self._address = self.values.ctypes.data
-        self._size = self.values.itemsize
+        self._size, self._n = self.values.itemsize, len(self.values)
+        self._set = ggml().ggml_backend_tensor_set
 
     def write(self, tensor: Tensor, at: int, first: int, n: int) -> None:
         """Copy elements `first` to `first + n` to a tensor's elements from `at` on.
@@ -106,10 +120,10 @@ class Table:
         Raises:
             IndexError: the slice is not inside the table.
         """
-        if not 0 <= first <= first + n <= len(self.values):
-            raise IndexError(f"{first} to {first + n} of {len(self.values)}")
+        if not 0 <= first <= first + n <= self._n:
+            raise IndexError(f"{first} to {first + n} of {self._n}")
         size = self._size
-        ggml().ggml_backend_tensor_set(tensor, self._address + first * size, at * size, n * size)
+        self._set(tensor, self._address + first * size, at * size, n * size)
 
 
 def get_bytes(tensor: Tensor, array: npt.NDArray[np.generic]) -> None:

@@ -149,11 +149,19 @@ def test_settling_is_when_the_slow_part_ends() -> None:
     assert settle_s([], 100.0) == float("inf")
 
 
+def test_a_pass_counts_for_every_stream_in_it() -> None:
+    """Four streams of 30 passes, each pass's tokens arriving one after another."""
+    streams = [[(0.1 * i + 0.001 * late, 1) for i in range(30)] for late in range(4)]
+    assert engines.overlap_rate(streams) == pytest.approx(40.0)
+
+
 def test_rates_count_only_what_they_should() -> None:
     streams = [steps(0.0, (2.0, 10.0)), steps(1.0, (2.0, 10.0))]
     assert engines.overlap_rate(streams) == pytest.approx(20.0, rel=0.1)
     with pytest.raises(UsageError, match="overlap"):
         engines.overlap_rate([steps(0.0, (1.0, 10.0)), steps(5.0, (1.0, 10.0))])
+    with pytest.raises(UsageError, match="too few"):
+        engines.overlap_rate([[(0.0, 1), (1.0, 1)], [(0.9, 1), (1.9, 1)]])
     stamps = [(0.0, 0), *steps(0.0, (1.0, 5.0), (2.0, 20.0)), (3.0, 0)]
     assert engines.rate_after(stamps, 1.0) == pytest.approx(20.0, rel=0.05)
     assert engines.rate_after([(0.0, 0), (4.0, 0)], 2.0) == 0.5, "no token: less than one"

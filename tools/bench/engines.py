@@ -135,15 +135,29 @@ class Theirs:
 
 
 def overlap_rate(streams: Sequence[Stamps]) -> float:
-    """Tokens per second over the interval in which every stream was under way."""
+    """Tokens per second in sum while every stream is under way.
+
+    Each stream's own rate between its own first and last stamp in that interval: tokens of one
+    pass arrive one after another, and counting to one common end would lose those of the
+    last pass that come after the stream which ends it, 3 of 4.
+
+    Raises:
+        UsageError: a stream has no interval between two stamps there.
+    """
     if not all(streams):
         raise UsageError("a sequence produced no text; decode more tokens or use another model")
     start = max(stream[0][0] for stream in streams)
     end = min(stream[-1][0] for stream in streams)
     if end <= start:
         raise UsageError("the sequences did not overlap; decode more tokens (--tokens)")
-    n_tokens = sum(n for stream in streams for at, n in stream if start < at <= end)
-    return n_tokens / (end - start)
+    return sum(_own_rate([(at, n) for at, n in stream if start <= at <= end]) for stream in streams)
+
+
+def _own_rate(stamps: Stamps) -> float:
+    """Tokens per second after the first stamp."""
+    if len(stamps) < 2 or stamps[-1][0] <= stamps[0][0]:
+        raise UsageError("the sequences overlapped for too few tokens; decode more (--tokens)")
+    return sum(n for _, n in stamps[1:]) / (stamps[-1][0] - stamps[0][0])
 
 
 def rate_after(stamps: Stamps, lead_s: float) -> float:
