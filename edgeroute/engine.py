@@ -10,17 +10,17 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from edgeroute.config import RunParams, merge_settings
 from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.models.pull import pull, resolve
 from edgeroute.opening import Opening
+from edgeroute.options import KNOWN, SAMPLING, Message, Options, Score, Settings
 from edgeroute.request import Outcome, Request
 from edgeroute.runtime import machine
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import CatalogueError, ClosedError, EdgerouteError, UsageError
-from edgeroute.runtime.prefix import Mode
 from edgeroute.runtime.records import SamplingParams
 from edgeroute.runtime.sampler import Sampler
 from edgeroute.runtime.text_stream import TextStream
@@ -32,67 +32,6 @@ if TYPE_CHECKING:
     from edgeroute.adapters import Adapters
     from edgeroute.loaded import LoadedModel
     from edgeroute.scheduler import Scheduler
-
-Message = Mapping[str, object]
-
-
-class Settings(TypedDict, total=False):
-    """Keyword arguments of Runtime beyond the model; see RunParams."""
-
-    memory: str | int | None
-    threads: int | None
-    n_ctx: int | None
-    n_kv: int | None
-    n_ubatch: int | None
-    max_batch: int | None
-    kv_type: str | None
-    device: str | None
-    policy: str | None
-    prefetch: str | None
-    repack_experts: bool | None
-    io_threads: int | None
-    trace: str | None
-    adapters: str | Path | Sequence[str | Path] | None
-    adapter_slots: int | None
-    adapter_state: str | None
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments of one generation; unknown ones are errors.
-
-    `prefix` says which stored keys and values may serve the prompt: `exact` those with the
-    bits a fresh run would compute (default), `all` whatever has equal tokens (for
-    continuing a conversation at once), `off` none. `adapter` names a LoRA adapter, `auto` to
-    choose one by the prompt, or several with a factor each: `{"a": 0.7, "b": 0.3}`.
-    """
-
-    messages: Sequence[Message] | None
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repeat_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    repeat_last_n: int
-    logit_bias: Mapping[int, float]
-    seed: int | None
-    logprobs: int | None
-    stop: Sequence[str] | str | None
-    grammar: str | None
-    json_schema: Mapping[str, object] | str | None
-    timeout_s: float | None
-    prefix: Mode
-    prompt_ids: Sequence[int] | None
-    adapter: str | Mapping[str, float] | None
-
-
-_SAMPLING = frozenset(SamplingParams.__dataclass_fields__)
-_OTHER = frozenset(
-    {"messages", "max_tokens", "stop", "timeout_s", "prefix", "prompt_ids", "adapter"}
-)
-
 
 Command = Callable[[], None]
 """What the engine thread does for another between two tokens; it raises nothing."""
@@ -182,8 +121,13 @@ class Runtime(Closing):
         with self._listen(prompt, options, streaming=False) as stream:
             for chunk in stream:
                 if chunk.generation is not None:
-                    return chunk.generation
+                    return self._scored(chunk.generation, options.get("score"))
         raise ClosedError("the engine ended without an answer")
+
+    def _scored(self, generation: Generation, score: Score | None) -> Generation:
+        if score is not None:
+            self.feedback(generation.id, score(generation))
+        return generation
 
     def stream(self, prompt: str | None = None, **options: Unpack[Options]) -> Stream:
         """Answer piece by piece; `cancel` or `close` on the iterator ends it early.
@@ -194,9 +138,12 @@ class Runtime(Closing):
 
     async def agenerate(self, prompt: str | None = None, **options: Unpack[Options]) -> Generation:
         """Answer without blocking the event loop; cancelling the task cancels the answer."""
+        import asyncio  # 25 ms that synchronous callers need not pay
+
         async for chunk in self._alisten(prompt, options, streaming=False):
             if chunk.generation is not None:
-                return chunk.generation
+                score, found = options.get("score"), chunk.generation
+                return await asyncio.to_thread(self._scored, found, score) if score else found
         raise ClosedError("the engine ended without an answer")
 
     def astream(
@@ -259,10 +206,13 @@ class Runtime(Closing):
         streaming: bool,
     ) -> Request:  # fmt: skip
         """Check a call's arguments and encode its prompt, in the caller's thread."""
-        unknown = options.keys() - _SAMPLING - _OTHER
+        unknown = options.keys() - KNOWN
         if unknown:
             raise UsageError(f"generate has no option {', '.join(sorted(map(repr, unknown)))}")
         self._check_open()
+        adapter = self.check_adapter(options.get("adapter"))
+        if options.get("score") is not None and (streaming or not isinstance(adapter, str)):
+            raise UsageError("score takes whole answers of adapter='auto', not streams or others")
         max_tokens = _count("max_tokens", options.get("max_tokens", 128))
         timeout_s = options.get("timeout_s")
         if timeout_s is not None and not 0 < timeout_s < 1e9:
@@ -271,9 +221,7 @@ class Runtime(Closing):
         if prefix not in ("exact", "all", "off"):
             raise UsageError(f"prefix must be exact, all or off, got {prefix!r}")
         chosen: dict[str, Any] = {
-            name: value
-            for name, value in options.items()
-            if name in _SAMPLING and value is not None
+            name: value for name, value in options.items() if name in SAMPLING and value is not None
         }
         params = SamplingParams(**chosen)
         stop = options.get("stop") or ()
@@ -283,7 +231,7 @@ class Runtime(Closing):
         return Request(
             prompt_ids=ids, max_tokens=max_tokens, sampler=Sampler(params, tokenizer, ids),
             text=text, emit=emit, streaming=streaming, prefix=prefix,
-            adapter=self.check_adapter(options.get("adapter")),
+            adapter=adapter,
             deadline=None if timeout_s is None else time.monotonic() + timeout_s,
         )  # fmt: skip
 
@@ -435,6 +383,7 @@ class Runtime(Closing):
             loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
             n_ubatch=params.n_ubatch, max_batch=params.max_batch or loaded.max_batch,
             is_eog=loaded.tokenizer.is_eog, experts=loaded.experts, adapters=loaded.adapters,
+            layers=loaded.layers,
         )  # fmt: skip
 
     def _loop(self, scheduler: "Scheduler") -> None:

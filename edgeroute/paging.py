@@ -106,7 +106,7 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
         "program and vocabulary": rss + VOCABULARY_RATIO * source.file.data_offset,
     }
     left = budget - sum(fixed.values())
-    least = moe.n_expert_used * sum(pool.page_bytes for pool in pools)
+    least = moe.n_expert_used * sum(pool.slot_bytes for pool in pools)
     if left < least:
         parts = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in fixed.items())
         smallest = sum(fixed.values()) + least

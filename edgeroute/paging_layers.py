@@ -1,6 +1,7 @@
 """Composes a dense model that does not all fit: which layers stay, which stream, what it takes."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,18 +14,18 @@ from edgeroute.models.layered import LayeredForward
 from edgeroute.offload.disk_profile import MOST_READ_BYTES, profile
 from edgeroute.offload.layer_store import LayerParams, LayerStore
 from edgeroute.offload.transfer import Transfer
-from edgeroute.paging import STAGING_MIN_BYTES, VOCABULARY_RATIO, open_disk
+from edgeroute.paging import MIN_IO_THREADS, STAGING_MIN_BYTES, VOCABULARY_RATIO, open_disk
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import KvCache
-from edgeroute.runtime.rooms import Unit, make_unit, room_bytes
+from edgeroute.runtime.rooms import Unit, make_unit, mirrors, room_bytes
 from edgeroute.runtime.units import MIB, format_bytes
 from edgeroute.runtime.weights import ResidentWeights, check_specs
 
 N_ROOMS = 2
 """One layer is computed while the next is read."""
-PARTS_AHEAD = 2
+STAGED_READS = 2
 HEAD = "output.weight"
 
 
@@ -51,14 +52,21 @@ class LayerSource:
                 pair for pair in pairs
                 if pair[0].use == "mul_mat" and pair[0].name.startswith(stem)
             ]  # fmt: skip
-            found.append(make_unit(self.device, il, mine))
+            found.append(make_unit(self.device, il, mine, self.file.size_bytes))
         return found
 
     def base(self, streamed: Sequence[Unit]) -> ResidentWeights:
-        """Describe all other weights; token embeddings are rows read on demand."""
+        """Describe all other weights; token embeddings are rows read on demand.
+
+        Where anything streams, these have the file's layout too: with one set of kernels, logits
+        do not depend on which layers a budget happens to hold.
+        """
         names = {part.name for unit in streamed for part in unit.parts}
         specs = [spec for spec in self.model.specs() if spec.name not in names]
-        return ResidentWeights(self.file, self.device, specs, rows_on_demand=True)
+        return ResidentWeights(
+            self.file, self.device, specs, rows_on_demand=True,
+            repack_experts=self.params.repack_experts and not streamed,
+        )  # fmt: skip
 
     def resident_bytes(self, streamed: Sequence[Unit]) -> int:
         """Bytes of all other weights, if these stream."""
@@ -68,9 +76,13 @@ class LayerSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
-    """Units that stream, in the order of use, and the ledger entries beside the weights."""
+    """Units that stream and layers that stay, in the order of use; the ledger entries beside them.
+
+    `total_bytes` is all that it takes, the weights that stay among it.
+    """
 
     streamed: tuple[Unit, ...]
+    resident: tuple[Unit, ...]
     n_units: int
     n_rooms: int
     entries: dict[str, int]
@@ -99,15 +111,17 @@ def plan_layers(
     units = source.units()
     # A head that is also the embedding may be both mapped and repacked: its sum is asked for.
     head = source.resident_bytes(units[:-1]) - source.resident_bytes(units)
-    layers = sum(unit.nbytes for unit in units[:-1])
+    layers = sum(unit.room_bytes for unit in units[:-1])
     program = _program_bytes(source.file)
     least: LayerPlan | None = None
     for streamed in _splits(units):
-        entries = _entries(source, streamed, n_rooms) | {"program and vocabulary": program}
-        gone = layers + head if len(streamed) == len(units) else sum(u.nbytes for u in streamed)
+        entries = _entries(source, units, (streamed, n_rooms))
+        entries["program and vocabulary"] = program
+        gone = layers + head if len(streamed) == len(units) else sum(u.room_bytes for u in streamed)
         stays = layers + head - gone
         plan = LayerPlan(
-            streamed=streamed, n_units=len(units), n_rooms=n_rooms, entries=entries,
+            streamed=streamed, resident=tuple(u for u in units[:-1] if u not in streamed),
+            n_units=len(units), n_rooms=n_rooms, entries=entries,
             total_bytes=sum(fixed.values()) + sum(entries.values()) + stays,
         )  # fmt: skip
         if plan.total_bytes <= budget:
@@ -144,13 +158,12 @@ def open_layers(
         return None, Forward(source.model, source.device, base, kv)
     disk = open_disk(own, source.file)
     reads = profile(disk)
-    # Repacking takes as long as reading: another thread reads meanwhile.
-    repacks = any(part.repacked for unit in plan.streamed for part in unit.parts)
-    n_threads = source.params.io_threads or reads.n_threads + repacks
+    n_threads = source.params.io_threads or max(MIN_IO_THREADS, reads.n_threads)
     staging = plan.entries["layer staging"]
     transfer = own.enter_context(Transfer([disk], n_threads, reads.read_bytes, staging))
     store = LayerStore(base, source.device, transfer, LayerParams(
-        units=plan.streamed, n_units=plan.n_units, n_rooms=plan.n_rooms
+        units=plan.streamed, n_units=plan.n_units, n_rooms=plan.n_rooms, resident=plan.resident,
+        keeper=_keeper(source, plan.resident),
     ))  # fmt: skip
     own.callback(store.close)
     return store, LayeredForward(source.model, source.device, store, kv)
@@ -167,20 +180,50 @@ def _splits(units: Sequence[Unit]) -> Iterator[tuple[Unit, ...]]:
     yield tuple(units)
 
 
-def _entries(source: LayerSource, streamed: Sequence[Unit], n_rooms: int) -> dict[str, int]:
-    """What streaming takes beside the weights that stay."""
+def _entries(
+    source: LayerSource, units: Sequence[Unit], split: tuple[Sequence[Unit], int]
+) -> dict[str, int]:
+    """What streaming takes beside the weights that stay; a room fits any layer."""
+    streamed, n_rooms = split
     if not streamed:
         return {}
-    hparams = source.model.hparams
-    layers = [part for unit in streamed for part in unit.parts if unit.number < hparams.n_layer]
-    largest = max(p.info.nbytes for unit in streamed for p in unit.parts)
-    # A repacked part is read whole; so one is read while others are written. A head is alone.
-    ahead = PARTS_AHEAD * max(part.info.nbytes for part in layers)
+    largest = room_bytes([*units[:-1], *streamed])
     return {
-        "layer rooms": min(n_rooms, len(streamed)) * room_bytes(source.device, streamed),
-        "layer staging": max(STAGING_MIN_BYTES, largest + ahead + MOST_READ_BYTES),
-        "layer stream": 4 * hparams.n_embd * source.params.n_ubatch,
+        "layer rooms": min(n_rooms, len(streamed)) * largest,
+        # Only what does not suit the disk is staged: reads go straight into the rooms.
+        "layer staging": max(STAGING_MIN_BYTES, STAGED_READS * MOST_READ_BYTES),
+        "layer stream": 4 * source.model.hparams.n_embd * source.params.n_ubatch,
     }
+
+
+class _FilePages:
+    """Layers that stay are the file's own pages, mapped: an `offload.layer_store.Keeper`."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self._file = file
+
+    def keep(self, unit: Unit) -> None:
+        for stretch in unit.stretches:
+            self._file.populate(stretch.offset, stretch.nbytes)
+
+    def let_go(self, unit: Unit) -> None:
+        for stretch in unit.stretches:
+            self._file.release(stretch.offset, stretch.nbytes)
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with self._file.path.open("rb") as file:  # else the page cache would keep them for us
+            for stretch in unit.stretches:
+                os.posix_fadvise(file.fileno(), stretch.offset, stretch.nbytes,
+                                 os.POSIX_FADV_DONTNEED)  # fmt: skip
+
+
+def _keeper(source: LayerSource, resident: Sequence[Unit]) -> _FilePages | None:
+    """Return what gives layers up under pressure; None where they are not the file's pages.
+
+    Those in a device's own memory stay: that memory is not what the machine runs out of.
+    """
+    infos = [part.info for unit in resident for part in unit.parts]
+    return _FilePages(source.file) if mirrors(source.device, infos) else None
 
 
 def _program_bytes(file: GGUFFile) -> int:

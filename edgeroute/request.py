@@ -29,6 +29,7 @@ class EngineState(NamedTuple):
     memory_bytes: int
     threads: int
     experts: LayerCount | None
+    layers: dict[str, int | float] | None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -52,6 +53,7 @@ class Request:
     """Stops the computation that runs for this request alone."""
 
     experts_before: LayerCount | None = None
+    layers_before: dict[str, int | float] | None = None
     lease: "Lease | None" = None
     leased: float = 0.0
     adapter_s: float = 0.0
@@ -153,7 +155,8 @@ class Request:
             queue_s=(self.started or now) - self.created, prefill_s=self.prefill_s,
             ttft_s=first - self.created, decode_s=max(0.0, self.last_token - first),
             memory_bytes=engine.memory_bytes, threads=engine.threads,
-            experts=_cost(self.experts_before, engine.experts), adapters=self._adapter_stats(),
+            experts=_cost(self.experts_before, engine.experts),
+            layers=_layer_cost(self.layers_before, engine.layers), adapters=self._adapter_stats(),
         )  # fmt: skip
 
 
@@ -170,3 +173,13 @@ def _cost(before: LayerCount | None, after: LayerCount | None) -> dict[str, int 
         "prefetch_bytes": spent.prefetch_bytes,
         "stall_s": round(spent.stall_s, 6),
     }
+
+
+def _layer_cost(
+    before: dict[str, int | float] | None, after: dict[str, int | float] | None
+) -> dict[str, int | float] | None:
+    """Return how layers were split in the end, and what streaming cost between two readings."""
+    if after is None:
+        return None
+    spent = {name: after[name] - (before or {}).get(name, 0) for name in ("bytes", "stall_s")}
+    return after | spent | {"stall_s": round(spent["stall_s"], 6)}

@@ -28,6 +28,7 @@ from edgeroute.stats import FinishReason
 if TYPE_CHECKING:
     from edgeroute.adapters import Adapters
     from edgeroute.offload.expert_store import ExpertStore
+    from edgeroute.offload.layer_store import LayerStore
 
 Logits = npt.NDArray[np.float32]
 
@@ -39,6 +40,7 @@ class Scheduler:
         self, forward: Forward, ledger: Ledger, threads: ThreadPolicy, *, n_ctx: int,
         n_ubatch: int, max_batch: int, is_eog: Callable[[int], bool],
         experts: "ExpertStore | None" = None, adapters: "Adapters | None" = None,
+        layers: "LayerStore | None" = None,
     ) -> None:  # fmt: skip
         self.forward = forward
         self.prefix = PrefixCache(forward.kv, n_ubatch)
@@ -49,6 +51,7 @@ class Scheduler:
         self._max_batch = max_batch
         self._is_eog = functools.cache(is_eog)  # asked of every token, and 15 us in libllama
         self._experts = experts
+        self._layers = layers
         self._adapters = adapters
         self._waiting: deque[Request] = deque()
         self._arriving: list[Request] = []  # their adapters are held, perhaps still loading
@@ -159,6 +162,7 @@ class Scheduler:
         request.n_cached = sequence.n_past
         request.started = time.monotonic()
         request.experts_before = self._spent()
+        request.layers_before = self._layer_stats()
         self._prefilling.append(request)
         return True
 
@@ -168,9 +172,12 @@ class Scheduler:
         self.n_finished += 1
         if self._experts is not None:
             self._experts.end_sequence()
-        request.finish(
-            reason, EngineState(self._ledger.used_bytes, self.threads.n_threads, self._spent())
-        )
+        request.finish(reason, EngineState(
+            self._ledger.used_bytes, self.threads.n_threads, self._spent(), self._layer_stats()
+        ))  # fmt: skip
+
+    def _layer_stats(self) -> dict[str, int | float] | None:
+        return None if self._layers is None else self._layers.stats()
 
     def _spent(self) -> LayerCount | None:
         return None if self._experts is None else self._experts.spent()
@@ -264,7 +271,8 @@ class Scheduler:
 
     def _stalled_s(self) -> float:
         """Seconds spent waiting for a disk so far, which no number of threads would change."""
-        return 0.0 if self._experts is None else self._experts.stalled_s
+        stores = (self._experts, self._layers)
+        return sum(store.stalled_s for store in stores if store is not None)
 
     def _run(self, pieces: list[Piece], requests: list[Request]) -> Logits | None:
         """Run a batch; a failed one fails its own requests only. None when it was stopped."""

@@ -30,6 +30,10 @@ class GenerationStats:
     """What the paged experts cost meanwhile: hits, misses, hit_ratio, demand_bytes,
     prefetch_bytes and stall_s, those of requests that ran at the same time included."""
 
+    layers: dict[str, int | float] | None = None
+    """Of streamed layers: how many are resident and streamed (the head counts as one), bytes
+    read and stall_s meanwhile, those for other requests included."""
+
     adapters: dict[str, object] | None = None
     """Which adapters served it: used (name to factor), hit (whether all were in memory), and
     wait_s until they were."""
@@ -47,6 +51,7 @@ class GenerationStats:
     def to_dict(self) -> dict[str, object]:
         """Return all figures, rates included, as plain JSON types."""
         experts: dict[str, object] = {} if self.experts is None else {"experts": self.experts}
+        layers = {} if self.layers is None else {"layers": self.layers}
         adapters = {} if self.adapters is None else {"adapters": self.adapters}
         return (
             {
@@ -63,6 +68,7 @@ class GenerationStats:
                 "threads": self.threads,
             }
             | experts
+            | layers
             | adapters
         )
 

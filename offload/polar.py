@@ -56,7 +56,7 @@ class PolarParams:
     """
 
     d: int = 16
-    alpha: float = 0.3
+    alpha: float = 0.7
     ridge: float = 1.0
     utility_per_s: float = 0.1
     cost_smoothing: float = 0.2

@@ -39,7 +39,7 @@ class EpochParams:
         UsageError: a value outside its range.
     """
 
-    first_epoch: int = 250
+    first_epoch: int = 100
     max_epoch: int = 4000
     doubling: bool = True
     forced: bool = True

@@ -180,8 +180,7 @@ class _Checker:
 
     def fail(self, reason: str) -> Never:
         raise PolarStateError(
-            f"the router's state {self._source} cannot be used: {reason}; delete it to start "
-            "afresh"
+            f"the router's state {self._source} cannot be used: {reason}; delete it to start afresh"
         )
 
     def read(self) -> PolarState:

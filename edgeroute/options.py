@@ -1,0 +1,71 @@
+"""What callers may say: settings of a Runtime, options of one generation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from edgeroute.runtime.prefix import Mode
+from edgeroute.runtime.records import SamplingParams
+from edgeroute.stats import Generation
+
+Message = Mapping[str, object]
+Score = Callable[[Generation], float]
+"""Tells what an answer is worth, 0 to 1."""
+
+
+class Settings(TypedDict, total=False):
+    """Keyword arguments of Runtime beyond the model; see RunParams."""
+
+    memory: str | int | None
+    threads: int | None
+    n_ctx: int | None
+    n_kv: int | None
+    n_ubatch: int | None
+    max_batch: int | None
+    kv_type: str | None
+    device: str | None
+    policy: str | None
+    prefetch: str | None
+    repack_experts: bool | None
+    io_threads: int | None
+    trace: str | None
+    adapters: str | Path | Sequence[str | Path] | None
+    adapter_slots: int | None
+    adapter_state: str | None
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of one generation; unknown ones are errors.
+
+    `prefix` says which stored keys and values may serve the prompt: `exact` those with the
+    bits a fresh run would compute (default), `all` whatever has equal tokens (for
+    continuing a conversation at once), `off` none. `adapter` names a LoRA adapter, `auto` to
+    choose one by the prompt, or several with a factor each: `{"a": 0.7, "b": 0.3}`. `score`
+    is called with the whole answer of `auto`, and what it returns is given as feedback.
+    """
+
+    messages: Sequence[Message] | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    repeat_last_n: int
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    logprobs: int | None
+    stop: Sequence[str] | str | None
+    grammar: str | None
+    json_schema: Mapping[str, object] | str | None
+    timeout_s: float | None
+    prefix: Mode
+    prompt_ids: Sequence[int] | None
+    adapter: str | Mapping[str, float] | None
+    score: Score | None
+
+
+SAMPLING = frozenset(SamplingParams.__dataclass_fields__)
+KNOWN = frozenset(Options.__annotations__)
