@@ -23,16 +23,18 @@ class RunParams:
         n_ctx: most tokens of one sequence, prompt and answer together.
         n_kv: cells of the KV pool that running and kept sequences share; None is n_ctx.
         n_ubatch: prompt tokens computed at once.
-        max_batch: most sequences that decode in one pass. None is 16, or 3 where weights are
-            repacked (most quantised models): from 4 on, ggml multiplies those by another
-            kernel, quicker in sum but with other last bits, so that an answer would depend
-            on who shares the pass. Set it where throughput counts more than that.
+        max_batch: most sequences that decode in one pass. None is 16, but 3 where weights are
+            repacked (most quantised models) and 1 where they are floats: from 4 or 2 on, ggml
+            multiplies those by another kernel, quicker in sum but with other last bits, so
+            that an answer would depend on who shares the pass. Set it where throughput counts
+            more than that.
         kv_type: `f16` or `q8_0`.
         device: a ggml device by name or kind.
         policy: which expert leaves when another needs its slot; `auto` or a name, see
             `edgeroute.offload.eviction_registry`.
         prefetch: `auto` reads experts ahead while that is measured to pay, `off` never;
-            the name of a predictor (`gate`, `eam`, `frequency`) always.
+            the name of a predictor (`gate`, `eam`, `frequency`) always, and so does one
+            that was trained, `learned:FILE`.
         repack_experts: False keeps the experts of a model that fits in the file's layout, as
             paged ones always are: slower to decode, and the same bits with and without paging.
         io_threads: reads of experts under way at once.
@@ -88,16 +90,18 @@ class RunParams:
     def _check_paging(self) -> None:
         # What needs offload/ is imported only when somebody asks for it: it costs start-up.
         from edgeroute.offload.eviction_registry import POLICIES
-        from edgeroute.offload.prefetch import PREDICTORS
+        from edgeroute.offload.prefetch import LEARNED, PREDICTORS
 
+        names = [each for each in PREDICTORS if each != "none"]
         for name, known in (
             ("policy", ["auto", *POLICIES]),
-            ("prefetch", ["auto", "off", *(each for each in PREDICTORS if each != "none")]),
+            ("prefetch", ["auto", "off", *names, f"{LEARNED}FILE"]),
         ):
-            if getattr(self, name) not in known:
-                raise UsageError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            if name == "prefetch" and isinstance(value, str) and value.startswith(LEARNED):
+                continue  # the file is checked against the model
+            if value not in known:
+                raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = None) -> RunParams:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
 
-MAX_BATCH, MAX_BATCH_REPACKED = 16, 3
+MAX_BATCH, MAX_BATCH_REPACKED, MAX_BATCH_FLOAT = 16, 3, 1
 """Sequences in one pass by default: see RunParams.max_batch."""
+FLOATS = frozenset({0, 1, 30})
+"""F32, F16 and BF16, whose products with two rows ggml tiles. Source: ggml-cpu/llamafile."""
 RESERVE_RATIO, RESERVE_MIN_BYTES = 0.05, 256 * MIB
 """Of the memory available, what stays for everything else when no budget is given."""
 
@@ -248,7 +250,16 @@ class LoadedModel:
 
     @property
     def max_batch(self) -> int:
-        """Sequences that decode in one pass without changing each other's bits."""
+        """Sequences that decode in one pass without changing each other's bits.
+
+        Routers of experts are left out: their models promise less, see README.
+        """
+        tensors = self.file.tensors
+        for spec in self.model.specs():
+            info = tensors.get(spec.source or spec.name)
+            matrix = spec.use == "mul_mat" and len(spec.ne) == 2 and "ffn_gate_inp" not in spec.name
+            if matrix and info is not None and info.type in FLOATS:
+                return MAX_BATCH_FLOAT
         return MAX_BATCH_REPACKED if self.plan.weights.repacked else MAX_BATCH
 
     def close(self) -> None:

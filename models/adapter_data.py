@@ -55,11 +55,10 @@ def open_regular(path: Path, what: str) -> io.FileIO:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise AdapterFileError(f"cannot open {what} {str(path)!r}: {reason}") from error
-    file = io.FileIO(descriptor, "rb", closefd=True)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise AdapterFileError(f"{what} {str(path)!r} is not a regular file")
-    return file
+    return io.FileIO(descriptor, "rb")
 
 
 def identify(file: io.FileIO) -> Identity:
@@ -156,8 +155,10 @@ def to_f16(raw: npt.NDArray[np.uint8], stored: Stored, path: Path) -> npt.NDArra
         AdapterFileError: a number is NaN, infinite, or beyond F16.
     """
     wide = _native(raw, stored.kind)
-    with np.errstate(over="ignore", invalid="ignore"):
-        values: npt.NDArray[np.float16] = wide.astype(np.float16, copy=False)
+    values: npt.NDArray[np.float16] = wide
+    if stored.kind != "F16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = wide.astype(np.float16)
     if values.size and int((values.view(np.uint16) & _F16_EXPONENT).max()) == _F16_EXPONENT:
         raise _not_finite(wide, stored, path)
     return values
@@ -178,7 +179,8 @@ def widen_bf16(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 
 def _not_finite(wide: npt.NDArray[Any], stored: Stored, path: Path) -> AdapterFileError:
     """Name the first number that cannot be used."""
-    values = wide.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # converting a signalling NaN
+        values = wide.astype(np.float64)
     index = int(np.flatnonzero(~(np.abs(values) < F16_MAX + 16))[0])
     row, column = divmod(index, stored.shape[1])
     value = float(values[index])

@@ -106,7 +106,7 @@ def find_adapters(paths: AnyPath | Sequence[AnyPath]) -> list[Path]:
 def adapter_name(path: Path) -> str:
     """Return the name that an adapter at this path has, not checked yet."""
     absolute = Path(os.path.abspath(path))
-    if absolute.is_dir():
+    if os.path.isdir(absolute):
         return absolute.name
     return absolute.parent.name if absolute.name == adapter_peft.DATA_NAME else absolute.stem
 
@@ -122,7 +122,7 @@ def _list_folder(folder: Path) -> list[Path]:
     for path in entries:
         if path.name.startswith("."):
             continue
-        if path.is_dir():
+        if os.path.isdir(path):
             found += [path] if _is_peft(path) else []
         elif path.suffix.lower() in _FILES:
             found.append(path)
@@ -135,7 +135,7 @@ def _list_folder(folder: Path) -> list[Path]:
 
 
 def _is_peft(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _PEFT_FILES)
+    return any(os.path.exists(folder / name) for name in _PEFT_FILES)
 
 
 def _is_folder(path: Path) -> bool:

@@ -30,7 +30,7 @@ def open_folder(path: Path, base: BaseShapes) -> AdapterFile:
         AdapterFileError: a file is missing, malformed, or does not fit the base model.
     """
     data = path / DATA_NAME
-    if not data.exists() and (path / PICKLE_NAME).exists():
+    if not os.path.exists(data) and os.path.exists(path / PICKLE_NAME):
         raise pickle_refusal(path / PICKLE_NAME)
     name = check_name(Path(os.path.abspath(path)).name, path)
     return _open(path, data, path / CONFIG_NAME, name, base)
@@ -47,8 +47,8 @@ def open_file(path: Path, base: BaseShapes) -> AdapterFile:
     if path.name == DATA_NAME:
         return open_folder(path.parent, base)
     own = path.with_suffix(".json")
-    config = own if own.exists() else path.parent / CONFIG_NAME
-    if not config.exists():
+    config = own if os.path.exists(own) else path.parent / CONFIG_NAME
+    if not os.path.exists(config):
         raise AdapterFileError(
             f"{path.name} has no settings beside it, neither {own.name} nor {CONFIG_NAME}; "
             "without them its scale is unknown"
@@ -122,7 +122,7 @@ def _description(config: PeftConfig, header: SafetensorsHeader, readme: Path) ->
 
 def _readme_description(path: Path) -> str:
     """Return the one-line `description` of a README's front matter; "" without one."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return ""
     with open_regular(path, "the adapter's description") as file:
         lines = (file.read(_README_BYTES) or b"").decode("utf-8", errors="replace").splitlines()

@@ -37,6 +37,9 @@ class LayeredForward(Forward):
         super().__init__(model, device, pager, kv)
         self._pager = pager
         self._steps_of: dict[tuple[Span, ...], list[_Step]] = {}
+        self._keep_graphs()
+
+    def _keep_graphs(self) -> None:
         self.graphs.max_graphs = SHAPES_KEPT * len(self._steps(self.whole))
 
     def reserve(self, n_tokens: int, n_kv: int) -> None:
@@ -59,6 +62,10 @@ class LayeredForward(Forward):
             ModelFileError: a layer cannot be read.
         """
         shape = self.shape(pieces)
+        if self._pager.reconsider():
+            self.graphs.clear()
+            self._steps_of.clear()
+            self._keep_graphs()
         steps = self._steps(self.whole if spans is None else tuple(spans))
         units = [unit for step in steps for unit in step.units]
         self._pager.begin(units, prefill=shape.n_tokens > len(pieces))

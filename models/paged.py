@@ -38,6 +38,8 @@ MAX_PAIRS = 2048
 MAX_INLINE_TOKENS = 16
 """Up to here a layer's experts are held all at once, if there is room; beyond, in turn."""
 SHAPES_KEPT = 4
+PAIR_COUNTS_KEPT = 8
+"""Numbers of pairs, per layer, whose graphs are kept: some experts of a token, then the others."""
 
 
 class Stage(NamedTuple):
@@ -76,7 +78,7 @@ class PagedForward(Forward):
         self._moe: MoeHparams = model.hparams.moe
         self._pager = pager
         self._parts = _parts(model)
-        self.graphs.max_graphs = SHAPES_KEPT * 2 * len(self._parts)
+        self.graphs.max_graphs = (2 * SHAPES_KEPT + PAIR_COUNTS_KEPT) * len(self._parts)
         self._carry = Carry(device, model.hparams.n_embd, self._moe, n_tokens)
 
     @property
@@ -145,8 +147,8 @@ class PagedForward(Forward):
             ids = self._carry.read_ids(n)
             guesses = self._carry.read_guess(n) if stage.guess else None
             self._pager.chose(stage.until, ids, guesses)
-            slots = self._lease(stage.until, ids) if inline else None
-            if slots is None and not self._take_turns(stage.until, ids, n):
+            done, slots = self._hold(stage.until, ids, inline)
+            if not done:
                 return None
         if graph is None or not batch.n_out:
             return np.empty((0, self.model.hparams.n_vocab), np.float32)
@@ -158,46 +160,82 @@ class PagedForward(Forward):
 
     # leases
 
-    def _lease(self, il: int, ids: list[int]) -> list[int] | None:
-        """Hold all chosen experts at once: the slot of each choice, or None without room."""
-        experts = list(dict.fromkeys(ids))
-        if len(experts) > self._pager.max_at_once(il):
-            return None
-        held = self._pager.lease(il, experts)
-        if held is None or len(experts) == len(ids):
-            return held
-        slot_of = dict(zip(experts, held, strict=True))
-        return [slot_of[expert] for expert in ids]
+    def _hold(self, il: int, ids: list[int], inline: bool) -> tuple[bool, list[int] | None]:
+        """Have the chosen experts computed, or held for the next stage to compute.
 
-    def _take_turns(self, il: int, ids: list[int], n: int) -> bool:
+        Returns:
+            False if that was stopped; and the slot of each choice where they are held.
+        """
+        experts = list(dict.fromkeys(ids))
+        if not inline or len(experts) > self._pager.max_at_once(il):
+            return self._take_turns(il, ids), None
+        leased = self._pager.lease(il, experts)
+        if leased is None:
+            return False, None
+        if leased.absent:
+            return self._compute_in_two(il, ids, dict(zip(experts, leased.slots, strict=True)),
+                                        leased.absent), None  # fmt: skip
+        if len(experts) == len(ids):
+            return True, leased.slots
+        slot_of = dict(zip(experts, leased.slots, strict=True))
+        return True, [slot_of[expert] for expert in ids]
+
+    def _compute_in_two(
+        self, il: int, ids: list[int], slots: dict[int, int], absent: Sequence[int]
+    ) -> bool:
+        """Compute the experts that are there while the others arrive, then those."""
+        chosen = np.array(ids, np.int32)
+        slot_of = np.zeros(self._moe.n_expert, np.int32)
+        slot_of[list(slots)] = list(slots.values())
+        late = np.zeros(self._moe.n_expert, np.bool_)
+        late[list(absent)] = True
+        waits = late[chosen]
+        return (
+            self._compute_kept(il, chosen, slot_of, np.flatnonzero(~waits))
+            and self._pager.arrive()
+            and self._compute_kept(il, chosen, slot_of, np.flatnonzero(waits))
+        )
+
+    def _take_turns(self, il: int, ids: list[int]) -> bool:
         """Compute the chosen experts group by group; False if that was stopped."""
-        k = self._moe.n_expert_used
         chosen = np.array(ids, np.int32)
         experts, counts = np.unique(chosen, return_counts=True)
-        group = max(1, int(MAX_PAIRS // max(1, counts.max())))
-        for held in self._pager.in_turn(il, experts.tolist(), group):
+        n_pairs = dict(zip(experts.tolist(), counts.tolist(), strict=True))
+        for held in self._pager.in_turn(il, n_pairs, MAX_PAIRS):
             if held is None:
                 return False
             slot_of = np.full(self._moe.n_expert, -1, np.int32)
             slot_of[list(held.experts)] = held.slots
             pairs = np.flatnonzero(slot_of[chosen] >= 0)
-            if not self._compute_pairs(il, chosen[pairs], slot_of, pairs, k):
+            with self.graphs.passing(self._pairs_graph(il, len(pairs))) as graph:
+                done = self._compute_pairs(graph, chosen, slot_of, pairs)
+            if not done:
                 return False
         return True
 
+    def _compute_kept(
+        self, il: int, chosen: npt.NDArray[np.int32], slot_of: npt.NDArray[np.int32],
+        pairs: npt.NDArray[np.intp],
+    ) -> bool:  # fmt: skip
+        """Compute some pairs with a graph that is kept for the next so many."""
+        key = il, len(pairs)
+        graph = self.graphs.find(key)
+        if graph is None:
+            graph = self.graphs.add(key, self._pairs_graph(il, len(pairs)))
+        return self._compute_pairs(graph, chosen, slot_of, pairs)
+
     def _compute_pairs(
-        self, il: int, experts: npt.NDArray[np.int32], slot_of: npt.NDArray[np.int32],
-        pairs: npt.NDArray[np.intp], k: int,
+        self, graph: Graph, chosen: npt.NDArray[np.int32], slot_of: npt.NDArray[np.int32],
+        pairs: npt.NDArray[np.intp],
     ) -> bool:  # fmt: skip
         """Compute some pairs of token and expert, each into its own row of the carry."""
-        with self.graphs.passing(self._pairs_graph(il, len(pairs))) as graph:
-            more = graph.inputs.more
-            set_bytes(more["tokens"], (pairs // k).astype(np.int32))
-            set_bytes(more["rows"], pairs.astype(np.int64))
-            set_bytes(more["slots"], slot_of[experts])
-            if is_placed(more["ids"]):  # of families whose experts have biases
-                set_bytes(more["ids"], experts)
-            return self.device.compute(graph.pointer)
+        more, experts = graph.inputs.more, chosen[pairs]
+        set_bytes(more["tokens"], (pairs // self._moe.n_expert_used).astype(np.int32))
+        set_bytes(more["rows"], pairs.astype(np.int64))
+        set_bytes(more["slots"], slot_of[experts])
+        if is_placed(more["ids"]):  # of families whose experts have biases
+            set_bytes(more["ids"], experts)
+        return self.device.compute(graph.pointer)
 
     # graphs
 
@@ -251,7 +289,7 @@ class PagedForward(Forward):
     def _pairs_graph(self, il: int, n_pairs: int) -> Graph:
         """Build experts' outputs for pairs of token and expert, written to rows of the carry."""
         batch = shape_of(1, round_cells(1), n_out=1)
-        b = self._builder(Span((), embed=False, output=False), batch, 1)
+        b = self._builder(Span((), embed=False, output=False), batch, 0)
         carry = self._carry.views(b, self._carry.n_tokens)
         tokens, rows = b.more("tokens", I32, n_pairs), b.more("rows", I64, n_pairs)
         slots, ids = b.more("slots", I32, 1, n_pairs), b.more("ids", I32, 1, n_pairs)

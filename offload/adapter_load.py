@@ -10,6 +10,10 @@ import numpy as np
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.lora import Halves, LoraSlots, LoraTarget
 
+_MAX_DOUBLINGS = 6
+"""Of a scale that is a power of two; more of them are slower than a conversion."""
+_MAGNITUDE, _EXPONENT, _NEXT_EXPONENT = map(np.uint16, (0x7FFF, 0x7C00, 0x0400))
+
 
 class LoraPair(Protocol):
     """One adapted weight: its stem, extents, rank, and the factor on B A."""
@@ -97,14 +101,43 @@ def load_into(slots: LoraSlots, source: AdapterSource, where: Sequence[int]) -> 
 
 
 def _scaled(name: str, pair: LoraPair, b: Halves) -> Halves:
+    mantissa, exponent = math.frexp(pair.scale)
+    n_doublings = exponent - 1
+    if mantissa == 0.5 and 1 <= n_doublings <= _MAX_DOUBLINGS:
+        scaled = b
+        for _ in range(n_doublings):
+            scaled = _doubled(scaled)
+            if _has_infinite(scaled):
+                raise _too_large(name, pair)
+        return scaled
     with np.errstate(over="ignore"):  # told below
         scaled = (b.astype(np.float32) * np.float32(pair.scale)).astype(np.float16)
-    if not np.isfinite(scaled).all():
-        raise CapacityError(
-            f"adapter {name!r} scales {pair.name} by {pair.scale:g}, which takes it beyond the "
-            "range of 16-bit numbers; lower its alpha"
-        )
+    if _has_infinite(scaled):
+        raise _too_large(name, pair)
     return scaled
+
+
+def _too_large(name: str, pair: LoraPair) -> CapacityError:
+    return CapacityError(
+        f"adapter {name!r} scales {pair.name} by {pair.scale:g}, which takes it beyond the "
+        "range of 16-bit numbers; lower its alpha"
+    )
+
+
+def _doubled(values: Halves) -> Halves:
+    """Return twice the numbers, exactly; what leaves the range is not finite.
+
+    numpy computes with halves one by one, and converts them so; on their bits it is 10
+    times as fast.
+    """
+    bits = values.view(np.uint16)
+    # One more in the exponent; zeros and subnormal numbers, which have none, plus themselves.
+    found: Halves = (bits + np.minimum(bits & _MAGNITUDE, _NEXT_EXPONENT)).view(np.float16)
+    return found
+
+
+def _has_infinite(values: Halves) -> bool:
+    return bool(values.size) and int((values.view(np.uint16) & _EXPONENT).max()) == _EXPONENT
 
 
 def _write_block(

@@ -17,7 +17,7 @@ from edgeroute.offload.adapter_load import (
     n_blocks,
 )
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.errors import CapacityError, UsageError
+from edgeroute.runtime.errors import CapacityError, ClosedError, UsageError
 from edgeroute.runtime.lora import NO_ADAPTER, LoraRow, LoraSlots
 
 MAX_SLOTS_PER_TOKEN = 16
@@ -110,7 +110,7 @@ class AdapterStore(Closing):
     _placed: list[Page] = field(default_factory=list)  # those with slots, retired ones too
     _free: list[int] = field(init=False)
     _keep: frozenset[str] = frozenset()
-    _clock: "itertools.count[int]" = field(default_factory=itertools.count)
+    _clock: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
     _versions: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
     _loader: ThreadPoolExecutor = field(init=False)
 
@@ -131,8 +131,8 @@ class AdapterStore(Closing):
 
     @property
     def resident(self) -> list[str]:
-        """Adapters whose numbers are in slots, sorted."""
-        return sorted(name for name, page in self._pages.items() if page.resident)
+        """Adapters whose numbers are in slots, sorted; any thread may ask."""
+        return sorted(name for name, page in list(self._pages.items()) if page.resident)
 
     @property
     def placed(self) -> frozenset[str]:
@@ -193,6 +193,8 @@ class AdapterStore(Closing):
         Raises:
             UsageError: an adapter is unknown.
             CapacityError: together they take more slots than there are.
+            AdapterFileError: one of them could not be read just now; those who wait for that
+                load shall hear of it first. Later it is tried again.
         """
         chosen = {name: weight for name, weight in sorted(mixture.items()) if weight}
         pages = tuple(self._page(name) for name in chosen)
@@ -205,8 +207,11 @@ class AdapterStore(Closing):
             )
         self._sweep()
         for page in pages:
+            if page.failed is not None and page.n_pins:
+                raise page.failed
+        for page in pages:
             page.n_pins += 1
-        if not all(page.slots or self._place(page) for page in pages):
+        if not all(page.slots or self._place(page, pages) for page in pages):
             self._unpin(pages)
             return None
         lease = Lease(pages, tuple(chosen.values()), all(page.resident for page in pages))
@@ -237,15 +242,15 @@ class AdapterStore(Closing):
     def keep(self, names: Collection[str]) -> None:
         """Say which adapters should be resident; missing ones load where there is room.
 
-        Others are evicted before these, whoever was used last.
+        Others are evicted before these, whoever was used last, and these not for each other.
         """
+        self._sweep()
         self._keep = frozenset(names)
         for name in sorted(self._keep & self._pages.keys()):
             page = self._pages[name]
-            if not page.slots:
-                page.n_pins += 1  # placing must not evict what it places
-                self._place(page)
-                page.n_pins -= 1
+            room = len(self._free) + sum(each.n_blocks for each in self._idle(kept=False))
+            if not page.slots and not page.n_pins and room >= page.n_blocks:
+                self._place(page, ())
 
     def n_together(self, names: Collection[str]) -> int:
         """Return how many of these adapters fit the slots together, at least 1."""
@@ -284,10 +289,13 @@ class AdapterStore(Closing):
             raise UsageError(f"there is no adapter {name!r}; known are: {known or 'none'}")
         return page
 
-    def _place(self, page: Page) -> bool:
-        """Find slots for a page and start its load; False where there are none now."""
+    def _place(self, page: Page, beside: Collection[Page]) -> bool:
+        """Find slots for a page and start its load; False where there are none now.
+
+        Pages `beside` it are held by the same lease: their slots will not come back.
+        """
         while len(self._free) < page.n_blocks:
-            victim = self._victim(page)
+            victim = self._victim(page, beside)
             if victim is None:
                 return False
             self._evict(victim)
@@ -298,15 +306,20 @@ class AdapterStore(Closing):
         page.loading.add_done_callback(lambda _: self.wake())
         return True
 
-    def _victim(self, page: Page) -> Page | None:
-        """Choose a page to evict for another; None while room is only leased."""
+    def _idle(self, *, kept: bool) -> list[Page]:
+        """List the pages that could leave now: those to be kept, or the others."""
         idle = [each for each in self._placed if each.resident and not each.n_pins]
-        spare = [each for each in idle if each.name not in self._keep]
+        return [each for each in idle if (each.name in self._keep) == kept]
+
+    def _victim(self, page: Page, beside: Collection[Page]) -> Page | None:
+        """Choose a page to evict for another; None while room is only leased."""
+        spare = self._idle(kept=False)
         if not spare and page.name not in self._keep:
-            passing = [each for each in self._placed if each.name not in self._keep]
+            passing = [each for each in self._placed
+                       if each.name not in self._keep and each not in beside]  # fmt: skip
             if sum(each.n_blocks for each in passing) + len(self._free) >= page.n_blocks:
                 return None  # what is leased now is enough room, once it is given back
-        return min(spare or idle, key=lambda each: each.last_used, default=None)
+        return min(spare or self._idle(kept=True), key=lambda each: each.last_used, default=None)
 
     def _evict(self, page: Page) -> None:
         self.counts.evictions += 1
@@ -332,7 +345,10 @@ class AdapterStore(Closing):
 
     def _land(self, page: Page, loading: Future[Loaded]) -> None:
         page.loading = None
-        page.failed = loading.exception()
+        if loading.cancelled():
+            page.failed = ClosedError(f"the adapters were closed before {page.name!r} was read")
+        else:
+            page.failed = loading.exception()
         if page.failed is not None:
             self.counts.errors += 1
             self._drop(page)

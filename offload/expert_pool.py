@@ -1,6 +1,6 @@
 """A pool: experts of equal shape and type, over all layers that have such, and their slots."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import TensorInfo
-from edgeroute.runtime.slots import Slots
+from edgeroute.runtime.slots import Slots, stride_bytes
 from edgeroute.runtime.units import format_bytes
 
 MODEL_FILE = 0
@@ -40,14 +40,19 @@ class PoolPlan:
         return sum(info.nbytes // self.n_expert for info in self.layers[0].infos)
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes that one expert takes in memory, at most."""
+        return sum(stride_bytes(info.nbytes // self.n_expert) for info in self.layers[0].infos)
+
+    @property
     def n_pages(self) -> int:
         """Experts over all layers."""
         return len(self.layers) * self.n_expert
 
     @property
     def all_bytes(self) -> int:
-        """Bytes of all experts."""
-        return self.n_pages * self.page_bytes
+        """Bytes of slots for all experts."""
+        return self.n_pages * self.slot_bytes
 
 
 def plan_pools(layers: Iterable[ExpertLayer], n_expert: int) -> list[PoolPlan]:
@@ -70,7 +75,7 @@ def share_slots(pools: Sequence[PoolPlan], budget_bytes: int, n_used: int) -> li
     Raises:
         CapacityError: it does not hold those.
     """
-    least = n_used * sum(pool.page_bytes for pool in pools)
+    least = n_used * sum(pool.slot_bytes for pool in pools)
     if budget_bytes < least:
         raise CapacityError(
             f"{format_bytes(max(0, budget_bytes))} are left for experts, but those that one token "
@@ -79,12 +84,28 @@ def share_slots(pools: Sequence[PoolPlan], budget_bytes: int, n_used: int) -> li
         )
     share = budget_bytes / sum(pool.all_bytes for pool in pools)
     counts = [max(n_used, min(pool.n_pages, int(pool.n_pages * share))) for pool in pools]
-    over = sum(n * pool.page_bytes for n, pool in zip(counts, pools, strict=True)) - budget_bytes
+    over = sum(n * pool.slot_bytes for n, pool in zip(counts, pools, strict=True)) - budget_bytes
     for i in sorted(range(len(pools)), key=lambda i: -counts[i]):
         while over > 0 and counts[i] > n_used:
             counts[i] -= 1
-            over -= pools[i].page_bytes
+            over -= pools[i].slot_bytes
     return counts
+
+
+def cut_groups(
+    experts: Sequence[int], counts: Mapping[int, int], n_most: int, most: int
+) -> Iterator[list[int]]:
+    """Cut experts into groups of up to `n_most`, and in sum of counts up to `most` where a group
+    has several."""
+    group, total = list[int](), 0
+    for expert in experts:
+        if group and (len(group) == n_most or total + counts[expert] > most):
+            yield group
+            group, total = [], 0
+        group.append(expert)
+        total += counts[expert]
+    if group:
+        yield group
 
 
 class ExpertPool(Closing):
@@ -110,7 +131,7 @@ class ExpertPool(Closing):
         self.table = PageTable(
             n_slots, make_policy(policy, self.shape, n_slots, PolicyParams()), self.shape
         )
-        self.slots = Slots(device, plan.layers[0].infos, n_slots)
+        self.slots = Slots(device, [layer.infos for layer in plan.layers], n_slots)
         self._infos = {layer.il: layer.infos for layer in plan.layers}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -118,17 +139,18 @@ class ExpertPool(Closing):
         return {
             info.name: tensor
             for infos in self._infos.values()
-            for info, tensor in zip(infos, self.slots.tensors, strict=True)
+            for info, tensor in zip(infos, self.slots.tensors(infos), strict=True)
         }
 
     def job(self, page: int, slot: int) -> LoadJob:
         """Describe the load of a page into a slot."""
         il, expert = divmod(page, self.plan.n_expert)
         extents = []
-        for part, info in enumerate(self._infos[il]):
+        infos = self._infos[il]
+        for part, info in enumerate(infos):
             nbytes = info.nbytes // self.plan.n_expert
             extents.append(Extent(MODEL_FILE, info.offset + expert * nbytes, nbytes, part))
-        return LoadJob(id=page, extents=extents, sink=self.slots.sink(slot))
+        return LoadJob(id=page, extents=extents, sink=self.slots.sink(slot, infos))
 
     def resize(self, n_slots: int) -> int:
         """Give slots up or take them back, up to as many as there were at first.

@@ -1,22 +1,24 @@
-"""Experts on demand: leases by layer, loads by I/O threads, prefetch while it pays.
+"""Experts on demand: leases by layer, loads by I/O threads.
 
 Answers `runtime.experts.ExpertPager`. All of it runs on the engine thread but the reads.
 """
 
-import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from edgeroute.offload.counters import LayerCount, total
+from edgeroute.offload import expert_stats
+from edgeroute.offload.counters import LayerCount
 from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
 from edgeroute.offload.eviction_registry import make_policy
-from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
+from edgeroute.offload.expert_ahead import ExpertsAhead
+from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, cut_groups, share_slots
+from edgeroute.offload.overlap_gate import OverlapGate
 from edgeroute.offload.policy_choice import better_policy, latest
-from edgeroute.offload.prefetch import Predictor, make_predictor
-from edgeroute.offload.prefetch_gate import GateParams, PrefetchGate, StepCost
+from edgeroute.offload.prefetch import make_predictor
+from edgeroute.offload.prefetch_gate import GateParams, PrefetchGate
 from edgeroute.offload.pressure import Pressure
 from edgeroute.offload.trace import TraceRecorder
 from edgeroute.offload.transfer import Ticket, Transfer
@@ -24,7 +26,7 @@ from edgeroute.runtime import machine
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, UsageError
-from edgeroute.runtime.experts import Held
+from edgeroute.runtime.experts import Held, Leased
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.weights import Weights
 
@@ -45,6 +47,7 @@ class ExpertParams:
 
     `policy` "auto" begins with the default, or with what does not collapse below the LRU
     cliff. `prefetch` names a predictor; it is on only while it pays, or always if `forced`.
+    `overlap` allows resident experts to be computed while others arrive, while that pays.
     """
 
     slots_bytes: int
@@ -52,6 +55,7 @@ class ExpertParams:
     policy: str = "auto"
     prefetch: str = "gate"
     forced: bool = False
+    overlap: bool = True
 
 
 class _Load(NamedTuple):
@@ -62,18 +66,8 @@ class _Load(NamedTuple):
     pages: list[int]
     slots: list[int]
     tickets: list[Ticket]
-
-
-@dataclass(slots=True)
-class _Prefetch:
-    """Prefetches on their way, and what the step at work has spent."""
-
-    predictor: Predictor
-    gate: PrefetchGate
-    coming: dict[int, Ticket] = field(default_factory=dict)
-    on: bool = False
-    useful_before: int = 0
-    issued_before: int = 0
+    missing: list[int]
+    began: float
 
 
 DEFAULT_POLICY = "lfru"
@@ -118,15 +112,15 @@ class ExpertStore(Closing):
         for pool in self.pools:
             self._tensors |= pool.tensors()
         allowed = params.prefetch != "none" and self.cliff.fallback is None
-        self._ahead = _Prefetch(
-            predictor,
-            PrefetchGate(GateParams(step_budget_bytes=params.slots_bytes // 4), allowed),
-        )
-        self._forced = params.forced
+        gate = PrefetchGate(GateParams(step_budget_bytes=params.slots_bytes // 4), allowed)
+        self._ahead = ExpertsAhead(transfer, self._pool_of, predictor, gate, params.forced)
+        self.overlap = OverlapGate(allowed=params.overlap)
+        self.overlapped_s = 0.0
+        """Seconds in which experts were computed while others of their layer were read."""
+        self._measured: float | None = None
         self._chooses = params.policy == "auto" and self.cliff.fallback is None
         self._n_steps, self._next_choice = 0, FIRST_CHOICE
         self._loads: list[_Load] = []
-        self._guess: tuple[int, Sequence[int], Sequence[int] | None] | None = None
         self._prefill = False
         self._began = self._next_reading = 0.0
         self.stalled_s = 0.0
@@ -157,16 +151,12 @@ class ExpertStore(Closing):
             pool.table.begin_step(prefill)
         if self.recorder is not None:
             self.recorder.begin_step(prefill)
-        ahead = self._ahead
-        ahead.on = not prefill and (ahead.gate.begin_step() or self._forced)
-        if not prefill:
-            ahead.predictor.begin_step()
-            ahead.useful_before, ahead.issued_before = self._prefetched()
+        self._ahead.begin(prefill=prefill)
 
     @property
     def wants_guess(self) -> bool:
         """Whether the next layer's router should be asked ahead in this pass."""
-        return self._ahead.on and self._ahead.predictor.name == "gate"
+        return self._ahead.wants_guess
 
     def max_at_once(self, il: int) -> int:
         """Return how many experts of a layer can be held at the same time."""
@@ -174,24 +164,48 @@ class ExpertStore(Closing):
 
     def chose(self, il: int, ids: Sequence[int], guess: Sequence[int] | None) -> None:
         """Learn what a layer chose; what it makes likely is prefetched behind its own loads."""
+        self._end_measured()
         if self.recorder is not None:
             self.recorder.record(il, ids)
-        self._guess = (il, ids, guess)
+        self._ahead.chose(il, ids, guess)
 
-    def lease(self, il: int, experts: Sequence[int]) -> list[int] | None:
+    def lease(self, il: int, experts: Sequence[int]) -> Leased | None:
         """Hold distinct experts of a layer until the next lease, or `end`."""
         self._let_go()
         load = self._start(il, experts)
-        if load.tickets and not self._finish(load):
-            return None
+        absent: list[int] = []
+        if load.tickets:
+            n_missing = len(load.missing)
+            if n_missing < len(experts):
+                self._measured = load.began
+                if self.overlap.begin(n_missing):
+                    absent = [page % self._n_expert for page in load.missing]
+            if not absent and not self._finish(load):
+                return None
         if not self._prefill:
-            self._look_ahead()
-        return load.slots
+            self._ahead.look()
+        return Leased(load.slots, absent)
 
-    def in_turn(self, il: int, experts: Sequence[int], group: int) -> Iterator[Held | None]:
+    def arrive(self) -> bool:
+        """Wait for the absent experts of the latest lease."""
+        load = self._loads[-1]
+        ended = time.perf_counter()
+        if all(ticket.done for ticket in load.tickets):
+            ended = max(ticket.ended for ticket in load.tickets)
+        self.overlapped_s += max(0.0, ended - load.began)
+        return self._finish(load)
+
+    def _end_measured(self) -> None:
+        """Tell the gate how long a layer took that missed some of its experts."""
+        if self._measured is not None:
+            self.overlap.end(time.perf_counter() - self._measured)
+            self._measured = None
+
+    def in_turn(self, il: int, counts: Mapping[int, int], most: int) -> Iterator[Held | None]:
         """Hold distinct experts of a layer group by group, resident ones first."""
         self._let_go()
-        waiting = deque(self._groups(il, experts, group))
+        self._ahead.collect()
+        waiting = deque(self._groups(il, counts, most))
         under_way: deque[_Load] = deque()
         while waiting or under_way:
             self._fill_ahead(il, waiting, under_way)
@@ -199,18 +213,18 @@ class ExpertStore(Closing):
             if not self._finish(load):
                 yield None
                 return
-            if not waiting and not under_way and len(experts) > MOST_OF_A_LAYER * self._n_expert:
-                self._read_on(il + 1)
+            if not waiting and not under_way and len(counts) > MOST_OF_A_LAYER * self._n_expert:
+                self._ahead.read_on(il + 1, 2 * GROUP_BYTES)
             yield Held([page % self._n_expert for page in load.pages], load.slots)
             self._release(load)
 
     def end(self) -> None:
         """Let go of everything held, whatever has happened."""
         self._let_go()
-        self._collect()
+        self._end_measured()
+        self._ahead.end(prefill=self._prefill)
         if not self._prefill:
             self._n_steps += 1
-            self._judge_prefetch()
         if self.recorder is not None:
             try:
                 self.recorder.end_step()
@@ -218,16 +232,6 @@ class ExpertStore(Closing):
                 raise UsageError(
                     f"cannot write the trace: {error.strerror}; make room, or run without a trace"
                 ) from error
-
-    def _judge_prefetch(self) -> None:
-        """Tell the gate what the step at work has cost."""
-        ahead = self._ahead
-        useful, issued = self._prefetched()
-        ahead.gate.end_step(StepCost(
-            stall_s=time.perf_counter() - self._began,
-            prefetched_bytes=issued - ahead.issued_before,
-            useful_bytes=useful - ahead.useful_before,
-        ))  # fmt: skip
 
     def end_sequence(self) -> None:
         """An answer is complete: what follows may be about something else."""
@@ -268,21 +272,20 @@ class ExpertStore(Closing):
         """Lease pages and have the missing ones read."""
         pool, first = self._pool_of[il], il * self._n_expert
         pages = [first + expert for expert in experts]
-        if self._ahead.coming:
-            self._collect()
+        self._ahead.collect()
         slots, missing = pool.table.acquire(pages)
         tickets: list[Ticket] = []
-        load = _Load(pool, il, pages, slots, tickets)
+        began = time.perf_counter() if missing else 0.0
+        load = _Load(pool, il, pages, slots, tickets, [one.page for one in missing], began)
         self._loads.append(load)
         if not missing:
             return load
         jobs = []
         for page, slot, promote, cancels in missing:
             if cancels is not None:
-                self._stop_prefetch(cancels)
+                self._ahead.stop(cancels)
             if promote:
-                tickets.append(self._ahead.coming.pop(page))
-                self._transfer.promote(tickets[-1])
+                tickets.append(self._ahead.take(page))
             else:
                 jobs.append(pool.job(page, slot))
         if jobs:
@@ -332,18 +335,19 @@ class ExpertStore(Closing):
 
     # prompts
 
-    def _groups(self, il: int, experts: Sequence[int], most: int) -> Iterator[list[int]]:
-        """Cut a layer's experts into groups: resident ones, then the others by place on disk."""
+    def _groups(self, il: int, counts: Mapping[int, int], most: int) -> Iterator[list[int]]:
+        """Cut a layer's experts into groups: resident ones, those on their way, then the others
+        by place on disk."""
         pool, first = self._pool_of[il], il * self._n_expert
-        here = [e for e in experts if pool.table.slot_of(first + e) is not None]
-        absent = sorted(set(experts).difference(here))
+        here = [e for e in counts if pool.table.slot_of(first + e) is not None]
+        # What was read ahead is pinned first: unpinned, it would make room for what comes after.
+        absent = sorted(set(counts).difference(here))
+        absent.sort(key=lambda e: first + e not in self._ahead.coming)
         n_slots = pool.table.n_slots
-        size = max(1, min(GROUP_BYTES // pool.plan.page_bytes, n_slots // (GROUPS_AHEAD + 2), most))
-        room = max(1, min(most, n_slots - (GROUPS_AHEAD + 1) * size))
-        for start in range(0, len(here), room):
-            yield here[start : start + room]
-        for start in range(0, len(absent), size):
-            yield absent[start : start + size]
+        size = max(1, min(GROUP_BYTES // pool.plan.page_bytes, n_slots // (GROUPS_AHEAD + 2)))
+        room = max(1, n_slots - (GROUPS_AHEAD + 1) * size)
+        yield from cut_groups(here, counts, room, most)
+        yield from cut_groups(absent, counts, size, most)
 
     def _fill_ahead(self, il: int, waiting: deque[list[int]], under_way: deque[_Load]) -> None:
         """Begin the loads of the next groups, as far as slots allow; of one group always."""
@@ -355,78 +359,6 @@ class ExpertStore(Closing):
                     return
                 raise
             waiting.popleft()
-
-    def _read_on(self, il: int) -> None:
-        """Begin the next layer's loads while the last groups of this one are computed."""
-        pool = self._pool_of.get(il)
-        if pool is None or self._ahead.predictor.name == "none":
-            return
-        n = 2 * max(1, GROUP_BYTES // pool.plan.page_bytes)
-        first = il * self._n_expert
-        absent = (p for p in range(first, first + self._n_expert) if not pool.table.has(p))
-        self._prefetch(pool, itertools.islice(absent, n))
-
-    # prefetch
-
-    def _look_ahead(self) -> None:
-        """Prefetch what the layer at work makes likely for the next one."""
-        chosen, self._guess = self._guess, None
-        ahead = self._ahead
-        if chosen is None or not (ahead.on or ahead.predictor.name != "gate"):
-            return
-        ranked = ahead.predictor.predict(*chosen)
-        if not ahead.on:
-            return
-        pool = self._pool_of.get(chosen[0] + 1)
-        if pool is None:
-            return
-        likely = [page for page, _ in ranked[: len(chosen[1])]]
-        pages: Iterator[int] = (page for page in likely if not pool.table.has(page))
-        if not self._forced:
-            pages = itertools.takewhile(lambda _: ahead.gate.take(pool.plan.page_bytes), pages)
-        self._prefetch(pool, pages)
-
-    def _prefetch(self, pool: ExpertPool, pages: Iterable[int]) -> None:
-        """Have pages read behind all demand loads, as far as slots are to be had for that."""
-        found, jobs = [], []
-        for page in pages:
-            slot = pool.table.reserve_prefetch(page)
-            if slot is None:
-                break
-            found.append(page)
-            jobs.append(pool.job(page, slot))
-        if jobs:
-            try:
-                tickets = self._transfer.prefetch(jobs)
-            except BaseException:
-                for page in found:
-                    pool.table.failed(page)
-                raise
-            self._ahead.coming.update(zip(found, tickets, strict=True))
-
-    def _collect(self) -> None:
-        """Enter prefetches that have ended."""
-        coming = self._ahead.coming
-        for page in [page for page, ticket in coming.items() if ticket.done]:
-            result = coming.pop(page).results[0]
-            table = self._pool_of[page // self._n_expert].table
-            (table.loaded if result.outcome == "ok" else table.failed)(page)
-
-    def _stop_prefetch(self, page: int) -> None:
-        """Have a read ended whose slot is wanted for another page."""
-        ticket = self._ahead.coming.pop(page)
-        self._transfer.cancel(ticket)
-        with ticket.finished:
-            pass
-
-    def _prefetched(self) -> tuple[int, int]:
-        """Bytes of prefetched pages that were asked for, and of all, so far."""
-        useful = issued = 0
-        for pool in self.pools:
-            counters = pool.table.decode
-            useful += sum(counters.prefetch_useful) * pool.plan.page_bytes
-            issued += sum(counters.prefetch_bytes)
-        return useful, issued
 
     # size and statistics
 
@@ -449,32 +381,27 @@ class ExpertStore(Closing):
             The bytes given back to the system.
         """
         plans = [pool.plan for pool in self.pools]
-        least = self._n_used * sum(plan.page_bytes for plan in plans)
+        least = self._n_used * sum(plan.slot_bytes for plan in plans)
         counts = share_slots(plans, max(slots_bytes, least), self._n_used)
         return sum(pool.resize(n) for pool, n in zip(self.pools, counts, strict=True))
 
     def spent(self) -> LayerCount:
         """Return what the experts cost so far, decode and prefill together."""
-        tables = [pool.table for pool in self.pools]
-        return total(
-            counters.snapshot().total for t in tables for counters in (t.decode, t.prefill)
-        )
+        return expert_stats.spent(self.pools)
 
     def stats(self) -> dict[str, object]:
         """Return what the experts cost so far, decode and prefill apart."""
-        found: dict[str, object] = {}
-        for kind in ("decode", "prefill"):
-            snapshots = [getattr(pool.table, kind).snapshot().total for pool in self.pools]
-            found[kind] = total(snapshots).to_dict()
-        report = self._ahead.gate.report()
         return {
             "policy": self.policy,
             "n_slots": sum(pool.table.n_slots for pool in self.pools),
             "n_pages": sum(pool.plan.n_pages for pool in self.pools),
             "slots_bytes": self.slots_bytes,
-            "prefetch": report.state,
+            "prefetch": self._ahead.gate.report().state,
+            "overlap": self.overlap.state,
+            "overlap_gain": self.overlap.gain_ratio,
+            "overlap_s": round(self.overlapped_s, 6),
             "warning": self.cliff.warning,
-            **found,
+            **expert_stats.by_kind(self.pools),
         }
 
 

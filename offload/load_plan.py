@@ -15,6 +15,7 @@ import numpy as np
 
 from edgeroute.offload.disk import Disk
 from edgeroute.runtime.errors import EdgerouteError, ModelFileError, UsageError
+from edgeroute.runtime.slots import Landing
 
 _BLOCK_BYTES: Final = 4096
 """Parts with a smaller gap between them are read together: another read costs more."""
@@ -48,11 +49,11 @@ class Sink(Protocol):
     def whole_parts(self) -> bool:
         """Whether `write` must be given a part in one piece."""
 
-    def destination(self, part: int) -> memoryview | None:
-        """Return writable memory of the part's size to read into, without `write`.
+    def destination(self, part: int) -> Landing | None:
+        """Return writable memory to read the part into, without `write`.
 
-        It is used if its address, and the extent's offset and length, suit the disk. Called
-        by the thread that asks for the load.
+        It is used if reads as the disk wants them, from a multiple of its alignment to one,
+        can end there. Called by the thread that asks for the load.
         """
 
     def write(self, part: int, at: int, data: memoryview) -> None:
@@ -90,6 +91,8 @@ class Ticket:
     def __init__(self, n_jobs: int) -> None:
         self.jobs: list[Job] = []
         self.n_open = n_jobs
+        self.ended = 0.0
+        """When the last job ended, by time.perf_counter."""
         self.finished = threading.Lock()
         """Held until the last job has ended."""
         if n_jobs:
@@ -271,18 +274,25 @@ def _pieces(job: Job, extent: Extent, read_bytes: int, alignment: int) -> Iterat
 
 def _direct_span(job: Job, extent: Extent, alignment: int) -> Span | None:
     """A span that is read into the sink's own memory, where it has some that suits."""
-    target = job.spec.sink.destination(extent.part)
-    if target is None:
+    landing = job.spec.sink.destination(extent.part)
+    if landing is None:
         return None
-    if target.readonly or not target.c_contiguous or target.nbytes != extent.nbytes:
+    memory, lead = landing
+    n_behind = memory.nbytes - lead - extent.nbytes
+    if memory.readonly or not memory.c_contiguous or lead < 0 or n_behind < 0:
         raise EdgerouteError(
             f"the destination of part {extent.part} of page {job.spec.id} must be writable and "
-            f"{extent.nbytes} contiguous bytes, got {target.nbytes}"
+            f"{extent.nbytes} contiguous bytes, got {memory.nbytes - lead}"
         )
-    target = target.cast("B")
-    if extent.offset % alignment or extent.nbytes % alignment or _address(target) % alignment:
+    before = extent.offset % alignment
+    after = -(extent.offset + extent.nbytes) % alignment
+    if before > lead or after > n_behind:
         return None
-    span = Span(extent.file, extent.offset, Item(job, extent.part, 0, extent.offset, extent.nbytes))
+    target = memory.cast("B")[lead - before : lead + extent.nbytes + after]
+    if _address(target) % alignment:
+        return None
+    item = Item(job, extent.part, 0, extent.offset, extent.nbytes)
+    span = Span(extent.file, extent.offset - before, item)
     span.view = target
     return span
 

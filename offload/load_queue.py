@@ -99,10 +99,12 @@ class LoadQueue:
             outcome = "failed"
         elif job.dropped:
             outcome = "dropped"
-        seconds = time.perf_counter() - job.began if job.began else 0.0
+        now = time.perf_counter()
+        seconds = now - job.began if job.began else 0.0
         job.result = JobResult(id=job.spec.id, outcome=outcome, seconds=seconds, nbytes=job.nbytes)
         job.spans.clear()  # they refer to the job
         self.open.discard(job)
+        job.ticket.ended = now
         job.ticket.n_open -= 1
         if job.ticket.n_open == 0:
             job.ticket.finished.release()

@@ -15,6 +15,9 @@ from edgeroute.runtime.errors import UsageError
 MAX_GUESSES = 32
 """Guesses per layer by predictors that score every expert; more are never worth reading."""
 
+LEARNED = "learned:"
+"""What a path to a trained predictor is given behind, as its name."""
+
 _EPSILON = 1e-8
 
 
@@ -238,11 +241,19 @@ PREDICTORS: dict[str, Callable[[int, int], Predictor]] = {
 
 
 def make_predictor(name: str, n_layer: int, n_expert: int) -> Predictor:
-    """Make a predictor that has learnt nothing yet.
+    """Make a predictor that has learnt nothing yet; `learned:FILE` is one that was trained.
 
     Raises:
+        ModelFileError: the file is not a predictor for this size.
         UsageError: there is none of that name, or the size is none of a model's.
     """
+    if name.startswith(LEARNED):
+        from edgeroute.offload import prefetch_learned  # builds on this module
+
+        return prefetch_learned.load(name.removeprefix(LEARNED), n_layer, n_expert)
     if name not in PREDICTORS:
-        raise UsageError(f"no predictor is called {name!r}; take one of {sorted(PREDICTORS)}")
+        raise UsageError(
+            f"no predictor is called {name!r}; take one of {sorted(PREDICTORS)}, or "
+            f"{LEARNED}FILE of train_routes"
+        )
     return PREDICTORS[name](n_layer, n_expert)

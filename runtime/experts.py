@@ -3,7 +3,7 @@
 models/ asks through this protocol, offload/ answers; neither knows the other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from edgeroute.runtime.weights import Weights
@@ -14,6 +14,13 @@ class Held(NamedTuple):
 
     experts: Sequence[int]
     slots: Sequence[int]
+
+
+class Leased(NamedTuple):
+    """The slot of each expert asked for, and those that may not be computed with yet."""
+
+    slots: list[int]
+    absent: Sequence[int]
 
 
 class ExpertPager(Weights, Protocol):
@@ -28,8 +35,11 @@ class ExpertPager(Weights, Protocol):
     def max_at_once(self, il: int) -> int:
         """Return how many experts of a layer can be held at the same time."""
 
-    def lease(self, il: int, experts: Sequence[int]) -> list[int] | None:
+    def lease(self, il: int, experts: Sequence[int]) -> Leased | None:
         """Hold distinct experts of a layer until the next call for another layer, or `end`.
+
+        Some are named absent where computing the others meanwhile is expected to pay; `arrive`
+        must be called before those are computed with.
 
         Returns:
             Their slots, in order; None if a stop was asked for while they were loaded.
@@ -38,7 +48,14 @@ class ExpertPager(Weights, Protocol):
             ModelFileError: their bytes cannot be read.
         """
 
-    def in_turn(self, il: int, experts: Sequence[int], group: int) -> Iterator[Held | None]:
+    def arrive(self) -> bool:
+        """Wait for the absent experts of the latest lease; False if a stop was asked for.
+
+        Raises:
+            ModelFileError: their bytes cannot be read.
+        """
+
+    def in_turn(self, il: int, counts: Mapping[int, int], most: int) -> Iterator[Held | None]:
         """Hold distinct experts of a layer group by group, resident ones first.
 
         A group is let go when the next is asked for. Yields None, and ends, when a stop was
@@ -46,8 +63,8 @@ class ExpertPager(Weights, Protocol):
 
         Args:
             il: layer.
-            experts: distinct experts.
-            group: how many the caller wants at once at most.
+            counts: experts, and for how many tokens each is to be computed.
+            most: the largest sum of counts in a group of several experts.
 
         Raises:
             ModelFileError: their bytes cannot be read.

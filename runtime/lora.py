@@ -120,8 +120,9 @@ class LoraSlots(Closing):
             n_clear = n_all if self._owned else 1  # nothing is in use before the first call
             ggml().ggml_backend_tensor_memset(tensor, 0, 0, n_clear * strides(tensor)[2])
         self._owned.append((descriptors, buffer))
-        self._places |= places
+        # In this order: a load that runs meanwhile takes what has a place for complete.
         self._targets |= {target.name: target for group in groups for target in group}
+        self._places |= places
 
     def place(self, name: str) -> _Place | None:
         """Return where a weight's matrices are; None where no adapter changes it."""
@@ -135,21 +136,24 @@ class LoraSlots(Closing):
         place, target = self._places[name], self._targets[name]
         if a.shape != (self.rank, target.n_in) or b.shape != (target.n_out, self.rank):
             raise ValueError(f"{name}: A {a.shape} and B {b.shape} do not fill a slot")
-        one = 2 * self.rank * target.n_in
-        at = slot * strides(place.down)[2] + place.part * one
+        _, at = self._part(slot, place, target)
         _set(place.down, at, a)
-        _set(place.up, slot * strides(place.up)[2], b)
+        _set(place.up, slot * b.nbytes, b)
 
     def clear(self, slot: int, names: Iterable[str]) -> None:
         """Put zeros into a slot for the weights named; any thread, as `write`."""
         memset = ggml().ggml_backend_tensor_memset
         for name in names:
             place, target = self._places[name], self._targets[name]
-            one = 2 * self.rank * target.n_in
-            at = slot * strides(place.down)[2] + place.part * one
+            one, at = self._part(slot, place, target)
             memset(place.down, 0, at, one)
-            size = strides(place.up)[2]
+            size = 2 * self.rank * target.n_out
             memset(place.up, 0, slot * size, size)
+
+    def _part(self, slot: int, place: _Place, target: LoraTarget) -> tuple[int, int]:
+        """Return the bytes of a weight's A in a slot, and where they begin."""
+        one = 2 * self.rank * target.n_in
+        return one, one * (slot * len(place.group) + place.part)
 
     def close(self) -> None:
         """Free the tensors; safe to call twice."""

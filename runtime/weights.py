@@ -124,14 +124,17 @@ class ResidentWeights:
             specs: the tensors.
             rows_on_demand: leave tables of which only rows are read to the disk: they are
                 mapped, but neither read ahead nor counted.
-            repack_experts: False leaves experts in the file's layout, as paged ones are, so
-                that both have the same kernels and the same bits.
+            repack_experts: False leaves what could be paged in the file's layout, as paged
+                weights are, so that both have the same kernels and the same bits: experts, or
+                all of a model that has none.
 
         Raises:
             ModelFileError: see `check_specs`.
         """
         self._rows_on_demand = rows_on_demand
-        self._repacks = {"mul_mat", "mul_mat_id"} if repack_experts else {"mul_mat"}
+        self._repacks = {"mul_mat", "mul_mat_id"}
+        if not repack_experts:
+            self._repacks = {"mul_mat"} if any(s.use == "mul_mat_id" for s in specs) else set()
         self._file = file
         self._device = device
         self._pairs = check_specs(file, specs)

@@ -44,25 +44,28 @@ class SuiteParams:
         tasks: keys of TASKS, in order.
         n_train: examples drawn for one adapter.
         n_test: test prompts of one task.
-        n_steps, n_batch, lr, rank, targets, seed: as TrainParams.
+        base_name, n_steps, n_batch, lr, stop_nats, rank, targets, seed: as TrainParams.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
+    base_name: str | None = None
     n_train: int = 800
     n_test: int = 30
-    n_steps: int = 100
+    n_steps: int = 120
     n_batch: int = 8
-    lr: float = 4e-3
+    lr: float = 5e-3
+    stop_nats: float = 0.01
     rank: int = 8
     targets: tuple[str, ...] = ("q", "v")
     seed: int = 1
 
-    def training(self, threads: int) -> TrainParams:
-        """Return how one adapter is trained."""
+    def training(self, name: str, threads: int) -> TrainParams:
+        """Return how a task's adapter is trained."""
         return TrainParams(
             rank=self.rank, alpha=2.0 * self.rank, targets=self.targets, n_steps=self.n_steps,
             n_batch=self.n_batch, lr=self.lr, n_warmup=self.n_steps // 20, seed=self.seed,
-            n_held_out=0, threads=threads,
+            stop_nats=self.stop_nats, n_held_out=0, threads=threads,
+            about=task(name).summary, base_name=self.base_name,
         )  # fmt: skip
 
 
@@ -124,7 +127,9 @@ def train_all(model: Path, out: Path, params: SuiteParams, threads: int = 1) -> 
         if (folder / CONFIG_FILE).is_file():
             click.echo(f"{name}: trained already", err=True)
             continue
-        report = train(model, data / f"{name}.jsonl", folder, params.training(threads), _tell(name))
+        report = train(
+            model, data / f"{name}.jsonl", folder, params.training(name, threads), _tell(name)
+        )
         times = {"seconds": round(report.seconds, 1), "n_bytes": report.n_bytes}
         click.echo(json.dumps({"task": name} | times | {"loss": report.losses[-1]}))
 
@@ -136,7 +141,8 @@ def answer_all(model: Path, out: Path, params: SuiteParams, threads: int = 1) ->
     """
     tests = [(name, example) for name in params.tasks
              for example in examples(name, params.n_test, "test", params.seed)]  # fmt: skip
-    (out / "outcomes").mkdir(exist_ok=True)
+    recorded = out / f"outcomes-{params.n_test}"
+    recorded.mkdir(exist_ok=True)
     arms = (BASE, *params.tasks)
     columns = []
     with GGUFFile.open(model) as file, Tokenizer.open(file) as tokenizer, reproducible(threads):
@@ -144,14 +150,14 @@ def answer_all(model: Path, out: Path, params: SuiteParams, threads: int = 1) ->
         ids = [tokenizer.encode(e.prompt, add_special=True, parse_special=False) for _, e in tests]
         contexts = np.stack([base.embed(torch.tensor(row)).mean(0).numpy() for row in ids])
         for arm in arms:
-            path = out / "outcomes" / f"{arm}.json"
+            path = recorded / f"{arm}.json"
             if path.is_file():
                 columns.append(json.loads(path.read_text(encoding="utf-8")))
                 continue
             adapter = None if arm == BASE else read_adapter(base, out / arm)
             answers = _answers(base, tokenizer, ids, adapter)
-            columns.append([task(name).verify(example, answer)
-                            for (name, example), answer in zip(tests, answers, strict=True)])  # fmt: skip
+            pairs = zip(tests, answers, strict=True)
+            columns.append([task(name).verify(e, answer) for (name, e), answer in pairs])
             part = path.with_suffix(".part")
             part.write_text(json.dumps(columns[-1]), encoding="utf-8")
             os.replace(part, path)
@@ -235,6 +241,7 @@ def _settle(out: Path, params: SuiteParams) -> None:
     """Note the settings in a new folder, or refuse one that was made with others."""
     out.mkdir(parents=True, exist_ok=True)
     path, mine = out / _SETTINGS_FILE, json.loads(json.dumps(asdict(params)))
+    del mine["n_test"]  # outcomes of another number of prompts lie in a folder of their own
     if path.is_file():
         old: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(key for key in mine if old.get(key) != mine[key])
@@ -256,10 +263,14 @@ def _tell(name: str) -> Any:
 @click.command()
 @click.option("--model", required=True, help="Path or catalogue name of the base.")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--base-name", help="The base as owner/name, for PEFT; default: what the file says.")
 @click.option("--tasks", default=",".join(TASKS), help="Tasks, by commas; default: all.")
-@click.option("--steps", "n_steps", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--steps", "n_steps", default=120, show_default=True, type=click.IntRange(1))
 @click.option("--batch", "n_batch", default=8, show_default=True, type=click.IntRange(1, 4096))
-@click.option("--lr", default=4e-3, show_default=True)
+@click.option("--lr", default=5e-3, show_default=True)
+@click.option(
+    "--stop", "stop_nats", default=0.01, show_default=True, help="Loss that ends training early."
+)
 @click.option("--test", "n_test", default=30, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1))
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 512))

@@ -30,6 +30,7 @@ N_ANSWER_SPARE: Final = 8
 
 EVALUATE_AT_ONCE: Final = 64
 MAX_GRAD_NORM: Final = 1.0
+N_STOP: Final = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,7 @@ class TrainParams:
         n_steps, n_batch: optimiser steps, and examples of each.
         lr: peak learning rate, reached after `n_warmup` steps, then falling as a cosine to 0.
         weight_decay: of AdamW.
+        stop_nats: training ends early once the last N_STOP steps' mean loss is below this.
         seed: of the first values, the held-out examples and the order.
         n_held_out: examples with different prompts that are kept apart to judge the result.
         chat: whether a prompt is a user's message in the model's template, or plain text.
@@ -50,6 +52,8 @@ class TrainParams:
         store: type of the written matrices.
         threads: compute threads. Another number rounds differently.
         license: of the adapter, for its card; None is the base's.
+        about: what the adapter does, for its card.
+        base_name: of the base, for PEFT and the card, as `owner/name`; None is what the file says.
         replace: whether an adapter folder that exists may be replaced.
     """
 
@@ -61,6 +65,7 @@ class TrainParams:
     lr: float = 2e-3
     n_warmup: int = 10
     weight_decay: float = 0.0
+    stop_nats: float = 0.0
     seed: int = 1
     n_held_out: int = 32
     chat: bool = False
@@ -69,6 +74,8 @@ class TrainParams:
     store: Literal["f16", "f32"] = "f16"
     threads: int = 1
     license: str | None = None
+    about: str | None = None
+    base_name: str | None = None
     replace: bool = False
 
 
@@ -142,9 +149,18 @@ def train(
         judge = _Judge(base, tokenizer, held_out)
         name, license_name = base_name(file)
         with reproducible(params.threads):
-            return _run(_Job(base=base, learned=learned, judge=judge, params=params, out=out,
-                             base_name=name, license=params.license or license_name,
-                             progress=progress))  # fmt: skip
+            return _run(
+                _Job(
+                    base=base,
+                    learned=learned,
+                    judge=judge,
+                    params=params,
+                    out=out,
+                    base_name=params.base_name or name,
+                    license=params.license or license_name,
+                    progress=progress,
+                )
+            )
 
 
 def open_base(
@@ -250,19 +266,18 @@ class _Judge:
 
 
 def _run(job: _Job) -> TrainReport:
-    began = time.perf_counter()
     params = job.params
     judged_base = job.judge(None)
+    began = time.perf_counter()
     adapter = new_adapter(job.base, params)
     losses = _learn(job, adapter)
     seconds = time.perf_counter() - began
     judged = job.judge(adapter)
-    n_params = sum(matrix.numel() for matrix in adapter.parameters())
     details: dict[str, Any] = {
-        "steps": params.n_steps, "batch": params.n_batch, "lr": params.lr,
-        "warmup": params.n_warmup, "weight_decay": params.weight_decay, "seed": params.seed,
-        "base_dtype": str(job.base.dtype).removeprefix("torch."), "threads": params.threads,
-        "prompts": "chat template" if params.chat else "plain text",
+        "steps": len(losses), "planned_steps": params.n_steps, "batch": params.n_batch,
+        "lr": params.lr, "warmup": params.n_warmup, "weight_decay": params.weight_decay,
+        "seed": params.seed, "base_dtype": str(job.base.dtype).removeprefix("torch."),
+        "threads": params.threads, "prompts": "chat template" if params.chat else "plain text",
         "examples": len(job.learned), "held_out": len(job.judge.held_out),
     }  # fmt: skip
     for name, found in (("base", judged_base), ("adapter", judged)):
@@ -271,13 +286,15 @@ def _run(job: _Job) -> TrainReport:
                         f"held_out_exact_{name}": round(found.accuracy, 4)}  # fmt: skip
     card = Card(
         base_name=job.base_name, license=job.license, rank=params.rank, alpha=params.alpha,
-        targets=params.targets, store=params.store, details=details, losses=tuple(losses),
+        targets=params.targets, store=params.store, about=params.about, details=details,
+        losses=tuple(losses),
     )  # fmt: skip
     matrices = {key: (a.detach().numpy(), b.detach().numpy())
                 for key, (a, b) in adapter.pairs.items()}  # fmt: skip
     n_bytes = write_folder(job.out, matrices, job.base.hparams, card, replace=params.replace)
     return TrainReport(
-        out=job.out, n_bytes=n_bytes, n_params=n_params, n_learned=len(job.learned),
+        out=job.out, n_bytes=n_bytes, n_learned=len(job.learned),
+        n_params=sum(matrix.numel() for matrix in adapter.parameters()),
         n_held_out=len(job.judge.held_out), losses=tuple(losses), base=judged_base,
         adapter=judged, seconds=seconds,
     )  # fmt: skip
@@ -303,6 +320,8 @@ def _learn(job: _Job, adapter: LowRank) -> list[float]:
         optimiser.step()
         losses.append(value)
         job.progress(TrainStep(phase="train", n_done=step + 1, n_total=params.n_steps, loss=value))
+        if len(losses) >= N_STOP and sum(losses[-N_STOP:]) < N_STOP * params.stop_nats:
+            break
     return losses
 
 
@@ -329,8 +348,9 @@ def _check(params: TrainParams) -> None:
     for name in ("alpha", "lr"):
         if not (math.isfinite(getattr(params, name)) and getattr(params, name) > 0):
             raise UsageError(f"{name} is {getattr(params, name)}, not a positive number")
-    if not (math.isfinite(params.weight_decay) and params.weight_decay >= 0):
-        raise UsageError(f"weight_decay is {params.weight_decay}, which is not 0 or more")
+    for name in ("weight_decay", "stop_nats"):
+        if not (math.isfinite(getattr(params, name)) and getattr(params, name) >= 0):
+            raise UsageError(f"{name} is {getattr(params, name)}, which is not 0 or more")
     strange = sorted(set(params.targets) - set(PARTS))
     if strange or not params.targets or len(set(params.targets)) != len(params.targets):
         raise UsageError(f"targets are {','.join(params.targets) or 'none'}; name some of "

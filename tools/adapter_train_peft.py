@@ -44,6 +44,7 @@ class Card:
     alpha: float
     targets: tuple[str, ...]
     store: Literal["f16", "f32"]
+    about: str | None
     details: Mapping[str, Any]
     losses: tuple[float, ...]
 
@@ -189,6 +190,7 @@ def readme(name: str, card: Card) -> str:
         f"LoRA adapter of rank {card.rank}, alpha {card.alpha:g}, on "
         f"{', '.join(card.targets)} of every layer of {card.base_name}, trained by "
         "`edgeroute adapters train`.", "",
+        *([f"What it does: {card.about}.", ""] if card.about else []),
         f"Licence: {card.license}.", "", "| | |", "|---|---|",
     ]  # fmt: skip
     lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in card.details.items()]

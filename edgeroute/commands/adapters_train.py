@@ -57,6 +57,9 @@ _EXTRA = frozenset({"torch", "safetensors", "gguf"})
     help="Steps until the peak.  [default: a twentieth of all]",
 )
 @click.option("--weight-decay", default=0.0, show_default=True)
+@click.option(
+    "--stop", "stop_nats", default=0.0, help="End early once ten steps' mean loss is below this."
+)
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1))
 @click.option(
     "--hold-out",
@@ -90,6 +93,8 @@ _EXTRA = frozenset({"torch", "safetensors", "gguf"})
 )  # fmt: skip
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 512))
 @click.option("--license", help="For the model card.  [default: the base's]")
+@click.option("--about", help="What the adapter does, for the model card.")
+@click.option("--base-name", help="MODEL as owner/name, for PEFT.  [default: what the file says]")
 @click.option("--force", "replace", is_flag=True, help="Replace an adapter that is in OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object last.")
 def train(model: str, data: Path, out: Path, as_json: bool, **options: Any) -> None:

@@ -10,12 +10,15 @@ from edgeroute.models.catalogue import DEFAULT_MODEL
 if TYPE_CHECKING:
     from edgeroute.tools.bench.report import BenchParams, Report
 
+ADAPTER_PARTS = ("decode", "mixed", "prefill", "switch", "routing")
 _EPILOG = """\b
 Examples:
   edgeroute bench decode
   edgeroute bench prefill --model qwen2.5-coder-0.5b-instruct --reps 9
   edgeroute bench contention --reps 5 --seconds 4 --json
   edgeroute bench experts --model moe.gguf --limit 2GiB
+  edgeroute bench layers --model qwen2.5-coder-1.5b-instruct
+  edgeroute bench adapters --model qwen2.5-coder-1.5b-instruct
   edgeroute bench parity --model gemma3-270m --nmse
 """
 
@@ -149,6 +152,62 @@ def experts(policy: str | None, prefetch: str | None, **options: Any) -> None:
     settings = {"policy": policy, "prefetch": prefetch}
     _finish(bench.run(_params(options), _progress, bench.ExpertsParams(**given, settings=settings)),
             options)  # fmt: skip
+
+
+@command.command(epilog=_examples("layers", "--model qwen2.5-coder-1.5b-instruct",
+                                  "--model dense.gguf --limit 2GiB --reps 3 --json"))  # fmt: skip
+@_timed
+@click.option("--limit", default="60%", show_default=True, metavar="BYTES|PERCENT",
+              help="Memory limit by the kernel: 2GiB, or a share of the file.")  # fmt: skip
+@click.option("--memory", metavar="BYTES",
+              help="edgeroute's own budget; default: 0.98 of the limit.")  # fmt: skip
+@click.option("--tokens", default=24, show_default=True, type=click.IntRange(8, 4096),
+              help="Tokens to decode in one run.")  # fmt: skip
+@click.option("--prompt", "n_prompt", default=256, show_default=True,
+              type=click.IntRange(2, 8192), help="Tokens of a prompt.")  # fmt: skip
+@click.option("--seconds", "max_s", default=8.0, show_default=True,
+              type=click.FloatRange(0.5, 600), help="Longest phase of decoding.")  # fmt: skip
+@click.option("--peer/--no-peer", default=True, show_default=True,
+              help="Measure llama.cpp's mmap as well.")  # fmt: skip
+@click.option("--target", default=3.0, show_default=True, type=click.FloatRange(0),
+              help="Demanded ratio of decoding speeds.")  # fmt: skip
+def layers(**options: Any) -> None:
+    """A dense model larger than memory, under a limit by the kernel, against llama.cpp's mmap.
+
+    Ceilings of this disk and this processor are printed beside it. Needs a system with
+    control groups.
+    """
+    from edgeroute.tools.bench import layers as bench
+    from edgeroute.tools.bench.experts import ExpertsParams
+
+    given = {name: options[name]
+             for name in ("limit", "memory", "n_prompt", "max_s", "peer", "target")}  # fmt: skip
+    _finish(bench.run(_params(options), _progress, ExpertsParams(**given, n_warm=2)), options)
+
+
+@command.command(epilog=_examples("adapters", "--part decode --part switch",
+                                  "--model NAME --max-cost 0.12"))  # fmt: skip
+@_timed
+@click.option("--part", "parts", multiple=True, metavar="NAME", type=click.Choice(ADAPTER_PARTS),
+              help=f"{', '.join(ADAPTER_PARTS)}; may repeat.  [default: all]")  # fmt: skip
+@click.option("--rank", default=8, show_default=True, type=click.IntRange(1, 64),
+              help="Rank of the adapters that are made for it.")  # fmt: skip
+@click.option("--max-cost", default=0.25, show_default=True, type=click.FloatRange(0, 1),
+              help="Share of decoding speed that an adapter may cost.")  # fmt: skip
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(8, 4096),
+              help="Tokens to decode in one run.")  # fmt: skip
+@click.option("--peer/--no-peer", default=True, show_default=True,
+              help="Measure llama.cpp's adapters as well.")  # fmt: skip
+def adapters(parts: tuple[str, ...], rank: int, max_cost: float, **options: Any) -> None:
+    """LoRA adapters: what one costs, eight in a batch, switching, and choosing among 1,000.
+
+    The adapters are random, on all linear layers; the figures do not depend on what they say.
+    """
+    from edgeroute.tools.bench import adapters as bench
+
+    wanted = bench.AdaptersParams(parts=parts or bench.PARTS, rank=rank, max_cost=max_cost,
+                                  peer=options["peer"])  # fmt: skip
+    _finish(bench.run(_params(options), _progress, wanted), options)
 
 
 @command.command(epilog=_examples("parity", "", "--model gemma3-270m --nmse --positions 256"))

@@ -229,6 +229,10 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
     parts += [memory, f"{stats['threads']} thread{'' if stats['threads'] == 1 else 's'}"]
     if experts := stats.get("experts"):
         parts.append(_experts_part(experts))
+    if layers := stats.get("layers"):
+        parts.append(f"layers streamed: {layers['streamed']} of "
+                     f"{layers['resident'] + layers['streamed']}, {format_bytes(layers['bytes'])} "
+                     f"read, {layers['stall_s']:.1f} s waited")  # fmt: skip
     if adapters := stats.get("adapters"):
         parts.append(_adapters_part(adapters))
     ends = {"length": "ended at --max-tokens or --n-ctx", "cancelled": "stopped",

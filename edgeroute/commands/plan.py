@@ -11,6 +11,7 @@ from edgeroute.commands.generate_shared import SETTINGS, pick
 from edgeroute.runtime.units import MIB, format_bytes
 
 if TYPE_CHECKING:
+    from edgeroute.commands.plan_layers import Streaming
     from edgeroute.commands.plan_model import ExpertSlots, ModelPlan, Paging
 
 _EPILOG = """\b
@@ -45,9 +46,10 @@ def command(ctx: click.Context, /, model: str, as_json: bool, **given: Any) -> N
 
     Only the file's header is read. A mixture of experts that does not fit is planned with
     its experts paged: how many are held at a time, and from which budget on that is of use.
+    Any other model that does not fit is planned with some of its layers streamed.
 
     The predicted speed is a ceiling: the bytes that one token reads over the memory
-    bandwidth measured now and, for experts that are not in memory, over that of the disk,
+    bandwidth measured now and, for experts or layers that are not in memory, over that of the disk,
     measured on the file itself (at most 128 MiB are read).
 
     Ends with code 4 when it does not fit even so, naming the smallest budget that would do
@@ -89,13 +91,31 @@ def _facts(model: str, plan: "ModelPlan") -> dict[str, Any]:
         "available_bytes": plan.available.available_bytes,
         "memory_limit": plan.available.limit,
         "fits": plan.fits,
-        "verdict": "REFUSED" if not plan.fits else "FITS" if plan.is_resident else "PAGED",
+        "verdict": _word(plan),
         "smallest_budget_bytes": plan.smallest_budget_bytes,
         "largest_n_ctx": plan.largest_n_ctx,
         "weight_read_bytes": plan.weight_read_bytes,
         "kv_bytes_per_token": plan.kv_cell_bytes,
         "experts": None if plan.paging is None else _experts_facts(plan.paging),
         "slots": None if plan.slots is None else _slots_facts(plan.slots),
+        "layers": None if plan.streaming is None else _layers_facts(plan.streaming),
+    }
+
+
+def _word(plan: "ModelPlan") -> str:
+    if not plan.fits:
+        return "REFUSED"
+    if plan.is_resident:
+        return "FITS"
+    return "PAGED" if plan.streaming is None else "STREAMED"
+
+
+def _layers_facts(streaming: "Streaming") -> dict[str, Any]:
+    return {
+        "n_resident": streaming.n_resident,
+        "n_streamed": streaming.n_streamed,
+        "token_bytes": streaming.token_bytes,
+        "smallest_budget_bytes": streaming.smallest_bytes,
     }
 
 
@@ -163,7 +183,14 @@ def _verdict(found: dict[str, Any]) -> str:
         share = found["slots"]["n_slots"] / found["experts"]["n_pages"]
         return (f"FITS with experts paged, {share:.0%} of them in memory at a time; all at once "
                 f"would take {format_bytes(resident)}")  # fmt: skip
+    if found["verdict"] == "STREAMED":
+        layers = found["layers"]
+        return (f"FITS with {layers['n_streamed']} of "
+                f"{layers['n_resident'] + layers['n_streamed']} layers streamed (the head counts "
+                f"as one); all at once would take {format_bytes(resident)}")  # fmt: skip
     total = found["total_bytes"]
+    if found["layers"] is not None:
+        return f"REFUSED, {format_bytes(total - budget)} too much, even with all layers streamed"
     paged = ", even with the fewest experts in memory" if total < resident else ""
     return f"REFUSED, {format_bytes(total - budget)} too much{paged}"
 
@@ -184,10 +211,11 @@ def _advice(found: dict[str, Any]) -> list[Row]:
 
 
 def _at_what_cost(found: dict[str, Any]) -> str:
-    """Say that a longer context leaves fewer slots, where it does."""
-    if found["verdict"] != "PAGED" or found["largest_n_ctx"] <= found["n_ctx"]:
+    """Say that a longer context leaves fewer slots or layers, where it does."""
+    if found["verdict"] not in ("PAGED", "STREAMED") or found["largest_n_ctx"] <= found["n_ctx"]:
         return ""
-    return ", with fewer experts in memory"
+    what = "experts" if found["verdict"] == "PAGED" else "layers"
+    return f", with fewer {what} in memory"
 
 
 def _memory_option(n_bytes: int) -> str:
@@ -230,31 +258,24 @@ def _prefetch(slots: dict[str, Any]) -> str:
 def _decode(found: dict[str, Any]) -> list[Row]:
     decode = found["decode"]
     full = decode["ceiling_tok_s_full_context"]
-    paged = found["slots"] is not None
+    paged, streams = found["slots"] is not None, found["verdict"] == "STREAMED"
     rows = [
         ("read per token", f"{format_bytes(found['weight_read_bytes'])} of weights and "
                            f"{format_bytes(found['kv_bytes_per_token'])} for each token before it"),
         ("memory reads", f"{format_bytes(decode['bandwidth_bytes_s'])}/s measured now, by "
                          f"{decode['threads']} threads"),
-        ("all in memory" if paged else "predicted",
+        ("all in memory" if paged or streams else "predicted",
          f"at most {decode['ceiling_tok_s']:.1f} tok/s, {full:.1f} with a full context "
          "(a ceiling: arithmetic comes on top)"),
     ]  # fmt: skip
+    if streams:
+        return rows + _streamed_decode(decode)
     return rows + _paged_decode(decode) if paged else rows
 
 
 def _paged_decode(decode: dict[str, Any]) -> list[Row]:
     """Ceilings by hit ratio: misses read before the arithmetic, or behind it."""
-    disk = decode["disk"]
-    if "error" in disk:
-        return [("disk reads", f"not measured, so nothing is predicted: {disk['error']}")]
-    rows = [
-        (
-            "disk reads",
-            f"{format_bytes(disk['bytes_s'])}/s measured now on this file, "
-            f"{disk['queue_depth']} at a time{_CACHE_NOTES[disk['cache']]}",
-        )
-    ]
+    rows = [_disk_row(decode["disk"])]
     for each in decode["paged"]:
         routing = " (routing without locality)" if each["routing"] == "uniform" else ""
         rows.append((
@@ -264,6 +285,29 @@ def _paged_decode(decode: dict[str, Any]) -> list[Row]:
             f"{format_bytes(each['miss_bytes'])} read per token{routing}",
         ))  # fmt: skip
     return rows
+
+
+def _streamed_decode(decode: dict[str, Any]) -> list[Row]:
+    """Ceilings of streaming: layers are read before the arithmetic, or behind it."""
+    rows, found = [_disk_row(decode["disk"])], decode["streamed"]
+    if found is not None:
+        rows.append((
+            "predicted",
+            f"at most {_speed(found['overlapped_ceiling_tok_s'])} tok/s "
+            f"({_speed(found['serial_ceiling_tok_s'])} if reads did not hide behind arithmetic); "
+            f"{format_bytes(found['read_bytes'])} of layers read per token",
+        ))  # fmt: skip
+    return rows
+
+
+def _disk_row(disk: dict[str, Any]) -> Row:
+    if "error" in disk:
+        return "disk reads", f"not measured, so nothing is predicted: {disk['error']}"
+    return (
+        "disk reads",
+        f"{format_bytes(disk['bytes_s'])}/s measured now on this file, "
+        f"{disk['queue_depth']} at a time{_CACHE_NOTES[disk['cache']]}",
+    )
 
 
 def _speed(tok_s: float) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeroute.commands.plan_layers import Streaming, plan_streaming
 from edgeroute.config import RunParams
 from edgeroute.loaded import MemoryPlan, budget_bytes, kv_shape, plan_memory
 from edgeroute.models.base import Hparams, Model, MoeHparams
@@ -19,6 +20,7 @@ from edgeroute.offload.eviction_cliff import CliffReport
 from edgeroute.offload.expert_pool import PoolPlan, share_slots
 from edgeroute.offload.expert_store import DEFAULT_POLICY, check_tightest
 from edgeroute.paging import VOCABULARY_RATIO, MoeSource, moe_source, plan_paged
+from edgeroute.paging_layers import LayerSource
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import EdgerouteError
@@ -80,7 +82,7 @@ class Paging:
     @property
     def least_bytes(self) -> int:
         """Slots for the experts that one token uses in one layer of each pool."""
-        return self.n_expert_used * sum(pool.page_bytes for pool in self.pools)
+        return self.n_expert_used * sum(pool.slot_bytes for pool in self.pools)
 
     @property
     def smallest_bytes(self) -> int:
@@ -115,7 +117,8 @@ class ModelPlan:
     """A model's bytes against a budget. `read_bytes` is what one decoded token must read.
 
     `memory` is with every weight resident. `paging` is None for a model without experts;
-    `slots` only where it is needed and the budget is enough for it.
+    `slots` only where it is needed and the budget is enough for it. `streaming` is None for a
+    model with experts, one that fits, and one too small to gain by it.
     """
 
     path: Path
@@ -126,6 +129,7 @@ class ModelPlan:
     memory: MemoryPlan
     paging: Paging | None
     slots: ExpertSlots | None
+    streaming: Streaming | None
     budget_bytes: int
     available: machine.Memory
     largest_n_ctx: int | None
@@ -139,12 +143,15 @@ class ModelPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether loading would be let in, experts paged if need be."""
-        return self.is_resident or self.slots is not None
+        """Whether loading would be let in, experts paged or layers streamed if need be."""
+        streams = self.streaming is not None and self.streaming.fits
+        return self.is_resident or self.slots is not None or streams
 
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by owner, as it would be loaded; of what does not fit, in its smallest form."""
+        if self.streaming is not None:
+            return dict(self.streaming.parts)
         if self.paging is None or self.is_resident or not self.paging.helps(self.memory):
             return self.memory.wants()
         n_bytes = self.paging.least_bytes if self.slots is None else self.slots.n_bytes
@@ -153,6 +160,8 @@ class ModelPlan:
     @property
     def smallest_budget_bytes(self) -> int:
         """The smallest budget with which loading is let in."""
+        if self.streaming is not None:
+            return self.streaming.smallest_bytes
         if self.paging is None or not self.paging.helps(self.memory):
             return self.memory.total_bytes
         return self.paging.smallest_bytes
@@ -176,7 +185,8 @@ def plan_model(path: Path, params: RunParams) -> ModelPlan:
         weights = ResidentWeights(file, device, model.specs(), repack_experts=params.repack_experts)
         own.callback(weights.close)
         if model.hparams.moe is None:
-            return _plan(file, model, weights, (params, None, weights))
+            plan = _plan(file, model, weights, (params, None, weights))
+            return plan if plan.is_resident else _streamed(plan, file, device)
         source = moe_source(file, device, model, params)
         base = source.other_weights()
         own.callback(base.close)
@@ -205,11 +215,26 @@ def _plan(
         path=file.path, hparams=hparams, params=params,
         n_params=sum(math.prod(info.ne) for info in file.tensors.values()),
         type_bytes=dict(sorted(type_bytes.items(), key=lambda pair: -pair[1])),
-        memory=memory, paging=paging, slots=slots, budget_bytes=budget,
+        memory=memory, paging=paging, slots=slots, streaming=None, budget_bytes=budget,
         available=machine.memory(), largest_n_ctx=largest,
         weight_read_bytes=_read_per_token(model, weights),
         kv_cell_bytes=kv_shape(hparams, params).bytes_per_cell,
     )  # fmt: skip
+
+
+def _streamed(plan: ModelPlan, file: GGUFFile, device: Device) -> ModelPlan:
+    """Plan a dense model that does not fit with layers streamed, where that takes less."""
+    params, model = plan.params, describe(file)
+    source = LayerSource(file=file, device=device, model=model, params=params)
+    allowance = _ENGINE_BYTES + VOCABULARY_RATIO * file.data_offset
+    streaming = plan_streaming(source, plan.budget_bytes, allowance)
+    if not streaming.helps(plan.memory):
+        return plan
+    # Of what streaming takes, only the cache and the compute buffer grow with the context.
+    with contextlib.closing(source.base(source.units())) as base:
+        left = plan.budget_bytes - streaming.smallest_bytes + streaming.growing_bytes
+        largest = _largest_n_ctx(model.hparams, base, params, left)
+    return dataclasses.replace(plan, streaming=streaming, largest_n_ctx=largest)
 
 
 def _paging(source: MoeSource, base: ResidentWeights) -> Paging:
@@ -230,7 +255,7 @@ def _expert_slots(paging: Paging, params: RunParams, budget: int) -> ExpertSlots
     prefetch = params.prefetch
     if prefetch == "auto" and cliff.is_below:
         prefetch = "off"
-    n_bytes = sum(n * pool.page_bytes for pool, n in zip(pools, counts, strict=True))
+    n_bytes = sum(n * pool.slot_bytes for pool, n in zip(pools, counts, strict=True))
     return ExpertSlots(
         n_slots=sum(counts), n_bytes=n_bytes,
         policy=automatic if params.policy == "auto" else params.policy, prefetch=prefetch,
@@ -298,7 +323,24 @@ def predict(plan: ModelPlan) -> dict[str, Any]:
     }
     if plan.slots is not None:
         found |= _predict_paged(plan, plan.read_bytes(0) / bandwidth)
+    elif plan.streaming is not None and plan.streaming.fits:
+        found |= _predict_streamed(plan, plan.streaming, plan.read_bytes(0) / bandwidth)
     return found
+
+
+def _predict_streamed(plan: ModelPlan, streaming: Streaming, resident_s: float) -> dict[str, Any]:
+    """Add the reads of streamed layers to the seconds that a token takes without."""
+    try:
+        disk = _disk(plan)
+    except (EdgerouteError, OSError) as error:
+        return {"disk": {"error": str(error)}, "streamed": None}
+    ceiling = Ceiling(moved_bytes=streaming.token_bytes, store_bytes_s=disk["bytes_s"],
+                      resident_s=resident_s)  # fmt: skip
+    return {"disk": disk, "streamed": {
+        "read_bytes": streaming.token_bytes,
+        "serial_ceiling_tok_s": round(1 / ceiling.serial_s, 2),
+        "overlapped_ceiling_tok_s": round(1 / ceiling.overlapped_s, 2),
+    }}  # fmt: skip
 
 
 def _predict_paged(plan: ModelPlan, resident_s: float) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class PagedParams:
     policy: str = "auto"
     prefetch: str = "none"
     forced: bool = False
+    overlap: bool = True
     io_threads: int = 2
     direct: bool = True
     read_bytes: int = 1 << 16
@@ -137,6 +138,7 @@ class Paged:
         how = ExpertParams(
             slots_bytes=lab.slots_bytes(params.slots), n_expert_used=self.n_used,
             policy=params.policy, prefetch=params.prefetch, forced=params.forced,
+            overlap=params.overlap,
         )  # fmt: skip
         with mock.patch.object(expert_store, "check_cliff", _check_cliff):
             self.store = ExpertStore(base, lab.device, lab.pools, self.transfer, how)
@@ -213,8 +215,8 @@ class Lab:
     def slots_bytes(self, per_layer: int | None) -> int:
         """Bytes that give every pool so many slots per layer; None: the fewest in all."""
         if per_layer is None:
-            return self.n_used * sum(pool.page_bytes for pool in self.pools)
-        return sum(per_layer * len(pool.layers) * pool.page_bytes for pool in self.pools)
+            return self.n_used * sum(pool.slot_bytes for pool in self.pools)
+        return sum(per_layer * len(pool.layers) * pool.slot_bytes for pool in self.pools)
 
     def resident(self, steps: Sequence[Step]) -> Answers:
         """Compute steps with everything resident, once."""

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import edgeroute
-from edgeroute import paging
+from edgeroute import paging, paging_layers
 from edgeroute.cli import cli
 from edgeroute.commands import doctor_facts, doctor_table, plan_model
 from edgeroute.config import RunParams
@@ -295,6 +295,74 @@ def test_a_model_too_small_to_gain_by_paging_is_refused_as_it_is(tmp_path: Path)
     found = as_json("plan", str(tmp_path / "m.gguf"), *SMALL, "--memory", "1MiB", code=4)
     assert found["smallest_budget_bytes"] == found["total_bytes"] == found["resident_bytes"]
     assert found["experts"]["smallest_budget_bytes"] > found["resident_bytes"]
+
+
+# plan, layers streamed
+
+
+@pytest.fixture(scope="module")
+def dense_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty layers of 2.5 MiB."""
+    path = tmp_path_factory.mktemp("dense") / "dense.gguf"
+    synth.write(replace(synth.ARCHITECTURES["llama"], n_layer=40), path)
+    return path
+
+
+@pytest.fixture
+def slim_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr(paging_layers, "psutil", SimpleNamespace(Process=lambda: process))
+
+
+def test_a_dense_model_that_fits_streams_nothing(dense_path: Path) -> None:
+    found = plan_moe(dense_path, 1 << 30)
+    assert (found["verdict"], found["layers"]) == ("FITS", None)
+    assert "streamed" not in found["decode"]
+
+
+def test_a_dense_model_that_does_not_fit_streams(dense_path: Path, slim_layers: None) -> None:
+    smallest = plan_moe(dense_path, MIB, code=4)["smallest_budget_bytes"]
+    n_streamed = []
+    for budget in (smallest, smallest + 20 * MIB, smallest + 40 * MIB):
+        found = plan_moe(dense_path, budget)
+        layers, decode = found["layers"], found["decode"]
+        assert (found["verdict"], found["fits"]) == ("STREAMED", True)
+        assert sum(found["parts"].values()) == found["total_bytes"] <= budget
+        assert layers["n_resident"] + layers["n_streamed"] == 41
+        assert found["smallest_budget_bytes"] == smallest < found["resident_bytes"]
+        with edgeroute.Runtime(dense_path, memory=budget, n_ctx=256, threads=1) as runtime:
+            stats: Any = runtime.stats()
+        # What is allowed for loading holds layers where it was not needed.
+        assert layers["n_streamed"] >= stats["layers"]["streamed"]
+        disk_s = layers["token_bytes"] / decode["disk"]["bytes_s"]
+        resident_s = found["weight_read_bytes"] / decode["bandwidth_bytes_s"]
+        predicted = decode["streamed"]
+        overlapped, serial = 1 / max(disk_s, resident_s), 1 / (disk_s + resident_s)
+        assert predicted["overlapped_ceiling_tok_s"] == pytest.approx(overlapped, rel=0.02)
+        assert predicted["serial_ceiling_tok_s"] == pytest.approx(serial, rel=0.02)
+        assert predicted["read_bytes"] == layers["token_bytes"]
+        n_streamed.append(layers["n_streamed"])
+    assert n_streamed == sorted(n_streamed, reverse=True) and n_streamed[0] == 41 > n_streamed[2]
+    assert plan_moe(dense_path, smallest - 1, code=4)["verdict"] == "REFUSED"
+
+
+def test_streaming_is_told_in_words(
+    dense_path: Path, slim_layers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smallest = plan_moe(dense_path, MIB, code=4)["smallest_budget_bytes"]
+    arguments = ("plan", str(dense_path), *SMALL, "--memory", str(smallest + 20 * MIB))
+    text = run(*arguments)
+    assert text.exit_code == 0
+    for words in ("layers streamed", "layer rooms", "of layers read per token"):
+        assert words in text.stdout
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UsageError("too small to measure")
+
+    monkeypatch.setattr(plan_model, "disk_read_bandwidth", refuse)
+    assert "not measured, so nothing is predicted" in run(*arguments).stdout
+    refused = run("plan", str(dense_path), *SMALL, "--memory", "1MiB")
+    assert refused.exit_code == 4 and "even with all layers streamed" in refused.stdout
 
 
 # doctor

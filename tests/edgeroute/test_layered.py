@@ -20,6 +20,7 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.layered import LayeredForward
 from edgeroute.offload.disk import DiskFile
 from edgeroute.offload.disk_profile import DiskProfile
+from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ModelFileError
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.units import MIB
@@ -40,6 +41,8 @@ def _slim_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paging_layers, "psutil", SimpleNamespace(Process=lambda: process))
     for name, value in (("STAGING_MIN_BYTES", 1), ("MOST_READ_BYTES", 1 << 17), ("MIB", 1)):
         monkeypatch.setattr(paging_layers, name, value)  # refusals name bytes
+    # What is streamed has the file's layout; so has what it is compared with.
+    monkeypatch.setattr(Device, "_find_extra_buffer_types", lambda *_: ())
     reads = DiskProfile(read_bytes=1 << 16, n_threads=2)
     monkeypatch.setattr(paging_layers, "profile", lambda disk: reads)
 
@@ -173,6 +176,11 @@ def test_answers_and_statistics_of_a_runtime(path: Path) -> None:
         expected = [resident.generate(prompt_ids=p, max_tokens=8).token_ids for p in prompts]
     with Runtime(path, **PARAMS, memory=smallest_budget(path) + 6 * MIB) as runtime:
         assert isinstance(runtime._loaded.forward, LayeredForward)
+        one = runtime.generate(prompt_ids=prompts[1], max_tokens=4, prefix="off").stats.to_dict()
+        mine: Any = one["layers"]
+        assert mine["resident"] + mine["streamed"] == 13
+        assert 0 < mine["bytes"] <= runtime.stats()["layers"]["bytes"]  # type: ignore[index]
+        assert mine["stall_s"] >= 0
         streams = [runtime.stream(prompt_ids=p, max_tokens=8) for p in prompts]
         ends = [list(stream)[-1].generation for stream in streams]
         assert [end.token_ids for end in ends if end is not None] == expected
@@ -257,3 +265,45 @@ def test_a_changed_file_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("edgeroute.runtime.gguf.GGUFFile.is_same", lambda *_: False)
     with pytest.raises(ModelFileError, match="changed"), opened(path, low):
         pass
+
+
+def test_scarce_memory_changes_the_split_and_no_bit(path: Path) -> None:
+    """Layers are given up and taken back between passes, by the store's own reading."""
+    low = smallest_budget(path)
+    with opened(path) as resident:
+        expected = play(resident.forward)
+    with opened(path, low + 20 * MIB) as loaded:
+        store = loaded.layers
+        assert store is not None
+        before = store.streamed
+        assert len(before) <= 8
+        seen = set()
+        high = store.pressure.params.high_bytes + store.resident_bytes
+        reading = [0]
+
+        def available() -> int:
+            seen.add(len(store.streamed))
+            reading[0] = (reading[0] + 1) % 8
+            return 0 if reading[0] < 2 else 4 * high
+
+        store.available = available
+        for _ in range(4):
+            store._next_reading = 0.0
+            assert equal(play(loaded.forward), expected)
+        for _ in range(60):
+            store._next_reading = 0.0
+            store.available = lambda: 4 * high
+            store.reconsider()
+        assert store.streamed == before
+        assert equal(play(loaded.forward), expected)
+    assert max(seen) == 12  # all but the head
+
+
+def test_equal_kernels_without_a_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`repack_experts=False` gives a dense model that fits the kernels of a streamed one."""
+    monkeypatch.undo()
+    path = tmp_path / "model.gguf"
+    synth.write(replace(synth.ARCHITECTURES["llama"], weight_type="Q4_0"), path)
+    loaded = LoadedModel(path, RunParams(**PARAMS, repack_experts=False))
+    assert not loaded.plan.weights.repacked
+    loaded.close()

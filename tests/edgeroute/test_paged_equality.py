@@ -13,7 +13,9 @@ import pytest
 
 from edgeroute.offload import expert_store
 from edgeroute.offload.eviction_registry import POLICIES
+from edgeroute.offload.overlap_gate import OverlapGate, OverlapParams
 from edgeroute.offload.prefetch import PREDICTORS
+from edgeroute.runtime import slots as slots_module
 from edgeroute.tools import synth
 
 _spec = importlib.util.spec_from_file_location(
@@ -177,6 +179,57 @@ def test_pages_that_lie_at_sectors(
     for direct in (True, False):
         with opened.paged(slots=3, direct=direct, prefetch="gate", forced=True) as paged:
             assert equal(paged.run(EVERYTHING), opened.resident(EVERYTHING))
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_parts_that_lie_off_the_sectors_are_read_in_place(
+    kind: str, folder: Path, open_lab: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer's tensors lie elsewhere in the file, and so do its experts in their slots."""
+    path = folder / f"lead-{kind}.gguf"
+    # The norms of one head, 128 bytes, move each layer's tensors on.
+    synth.write(replace(SMALL, n_layer=3, n_ff_exp=256, n_embd=256, weight_type=kind), path)
+    opened = open_lab(path)
+    monkeypatch.setattr(slots_module, "IN_PLACE_MIN_BYTES", 1)
+    layers = opened.pools[0].layers
+    leads = {info.offset % 4096 for layer in layers for info in layer.infos}
+    assert len(leads) > 2 and any(lead % 512 for lead in leads)
+    with opened.paged(slots=4, prefetch="gate", forced=True) as paged:
+        assert opened.pools[0].slot_bytes > opened.pools[0].page_bytes
+        assert equal(paged.run(EVERYTHING), opened.resident(EVERYTHING))
+        paged.settle()
+        assert paged.counts().misses and paged.counts().evictions
+        in_place = paged.disk.alignment <= 4096 or not opened.device.info.host_pointers
+        assert (paged.transfer.staging_bytes == 0) == in_place
+        paged.store.resize(opened.slots_bytes(2))
+        assert equal(paged.run(LESS), opened.resident(LESS))
+
+
+@pytest.mark.parametrize("arch", MOE)
+def test_resident_experts_are_computed_while_others_arrive(
+    arch: str, folder: Path, open_lab: Open
+) -> None:
+    """The same bits with it and without, on a disk that leaves the time to."""
+    path = folder / f"overlap-{arch}.gguf"
+    synth.make(arch, path)
+    opened = open_lab(path)
+    expected = opened.resident(EVERYTHING)
+    for slots in (opened.pools[0].n_expert // 2, opened.pools[0].n_expert - 1):
+        for overlap in (True, False):
+            with opened.paged(slots=slots, overlap=overlap) as paged:
+                assert equal(paged.run(EVERYTHING), expected), (slots, overlap)
+                stats = paged.store.stats()
+                assert stats["overlap"] == ("on" if overlap else "forbidden")
+                assert (paged.store.overlapped_s > 0) == overlap
+                assert stats["overlap_s"] == round(paged.store.overlapped_s, 6)
+
+
+def test_overlap_goes_through_its_trials_without_changing_a_bit(small: Any) -> None:
+    with small.paged(slots=6) as paged:
+        paged.store.overlap = OverlapGate(OverlapParams(warmup=2, trial=6, wait=3, max_wait=6))
+        for _ in range(3):
+            assert equal(paged.run(EVERYTHING), small.resident(EVERYTHING))
+        assert paged.store.overlap.n_trials > 2
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])

@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edgeroute.offload.disk import Disk
 from edgeroute.offload.load_plan import Extent, LoadJob
+from edgeroute.runtime.slots import Landing
 
 
 class FaultyDisk:
@@ -79,17 +81,19 @@ class MemorySink:
     """Keeps a page's parts; checks that each byte comes once."""
 
     def __init__(
-        self, extents: Sequence[Extent], *, whole_parts: bool = True, own_memory: bool = False
-    ) -> None:
+        self, extents: Sequence[Extent], *, whole_parts: bool = True, own_memory: bool = False,
+        lead: int = 0, behind: int = 0,
+    ) -> None:  # fmt: skip
         self.whole_parts = whole_parts
-        self.parts = {e.part: _memory(e.nbytes) for e in extents}
+        self._rooms = {e.part: (_memory(lead + e.nbytes + behind), lead) for e in extents}
+        self.parts = {e.part: self._rooms[e.part][0][lead : lead + e.nbytes] for e in extents}
         self.n_written = dict.fromkeys(self.parts, 0)
         self.on_write: Exception | None = None
         self._own_memory = own_memory
         self._lock = threading.Lock()
 
-    def destination(self, part: int) -> memoryview | None:
-        return self.parts[part] if self._own_memory else None
+    def destination(self, part: int) -> Landing | None:
+        return Landing(*self._rooms[part]) if self._own_memory else None
 
     def write(self, part: int, at: int, data: memoryview) -> None:
         if self.on_write is not None:
@@ -109,7 +113,7 @@ def _memory(nbytes: int) -> memoryview:
     return view
 
 
-def job(index: int, extents: Sequence[Extent], **kwargs: bool) -> tuple[LoadJob, MemorySink]:
+def job(index: int, extents: Sequence[Extent], **kwargs: Any) -> tuple[LoadJob, MemorySink]:
     """A load into memory, and that memory."""
     sink = MemorySink(extents, **kwargs)
     return LoadJob(id=index, extents=extents, sink=sink), sink

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -103,11 +104,11 @@ def _infos() -> list[TensorInfo]:
 
 
 def _units(device: Device, infos: Sequence[TensorInfo]) -> list[Unit]:
-    found = []
+    found, file_bytes = [], infos[-1].offset + infos[-1].nbytes
     for j in range(N_UNITS):
         mine = infos[2 * j : 2 * j + 2]
         specs = [TensorSpec(name=info.name, ne=info.ne, use="mul_mat") for info in mine]
-        found.append(make_unit(device, j, list(zip(specs, mine, strict=True))))
+        found.append(make_unit(device, j, list(zip(specs, mine, strict=True)), file_bytes))
     return found
 
 
@@ -239,5 +240,102 @@ def test_closing_while_layers_are_on_their_way(open_lab: Callable[[int], Lab]) -
 
 def test_a_room_holds_the_largest_unit_only(open_lab: Callable[[int], Lab]) -> None:
     lab = open_lab(2)
-    assert room_bytes(lab.device, lab.units) == max(unit.nbytes for unit in lab.units)
-    assert lab.store._rooms.n_bytes == max(unit.nbytes for unit in lab.units)
+    largest = max(unit.room_bytes for unit in lab.units)
+    assert lab.store._rooms.n_bytes == room_bytes(lab.units)
+    assert largest <= room_bytes(lab.units) <= largest + mmap.PAGESIZE
+
+
+class _Keeper:
+    """Notes what is kept, and what is in the memory outside the rooms."""
+
+    def __init__(self, kept: Sequence[Unit]) -> None:
+        self.kept = {unit.number for unit in kept}
+
+    def keep(self, unit: Unit) -> None:
+        self.kept.add(unit.number)
+
+    def let_go(self, unit: Unit) -> None:
+        self.kept.remove(unit.number)
+
+
+def _with_residents(lab: Lab, own: contextlib.ExitStack) -> tuple[LayerStore, _Keeper]:
+    """A store of units 2 and 5 beside residents: the others."""
+    streamed = [lab.units[2], lab.units[5]]
+    resident = [unit for unit in lab.units if unit not in streamed]
+    keeper = _Keeper(resident)
+    transfer = own.enter_context(Transfer([lab.disk], 2, 4096, 1 << 20))
+    store = LayerStore(_Nothing(), lab.device, transfer, LayerParams(
+        units=streamed, n_units=N_UNITS, n_rooms=2, resident=resident, keeper=keeper
+    ))  # fmt: skip
+    own.callback(store.close)
+    lab.store = store
+    return store, keeper
+
+
+def test_layers_are_given_up_and_come_back(open_lab: Callable[[int], Lab]) -> None:
+    """Whatever the size, what streams has the file's bytes, and nothing is in two places."""
+    with contextlib.ExitStack() as own:
+        lab = open_lab(2)
+        store, keeper = _with_residents(lab, own)
+        full = store.resident_bytes
+        rng = np.random.default_rng(4)
+        for share in [0.0, 1.0, *rng.random(30).tolist(), 1.0]:
+            before = store.streamed
+            assert store.resize(int(share * full)) == (store.streamed != before)
+            assert store.resident_bytes <= max(0, int(share * full))
+            assert keeper.kept == set(ALL) - store.streamed
+            assert store.stats()["resident"] == N_UNITS - len(store.streamed)
+            lab.run(sorted(store.streamed))
+        assert store.streamed == {2, 5}
+
+
+def test_scarce_memory_makes_more_layers_stream(open_lab: Callable[[int], Lab]) -> None:
+    with contextlib.ExitStack() as own:
+        lab = open_lab(2)
+        store, _ = _with_residents(lab, own)
+        margins = store.pressure.params
+        readings = [0, *[4 * margins.high_bytes + store.resident_bytes] * 40]
+        store.available = lambda: readings.pop(0)
+        sizes = []
+        while readings:
+            store._next_reading = 0.0
+            before = store.streamed
+            assert store.reconsider() == (store.streamed != before)
+            sizes.append(len(store.streamed))
+            lab.run(sorted(store.streamed))
+        assert sizes[0] == N_UNITS and sizes[-1] == 2
+        assert not store.reconsider()  # looked at only now and then
+
+
+def test_a_file_truncated_while_running_is_an_error(open_lab: Callable[[int], Lab]) -> None:
+    lab = open_lab(2)
+    lab.run(ALL)
+    lab.settle()
+    path = lab.disk.path
+    with path.open("r+b") as file:
+        file.truncate(lab.units[3].parts[0].info.offset)
+    with pytest.raises(ModelFileError, match="must be replaced, not rewritten"):
+        for _ in range(2):
+            lab.run(ALL)
+
+
+def test_neighbours_are_one_stretch_of_whole_pages() -> None:
+    """The gap of 64 KiB and more is not read, nor anything behind the file's end."""
+    page = mmap.PAGESIZE
+    offsets = (page + 32, 2 * page, 2 * page + (128 << 10))
+    with Device.open("cpu") as device:
+        pairs = []
+        for j, offset in enumerate(offsets):
+            info = TensorInfo(name=f"t{j}", ne=(64, 4), type=GGMLType.F32, offset=offset,
+                              nbytes=1024)  # fmt: skip
+            pairs.append((TensorSpec(name=info.name, ne=info.ne, use="mul_mat"), info))
+        end = offsets[-1] + 1024
+        unit = make_unit(device, 0, pairs, end)
+        first, last = unit.stretches
+        assert (first.offset, first.nbytes, len(first.parts)) == (page, 2 * page, 2)
+        assert last.offset + last.nbytes == end and last.room_bytes % page == 0
+        assert unit.nbytes == 3072 and unit.read_bytes == 2 * page + last.nbytes
+        odd = TensorInfo(name="odd", ne=(64, 4), type=GGMLType.F32, offset=page + 8, nbytes=1024)
+        pairs.append((TensorSpec(name="odd", ne=odd.ne, use="mul_mat"), odd))
+        copied = make_unit(device, 0, pairs, end)  # not where a tensor may be
+        assert [len(stretch.parts) for stretch in copied.stretches] == [1] * 4

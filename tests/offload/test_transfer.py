@@ -101,10 +101,12 @@ def test_every_page_arrives_as_it_is_in_the_file(
     n_threads = data.draw(st.integers(1, 5))
     read_bytes = data.draw(st.sampled_from([1000, 4096, 30_000, 64 * KIB, 256 * KIB]))
     wanted = pages(data.draw, 2)
+    leads = st.sampled_from([0, 31, 512, 4096])
     jobs = [
-        job(i, page, whole_parts=data.draw(st.booleans()), own_memory=data.draw(st.booleans()))
+        job(i, page, whole_parts=data.draw(st.booleans()), own_memory=data.draw(st.booleans()),
+            lead=data.draw(leads), behind=data.draw(leads))
         for i, page in enumerate(wanted)
-    ]
+    ]  # fmt: skip
     demand, promoted = data.draw(st.booleans()), data.draw(st.lists(st.booleans(), max_size=6))
     files = [DiskFile.open(path), DiskFile.open(path, direct=False)]
     with Transfer(files, n_threads, read_bytes, 512 * KIB) as transfer:
@@ -152,9 +154,25 @@ def test_aligned_memory_is_read_into_without_staging(stored: tuple[Path, bytes])
     assert sink.n_written == {0: 0}
 
 
+@pytest.mark.parametrize(("lead", "behind"), [(100, 1000), (99, 1000), (100, 10), (0, 0)])
+def test_a_part_off_the_borders_is_read_with_what_lies_around_it(
+    stored: tuple[Path, bytes], lead: int, behind: int
+) -> None:
+    """Where its memory lies as far off them, and may be overwritten; else through staging."""
+    disk = DiskFile.open(stored[0])
+    offset, nbytes = 8192 + 100, 65_536
+    load, sink = job(0, [Extent(0, offset, nbytes, 0)], own_memory=True, lead=lead, behind=behind)
+    direct = disk.alignment == 1 or (lead == 100 and behind == 1000 and disk.alignment == 512)
+    with Transfer([disk], 2, 128 * KIB, 256 * KIB) as transfer:
+        assert transfer.wait(transfer.load([load]))
+        assert (transfer.staging_bytes == 0) == direct and transfer.stats.n_reads == 1
+    assert bytes(sink.parts[0]) == stored[1][offset : offset + nbytes]
+    assert sink.n_written == {0: 0 if direct else nbytes}
+
+
 def test_a_destination_of_the_wrong_size_is_refused(slow: tuple[FaultyDisk, Transfer]) -> None:
     load, sink = job(0, [Extent(0, 0, 4096, 0)], own_memory=True)
-    sink.parts[0] = sink.parts[0][:100]
+    sink._rooms[0] = (sink.parts[0][:100], 0)
     with pytest.raises(EdgerouteError, match="must be writable and 4096 contiguous bytes, got 100"):
         slow[1].load([load])
 

@@ -15,7 +15,7 @@ from edgeroute.offload.replay import replay
 from edgeroute.offload.trace import TraceMeta, TraceWriter, make_step, read_trace
 from edgeroute.runtime.errors import EdgerouteError, UsageError
 from edgeroute.runtime.units import GIB, MIB
-from edgeroute.tools.bench import experts, experts_report
+from edgeroute.tools.bench import experts, experts_python, experts_report
 from edgeroute.tools.bench.experts import ExpertsParams
 from edgeroute.tools.bench.experts_ceiling import Ceiling, Geometry, Replayed, geometry, replayed
 from edgeroute.tools.bench.experts_engines import COUNTERS, Life, LifePlan, Phase, counters
@@ -182,6 +182,29 @@ def test_without_peer_and_trace_there_is_less_to_say() -> None:
     assert len(report.columns) == len(report.rows[0]) == 3
 
 
+def test_overlap_and_python_are_reported_where_they_were_measured() -> None:
+    full = found()
+    assert not any("computed while" in note for note in experts_report.make_report(full).notes)
+    more = {"overlap": "on", "overlap_gain": 0.125, "overlap_s": 1.5}
+    lives = [replace(life(4.0), pager=life(4.0).pager | more),
+             replace(life(4.0), pager=life(4.0).pager | {"overlap": "off", "overlap_gain": None,
+                                                         "overlap_s": 0.5})]  # fmt: skip
+    report = experts_report.make_report(
+        replace(full, lives=full.lives | {"edgeroute": lives}, python_us_per_layer=61.5)
+    )
+    [note] = [note for note in report.notes if "computed while" in note]
+    assert "1.00 s per run" in note and "on, off" in note and "12.5%" in note
+    python = criteria(report)["microseconds of Python per layer and token when all hit"]
+    assert python.value == 61.5 and not python.met
+    assert json.loads(json.dumps(report.to_dict()))["results"][0]["python_us_per_layer"] == 61.5
+
+
+def test_python_is_timed_on_tokens_that_hit_only() -> None:
+    assert 0 < experts_python.python_us_per_layer(60) < 1e6
+    with pytest.raises(EdgerouteError, match="all of 1 tokens read experts"):
+        experts_python.python_us_per_layer(1)
+
+
 # runs
 
 
@@ -222,6 +245,6 @@ class Glutton:
 @pytest.mark.usefixtures("_groups")
 def test_what_the_kernel_kills_is_called_that(moe_path: Path) -> None:
     params = BenchParams(path=moe_path, name="m", threads=1, reps=1, tokens=8)
-    bench = experts._Bench(params, ExpertsParams(limit="96MiB", n_prompt=8))
+    bench = experts.Bench(params, ExpertsParams(limit="96MiB", n_prompt=8))
     with pytest.raises(EdgerouteError, match=r"the kernel killed glutton.*96 MiB.*--limit"):
         bench._limited("glutton", Glutton, None)()

@@ -21,6 +21,7 @@ from edgeroute.runtime.units import format_bytes, parse_bytes
 from edgeroute.tools.bench import experts_report, pairs
 from edgeroute.tools.bench.experts_ceiling import geometry, replayed
 from edgeroute.tools.bench.experts_engines import Life, LifePlan, Mapped, Paged, Store
+from edgeroute.tools.bench.experts_python import python_us_per_layer
 from edgeroute.tools.bench.experts_report import Found
 from edgeroute.tools.bench.limit import CacheState, MemoryLimit, drop_page_cache
 from edgeroute.tools.bench.peer import PeerParams
@@ -76,8 +77,11 @@ class ExpertsParams:
         return int(BUDGET_RATIO * limit_bytes) if self.memory is None else parse_bytes(self.memory)
 
 
-class _Bench:
+class Bench:
     """The runs of one benchmark, and what they left beside the number that is alternated."""
+
+    pager: type[Paged] = Paged
+    store: type[Store] = Store
 
     def __init__(self, params: BenchParams, wanted: ExpertsParams) -> None:
         self.params, self.wanted = params, wanted
@@ -104,9 +108,11 @@ class _Bench:
     def runners(self) -> dict[str, pairs.Runner]:
         """What is alternated: both engines, ours with all in memory if it fits, and the disk."""
         path, budget = self.params.path, self.budget_bytes
-        found = {"edgeroute": self._limited("edgeroute", Paged, self.settings(memory=budget))}
+        found = {"edgeroute": self._limited("edgeroute", self.pager, self.settings(memory=budget))}
         if self.wanted.peer:
             peer = PeerParams(n_ctx=self.plan.n_ctx, threads=self.params.threads, repack=False)
+            if n_ubatch := self.settings().get("n_ubatch"):
+                peer = replace(peer, n_ubatch=n_ubatch)
             found["llama.cpp"] = self._limited("llama.cpp", Mapped, peer)
         if machine.memory().available_bytes > RESIDENT_RATIO * path.stat().st_size:
             found["resident"] = self._resident
@@ -137,7 +143,7 @@ class _Bench:
         return run
 
     def _resident(self) -> float:
-        with Worker(Paged, self.params.path, self.settings()) as worker:
+        with Worker(self.pager, self.params.path, self.settings()) as worker:
             return self._keep("resident", worker.call("live", self.plan))
 
     def _keep(self, name: str, life: Life) -> float:
@@ -149,7 +155,7 @@ class _Bench:
         seed = len(self.store_bytes_s)  # other places each time: the disk has a cache of its own
         with (
             MemoryLimit(self.limit_bytes) as limit,
-            Worker(*limit.factory(Store, self.params.path)) as worker,
+            Worker(*limit.factory(self.store, self.params.path)) as worker,
         ):
             self.store_mode = worker.call("mode")
             self.store_bytes_s.append(worker.call("bytes_s", STORE_S, seed))
@@ -164,7 +170,7 @@ def run(params: BenchParams, progress: pairs.Progress, wanted: ExpertsParams) ->
         EdgerouteError: a run failed; where the kernel killed it, the message says so.
     """
     shape = geometry(params.path)
-    bench = _Bench(replace(params, warmup=0), wanted)
+    bench = Bench(replace(params, warmup=0), wanted)
     progress(f"limit {format_bytes(bench.limit_bytes)}, budget {format_bytes(bench.budget_bytes)}")
     measured = pairs.alternate(bench.runners(), bench.params.plan, progress)
     found = Found(
@@ -174,11 +180,13 @@ def run(params: BenchParams, progress: pairs.Progress, wanted: ExpertsParams) ->
         notes=(bench.cache.note, f"store read in mode {bench.store_mode!r}"),
     )  # fmt: skip
     if shape.expert_bytes and bench.lives["edgeroute"][-1].pager:
+        progress("what Python costs when all hit, on a model of next to no arithmetic")
+        found = replace(found, python_us_per_layer=round(python_us_per_layer(), 2))
         found = _with_replay(bench, found, progress)
     return experts_report.make_report(found)
 
 
-def _with_replay(bench: _Bench, found: Found, progress: pairs.Progress) -> Found:
+def _with_replay(bench: Bench, found: Found, progress: pairs.Progress) -> Found:
     progress("a run with a trace, and its replay through every policy")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "experts.trace"

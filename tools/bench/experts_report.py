@@ -23,6 +23,7 @@ TARGET_PREFILL, TARGET_PREFILL_CEILING, TARGET_PREFILL_READS = 1.3, 0.85, 1.1
 TARGET_AFTER = 0.95
 """Decoding right after a prompt over before it; runs of one state differ by some per cent."""
 TARGET_FIRST, TARGET_POLICY_POINTS, TARGET_LRU_BYTES = 1.5, 0.01, 1.1
+TARGET_PYTHON_US = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class Found:
     notes: tuple[str, ...]
     replayed: Replayed | None = None
     traced: Life | None = None
+    python_us_per_layer: float | None = None
 
     def series(self, name: str, read: Callable[[Life], float]) -> Series:
         """One figure of an engine's runs."""
@@ -74,7 +76,7 @@ def _computing_s(part: Phase) -> float:
     return part.seconds - part.experts.get("stall_s", 0.0)
 
 
-_FIGURES: tuple[tuple[str, str, Callable[[Life], float]], ...] = (
+FIGURES: tuple[tuple[str, str, Callable[[Life], float]], ...] = (
     ("decode", "tok/s", lambda life: life.decode.tok_s),
     ("prefill", "tok/s", lambda life: life.prefill.tok_s),
     ("decode after prefill", "tok/s", lambda life: life.after.tok_s),
@@ -94,12 +96,14 @@ def make_report(found: Found) -> Report:
     peer = ("llama.cpp mmap", "ratio") if "llama.cpp" in found.lives else ()
     return Report(
         bench="experts", params=found.params, columns=("", "edgeroute", *peer, "runs"),
-        rows=tuple(_row(found, *figure) for figure in _FIGURES),
+        rows=tuple(row(found, *figure) for figure in FIGURES),
         results=_results(found), criteria=tuple(_criteria(found)), notes=tuple(_notes(found)),
     )  # fmt: skip
 
 
-def _row(found: Found, what: str, unit: str, read: Callable[[Life], float]) -> tuple[str, ...]:
+def row(found: Found, what: str, unit: str, read: Callable[[Life], float]) -> tuple[str, ...]:
+    """Return a figure's line of the table."""
+
     def show(series: Series) -> str:
         return format_bytes(series.median) if unit == "bytes" else spread(series, 2)
 
@@ -144,6 +148,10 @@ def _criteria(found: Found) -> Iterator[Criterion]:
                         value=moved / found.geometry.expert_bytes, limit=TARGET_PREFILL_READS,
                         at_most=True)  # fmt: skip
     yield from _policy_criteria(found)
+    if found.python_us_per_layer is not None:
+        yield Criterion(what="microseconds of Python per layer and token when all hit",
+                        value=found.python_us_per_layer, limit=TARGET_PYTHON_US,
+                        at_most=True)  # fmt: skip
 
 
 def _policy_criteria(found: Found) -> Iterator[Criterion]:
@@ -184,7 +192,23 @@ def _notes(found: Found) -> Iterator[str]:
         ranked = sorted(found.replayed.hit_ratios.items(), key=lambda pair: -pair[1])
         shown = ", ".join(f"{name} {ratio:.1%}" for name, ratio in ranked)
         yield f"hit rates by replay with {found.replayed.n_slots} slots: {shown}"
+    yield from _overlap(found)
     yield from found.notes
+
+
+def _overlap(found: Found) -> Iterator[str]:
+    pagers = [life.pager for life in found.lives["edgeroute"] if "overlap" in life.pager]
+    if pagers:
+        states = ", ".join(str(pager["overlap"]) for pager in pagers)
+        gains = [gain for pager in pagers if isinstance(gain := pager["overlap_gain"], float)]
+        shown = ", ".join(f"{gain:.1%}" for gain in gains) or "no trial"
+        hid_s = statistics.median(_number(pager["overlap_s"]) for pager in pagers)
+        yield (f"computed while other experts of the layer were read: {hid_s:.2f} s per run; in "
+               f"the end {states}; gain in the trials, of such layers' time: {shown}")  # fmt: skip
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _results(found: Found) -> list[dict[str, object]]:
@@ -197,12 +221,13 @@ def _results(found: Found) -> list[dict[str, object]]:
         "store_bytes_s": round(found.store_bytes_s),
         "ceilings_per_token": ceilings,
         "first_bound_s": round(found.first_bound_s, 6),
+        "python_us_per_layer": found.python_us_per_layer,
         "peak_bytes": {name: list(peaks) for name, peaks in found.peaks.items()},
         "lives": {name: [life.to_dict() for life in lives] for name, lives in found.lives.items()},
         "replay": None if found.replayed is None else found.replayed.to_dict(),
     }]  # fmt: skip
     if "llama.cpp" in found.lives:
-        for what, unit, read in _FIGURES:
+        for what, unit, read in FIGURES:
             ours, theirs = found.series("edgeroute", read), found.series("llama.cpp", read)
             results.append(pair_result({"what": what}, unit, ours, theirs))
     return results
