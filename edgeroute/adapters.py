@@ -43,6 +43,7 @@ class AdapterPlan:
         rank: rows of one slot; adapters of a higher rank take several.
         n_slots: slots.
         n_resident: adapters of the largest kind that these hold.
+        n_used: slots that one of the largest kind takes.
         targets: the weights that any of them changes.
         state: where what the router learns is kept; None for nowhere.
     """
@@ -51,6 +52,7 @@ class AdapterPlan:
     rank: int
     n_slots: int
     n_resident: int
+    n_used: int
     targets: tuple[LoraTarget, ...]
     state: Path | None
 
@@ -59,6 +61,11 @@ class AdapterPlan:
         """Bytes of the slot tensors, the slot of zeros and alignment included."""
         exact = (self.n_slots + 1) * LoraSlots.bytes_per_slot(self.targets, self.rank)
         return exact + 2 * ALIGNMENT * len(self.targets)
+
+    def compute_bytes(self, n_ubatch: int) -> int:
+        """Bound what one adapter's products take in the compute buffer, beside the model's."""
+        widest = max((target.n_out for target in self.targets), default=0)
+        return 4 * n_ubatch * self.n_used * 2 * widest
 
 
 def plan_adapters(
@@ -79,18 +86,22 @@ def plan_adapters(
         return None
     base = base_shapes(model)
     files = tuple(open_adapter(path, base) for path in find_adapters(params.adapters))
-    lowest = min((pair.rank for each in files for pair in each.tensors), default=EMPTY_RANK)
-    rank = min(MAX_SLOT_RANK, math.ceil(lowest / RANK_STEP) * RANK_STEP)
+    ranks = [pair.rank for each in files for pair in each.tensors] or [EMPTY_RANK]
+    # At least so high that the highest is not in more slots than a request may use.
+    least = min(MAX_SLOT_RANK, max(min(ranks), max(ranks) / MAX_SLOTS_PER_TOKEN))
+    rank = math.ceil(least / RANK_STEP) * RANK_STEP
     blocks = max((n_blocks(each, rank) for each in files), default=1)
     targets = tuple(sorted({target for each in files for target in targets_of(each)}))
-    n_resident = params.adapter_slots or min(DEFAULT_RESIDENT, max(1, len(files)))
+    n_resident = params.adapter_slots or min(DEFAULT_RESIDENT, len(files) or DEFAULT_RESIDENT)
     if params.adapter_slots is None:
         slot_bytes = blocks * LoraSlots.bytes_per_slot(targets, rank)
         share = BUDGET_SHARE * budget_bytes
         while n_resident > 1 and (n_resident + 1) * slot_bytes > share:
             n_resident -= 1
-    return AdapterPlan(files=files, rank=rank, n_slots=blocks * n_resident, n_resident=n_resident,
-                       targets=targets, state=state_path(file, params.adapter_state))  # fmt: skip
+    return AdapterPlan(
+        files=files, rank=rank, n_slots=blocks * n_resident, n_resident=n_resident, n_used=blocks,
+        targets=targets, state=state_path(file, params.adapter_state),
+    )  # fmt: skip
 
 
 class Adapters(Closing):
@@ -129,7 +140,7 @@ class Adapters(Closing):
         except BaseException:
             self._free()
             raise
-        forward.lora = self._slots
+        forward.lora, forward.lora_width = self._slots, plan.n_used
 
     def open(self, path: str | Path) -> AdapterFile:
         """Check an adapter against this model; any thread may call it.
@@ -182,7 +193,8 @@ class Adapters(Closing):
             return True
         if not self.store.ready(lease):
             return False
-        request.adapter_s = time.monotonic() - request.leased
+        if not request.adapter_s:  # asked again where there are no cells yet
+            request.adapter_s = time.monotonic() - request.leased
         request.lora = lease.row
         return True
 
@@ -211,6 +223,7 @@ class Adapters(Closing):
 
     def _extend(self, targets: set[LoraTarget]) -> None:
         more = (self._slots.n_slots + 1) * LoraSlots.bytes_per_slot(targets, self._slots.rank)
+        more += 2 * ALIGNMENT * len(targets)
         label = f"{LEDGER_OWNER} (added)"
         self._ledger.reserve({label: more})
         try:
@@ -222,10 +235,7 @@ class Adapters(Closing):
 
     def _book(self) -> None:
         """Enter what the slots really take instead of what was planned."""
-        if LEDGER_OWNER in {entry.owner for entry in self._ledger.entries()}:
-            self._ledger.release(LEDGER_OWNER)
-        if self._slots.n_bytes:
-            self._ledger.reserve({LEDGER_OWNER: self._slots.n_bytes})
+        self._ledger.replace(LEDGER_OWNER, self._slots.n_bytes)
 
     def close(self) -> None:
         """Save what was learned, let a running load end, free the slots; safe to call twice."""

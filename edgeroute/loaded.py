@@ -17,7 +17,7 @@ from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.kv_cache import KvCache, KvShape, round_cells
-from edgeroute.runtime.ledger import Ledger
+from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
 from edgeroute.runtime.units import MIB, parse_bytes
 from edgeroute.runtime.weights import ResidentWeights, WeightsPlan
 
@@ -49,7 +49,7 @@ class MemoryPlan:
             "weights (mapped file)": self.weights.mapped_bytes,
             "weights (repacked or copied)": self.weights.copied_bytes,
             "KV cache": self.kv_bytes,
-            "compute buffer": self.compute_bytes,
+            COMPUTE_BUFFER: self.compute_bytes,
             "adapter slots": self.adapter_bytes,
         }
         return {owner: n_bytes for owner, n_bytes in found.items() if n_bytes}
@@ -135,8 +135,7 @@ class LoadedModel:
 
     def _book_compute(self) -> None:
         """Enter what the compute buffers really take instead of what was planned."""
-        self.ledger.release("compute buffer")
-        self.ledger.reserve({"compute buffer": self.forward.graphs.n_bytes})
+        self.ledger.replace(COMPUTE_BUFFER, self.forward.graphs.n_bytes)
 
     def _load_weights(self, params: RunParams) -> None:
         """Plan, enter in the ledger, then place weights, KV pool and compute buffer."""
@@ -171,10 +170,14 @@ class LoadedModel:
         return plan_adapters(self.file.path, self.model, params, self.ledger.budget_bytes)
 
     def _plan(self, weights: ResidentWeights, params: RunParams) -> MemoryPlan:
-        adapters = self._adapter_plan
+        adapters, plan = self._adapter_plan, plan_memory(self.model.hparams, weights, params)
+        if adapters is None:
+            return plan
+        more = adapters.compute_bytes(
+            min(params.n_ubatch, round_cells(params.n_kv or params.n_ctx))
+        )
         return dataclasses.replace(
-            plan_memory(self.model.hparams, weights, params),
-            adapter_bytes=0 if adapters is None else adapters.n_bytes,
+            plan, adapter_bytes=adapters.n_bytes, compute_bytes=plan.compute_bytes + more
         )
 
     def _load_in_part(self, params: RunParams) -> None:

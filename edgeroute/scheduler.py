@@ -19,7 +19,7 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.offload.counters import LayerCount
 from edgeroute.request import EngineState, Request
 from edgeroute.runtime.errors import EdgerouteError
-from edgeroute.runtime.ledger import Ledger
+from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
 from edgeroute.runtime.threads import ThreadPolicy
@@ -53,6 +53,7 @@ class Scheduler:
         self._experts = experts
         self._layers = layers
         self._adapters = adapters
+        self._compute_bytes = forward.graphs.n_bytes
         self._waiting: deque[Request] = deque()
         self._arriving: list[Request] = []  # their adapters are held, perhaps still loading
         self._prefilling: deque[Request] = deque()
@@ -278,12 +279,26 @@ class Scheduler:
         """Run a batch; a failed one fails its own requests only. None when it was stopped."""
         self.forward.device.set_threads(self.threads.n_threads)
         try:
-            return self.forward.run(pieces, borrow=True)
+            logits = self.forward.run(pieces, borrow=True)
+            if self._adapters is not None:
+                self._book_compute()
+            return logits
         except EdgerouteError as error:
             for request in requests:
                 self._leave(request)
                 self._fail(request, error)
             return None
+
+    def _book_compute(self) -> None:
+        """Enter what a mixture of adapters made the compute buffer grow to.
+
+        Raises:
+            CapacityError: that is over the budget.
+        """
+        n_bytes = self.forward.graphs.n_bytes
+        if n_bytes != self._compute_bytes:
+            self._ledger.replace(COMPUTE_BUFFER, n_bytes)
+            self._compute_bytes = n_bytes
 
     def _leave(self, request: Request) -> None:
         for group in (self._prefilling, self._decoding):

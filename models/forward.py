@@ -74,6 +74,8 @@ class Forward:
         self.kv = kv
         self.graphs = GraphCache(device)
         self.lora: LoraSlots | None = None
+        self.lora_width = 1
+        """Slots that one adapter takes at most."""
         layers = tuple(range(model.hparams.n_layer))
         self.whole = (Span(layers, embed=True, output=True),)
         self._strip = Table(causal_mask(kv.n_cells))
@@ -101,8 +103,11 @@ class Forward:
 
     @property
     def widest_lora(self) -> LoraShape | None:
-        """What a batch with adapters takes at least; memory is sized for it."""
-        return None if self.lora is None else LoraShape(1, weighted=True)
+        """What a batch with one adapter takes at most; memory is sized for it.
+
+        A mixture may take more: the compute buffer grows then, and is entered as it is.
+        """
+        return None if self.lora is None else LoraShape(self.lora_width, weighted=True)
 
     def embed(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Look token embeddings up: F32 (n, n_embd)."""

@@ -40,6 +40,7 @@ class LayeredForward(Forward):
         self._keep_graphs()
 
     def _keep_graphs(self) -> None:
+        self._cut_for = self._pager.streamed
         self.graphs.max_graphs = SHAPES_KEPT * len(self._steps(self.whole))
 
     def reserve(self, n_tokens: int, n_kv: int) -> None:
@@ -62,7 +63,8 @@ class LayeredForward(Forward):
             ModelFileError: a layer cannot be read.
         """
         shape = self.shape(pieces)
-        if self._pager.reconsider():
+        self._pager.reconsider()
+        if self._pager.streamed is not self._cut_for:  # other layers stream than at the last pass
             self.graphs.clear()
             self._steps_of.clear()
             self._keep_graphs()

@@ -17,7 +17,7 @@ from edgeroute.offload.adapter_load import (
     n_blocks,
 )
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.errors import CapacityError, ClosedError, UsageError
+from edgeroute.runtime.errors import CapacityError, ClosedError, EdgerouteError, UsageError
 from edgeroute.runtime.lora import NO_ADAPTER, LoraRow, LoraSlots
 
 MAX_SLOTS_PER_TOKEN = 16
@@ -132,7 +132,7 @@ class AdapterStore(Closing):
     @property
     def resident(self) -> list[str]:
         """Adapters whose numbers are in slots, sorted; any thread may ask."""
-        return sorted(name for name, page in list(self._pages.items()) if page.resident)
+        return sorted(name for name, page in self._pages.copy().items() if page.resident)
 
     @property
     def placed(self) -> frozenset[str]:
@@ -348,7 +348,7 @@ class AdapterStore(Closing):
         if loading.cancelled():
             page.failed = ClosedError(f"the adapters were closed before {page.name!r} was read")
         else:
-            page.failed = loading.exception()
+            page.failed = _told(page.name, loading.exception())
         if page.failed is not None:
             self.counts.errors += 1
             self._drop(page)
@@ -358,3 +358,12 @@ class AdapterStore(Closing):
         self.counts.loaded_bytes += loaded.n_bytes
         self.counts.load_s += loaded.seconds
         page.load_s = loaded.seconds
+
+
+def _told(name: str, error: BaseException | None) -> BaseException | None:
+    """Make an error of a request's own out of one that nobody expected."""
+    if error is None or isinstance(error, EdgerouteError):
+        return error
+    told = CapacityError(f"adapter {name!r} could not be loaded: {error!r}")
+    told.__cause__ = error
+    return told

@@ -450,8 +450,8 @@ class AdapterRouter:
                     "paging_s": float(self._cost_s[row]),
                     "resident": name in self._resident,
                 }
-                for name in self._identities
-                if (row := self._bandit.row(name)) is not None
+                for name in list(self._identities)  # other threads may ask for these figures
+                if (row := self._bandit.row(name)) is not None and row < len(plays)
             },
         }
 

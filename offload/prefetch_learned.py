@@ -9,6 +9,7 @@ nothing open but the numbers: every other byte must be what `to_onnx` writes for
 number of layers and experts, so that onnxruntime never sees a graph of somebody else's.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,22 @@ class Learned:
         self._history.end_sequence()
 
 
+def check_shape(n_layer: int, n_expert: int) -> None:
+    """Refuse a model whose predictor would be too large, before anything is allocated.
+
+    Raises:
+        UsageError: it would be, or no model has this shape.
+    """
+    check_size(n_layer, n_expert)
+    n_bytes = 4 * n_layer * n_expert * (N_PARTS * n_expert + 1)
+    if n_bytes > MAX_BYTES:
+        raise UsageError(
+            f"a route predictor for {n_layer} layers of {n_expert} experts takes "
+            f"{format_bytes(n_bytes)}; at most {format_bytes(MAX_BYTES)} are read: "
+            f"choose another predictor"
+        )
+
+
 def load(path: str | os.PathLike[str], n_layer: int, n_expert: int) -> Learned:
     """Read a predictor for a model of so many layers and experts.
 
@@ -231,15 +248,9 @@ class _Template:
 
     @classmethod
     def of(cls, n_layer: int, n_expert: int) -> "_Template":
-        check_size(n_layer, n_expert)
+        check_shape(n_layer, n_expert)
         weight, bias = (n_layer, N_PARTS * n_expert, n_expert), (n_layer, 1, n_expert)
-        sizes = 4 * n_layer * N_PARTS * n_expert**2, 4 * n_layer * n_expert
-        if sum(sizes) > MAX_BYTES:
-            raise UsageError(
-                f"a route predictor for {n_layer} layers of {n_expert} experts takes "
-                f"{format_bytes(sum(sizes))}; at most {format_bytes(MAX_BYTES)} are read: "
-                f"choose another predictor"
-            )
+        sizes = 4 * math.prod(weight), 4 * math.prod(bias)
         heads = _tensor_head("weight", weight, sizes[0]), _tensor_head("bias", bias, sizes[1])
         # In front of each tensor of the graph: its field and its length, the numbers included.
         tensors = [

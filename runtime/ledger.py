@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.units import format_bytes
 
+COMPUTE_BUFFER = "compute buffer"
+"""The owner of what graphs are computed in."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -37,7 +40,7 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """List the entries, largest first."""
-        pairs = sorted(self._entries.items(), key=lambda pair: -pair[1])
+        pairs = sorted(self._entries.copy().items(), key=lambda pair: -pair[1])
         return [Entry(owner=owner, n_bytes=n_bytes) for owner, n_bytes in pairs]
 
     def reserve(self, wants: dict[str, int]) -> None:
@@ -60,6 +63,20 @@ class Ledger:
                 "a smaller model"
             )
         self._entries.update(wants)
+
+    def replace(self, owner: str, n_bytes: int) -> None:
+        """Enter another number of bytes for an owner, who may have had none.
+
+        Raises:
+            CapacityError: it does not fit; the entry is as before.
+        """
+        before = self._entries.pop(owner, None)
+        try:
+            self.reserve({owner: n_bytes})
+        except CapacityError:
+            if before is not None:
+                self._entries[owner] = before
+            raise
 
     def release(self, owner: str) -> None:
         """Remove an owner's entry.

@@ -177,7 +177,7 @@ class LoraUse:
         self.shape = shape_
         self._down: dict[tuple[tuple[str, ...], Tensor], Tensor] = {}
 
-    def down(self, ctx: int, place: _Place, x: Tensor, inputs: LoraInputs) -> Tensor:
+    def down(self, ctx: int, place: _Place, x: Tensor, ids: Tensor) -> Tensor:
         """Build A x of a group's weights, once: F32 [n_group * rank, n_used, n]."""
         key = (place.group, x)
         found = self._down.get(key)
@@ -185,19 +185,19 @@ class LoraUse:
             g = ggml()
             n_in, n = shape(x)[:2]
             flat = g.ggml_reshape_3d(ctx, x, n_in, 1, n)
-            found = g.ggml_mul_mat_id(ctx, place.down, flat, inputs[0])
-            if inputs[1] is not None:
-                found = g.ggml_mul(ctx, found, inputs[1])
+            found = g.ggml_mul_mat_id(ctx, place.down, flat, ids)
             self._down[key] = found
         return found
 
     def delta(self, ctx: int, place: _Place, x: Tensor, inputs: LoraInputs) -> Tensor:
         """Build what the adapters add to one weight's product: F32 [n_out, n]."""
         g, rank = ggml(), self.slots.rank
-        down = self.down(ctx, place, x, inputs)
+        down = self.down(ctx, place, x, inputs[0])
         (_, k, n, _), nb = shape(down), strides(down)
         mine = g.ggml_view_3d(ctx, down, rank, k, n, nb[1], nb[2], place.part * rank * 4)
         out = g.ggml_mul_mat_id(ctx, place.up, mine, inputs[0])
+        if inputs[1] is not None:
+            out = g.ggml_mul(ctx, out, inputs[1])  # where llama.cpp scales, for its bits
         n_out, nb = shape(out)[0], strides(out)
         total = g.ggml_view_2d(ctx, out, n_out, n, nb[2], 0)
         for i in range(1, k):

@@ -30,6 +30,7 @@ from edgeroute.offload.prefetch_learned import (
     History,
     Learned,
     RouteModel,
+    check_shape,
     to_onnx,
 )
 from edgeroute.offload.trace import Trace, TraceMeta, TraceStep, read_trace
@@ -197,8 +198,9 @@ def _count_right(model: RouteModel, chunk: _Chunk, n_pages: int) -> float:
 class Judged:
     """Needed experts that a predictor named / needed, by layer and in all.
 
-    At as many guesses as a token uses experts, and at 1.5 times that; the first traced layer
-    and those behind a layer without experts cannot be predicted and are not counted.
+    At as many guesses as a token uses experts, and at 1.5 times that, MAX_GUESSES at most.
+    The first traced layer and those behind a layer without experts cannot be predicted and
+    are not counted.
     """
 
     name: str
@@ -255,9 +257,11 @@ def run(trace: Trace, held_out: Trace | None = None) -> tuple[RouteModel, Report
     """Train on a trace and judge by its last fifth, or by a second trace of the same model.
 
     Raises:
-        UsageError: the traces are too short, or of different models.
+        UsageError: the traces are too short, of different models, or of one with too many
+            experts.
     """
     meta, tokens = trace.meta, tokens_of(trace)
+    check_shape(*shape_of(meta))
     if len(tokens) < MIN_TOKENS:
         raise UsageError(
             f"the trace has {len(tokens)} tokens; at least {MIN_TOKENS} are needed: record more"
