@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edgeroute.adapter_routing import POLICIES, AdapterRouting, RoutingSetup, state_path
 from edgeroute.config import RunParams
@@ -104,19 +105,28 @@ def plan_adapters(
     )  # fmt: skip
 
 
+class Host(NamedTuple):
+    """What the library needs of the engine.
+
+    `wake` is called from the loading thread when an adapter has arrived; `encode` turns a
+    prompt into token ids.
+    """
+
+    wake: Callable[[], None]
+    encode: Callable[[str], list[int]]
+
+
 class Adapters(Closing):
     """The library while a model runs. The engine thread owns it."""
 
-    def __init__(
-        self, forward: Forward, ledger: Ledger, plan: AdapterPlan, wake: Callable[[], None]
-    ) -> None:
+    def __init__(self, forward: Forward, ledger: Ledger, plan: AdapterPlan, host: Host) -> None:
         """Make the slots and let `forward` use them.
 
         Args:
             forward: the model.
             ledger: has an entry for the slots as planned.
             plan: the library.
-            wake: called from the loading thread when an adapter has arrived.
+            host: what it needs of the engine.
 
         Raises:
             CapacityError: no memory for the slots.
@@ -125,12 +135,12 @@ class Adapters(Closing):
         self.n_resident = plan.n_resident
         self._forward, self._ledger = forward, ledger
         self._slots = LoraSlots(forward.device, plan.rank, plan.n_slots)
-        self.store = AdapterStore(self._slots, wake)
+        self.store = AdapterStore(self._slots, host.wake)
         spare = 0 if plan.n_resident >= len(plan.files) else 1  # for what only passes through
         hp = forward.model.hparams
         try:
             self.routing = AdapterRouting(self.store, forward.embed, RoutingSetup(
-                n_embd=hp.n_embd, n_vocab=hp.n_vocab, n_resident=plan.n_resident - spare,
+                n_embd=hp.n_embd, encode=host.encode, n_resident=plan.n_resident - spare,
                 identities={file.name: _identity(file) for file in plan.files}, state=plan.state,
             ))  # fmt: skip
             self._slots.extend(group_targets(plan.targets))

@@ -244,12 +244,16 @@ class LoadedModel:
     def _reserve_compute(self, params: RunParams) -> None:
         self._owned.callback(self.forward.close)
         if self._adapter_plan is not None:
-            from edgeroute.adapters import Adapters
+            from edgeroute.adapters import Adapters, Host
 
+            host = Host(self._wake, self._encode)
             self.adapters = self._owned.enter_context(
-                Adapters(self.forward, self.ledger, self._adapter_plan, self._wake)
+                Adapters(self.forward, self.ledger, self._adapter_plan, host)
             )
         self.forward.reserve(min(params.n_ubatch, self.kv.n_cells), params.n_ctx)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special=True, parse_special=False)
 
     @property
     def max_batch(self) -> int:

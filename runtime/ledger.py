@@ -65,14 +65,14 @@ class Ledger:
         self._entries.update(wants)
 
     def replace(self, owner: str, n_bytes: int) -> None:
-        """Enter another number of bytes for an owner, who may have had none.
+        """Enter another number of bytes for an owner, who may have had none; 0 is no entry.
 
         Raises:
             CapacityError: it does not fit; the entry is as before.
         """
         before = self._entries.pop(owner, None)
         try:
-            self.reserve({owner: n_bytes})
+            self.reserve({owner: n_bytes} if n_bytes else {})
         except CapacityError:
             if before is not None:
                 self._entries[owner] = before
