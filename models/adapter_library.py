@@ -18,12 +18,12 @@ from edgeroute.models.adapter_file import AdapterFile, adapter_name, find_adapte
 from edgeroute.models.adapter_records import check_name
 from edgeroute.runtime.errors import AdapterFileError, UsageError
 
-ENV = "EDGEROUTE_ADAPTERS"
+ENV = "EDGEROUTE_LIBRARY"
 _PEFT_FILES = (adapter_peft.CONFIG_NAME, adapter_peft.DATA_NAME, "README.md")
 
 
 def library_folder() -> Path:
-    """Return the library: `EDGEROUTE_ADAPTERS`, or a folder with the user's data."""
+    """Return the library: `EDGEROUTE_LIBRARY`, or a folder with the user's data."""
     chosen = os.environ.get(ENV)
     if chosen:
         return Path(chosen).expanduser().absolute()

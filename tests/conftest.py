@@ -36,6 +36,7 @@ def smollm2(smollm2_path: Path) -> Iterator[edgeroute.Runtime]:
 def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Settings from the developer's shell must not change what the tests see, nor they his."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
     for name in list(os.environ):
         if name.startswith("EDGEROUTE_") and name != MODELS_ENV:
             del os.environ[name]

@@ -23,7 +23,7 @@ Examples:
 Command = TypeVar("Command", bound=Callable[..., Any])
 _OPTIONS = (
     click.option("--library", metavar="DIR", help="Folder of adapters; without it "
-                 "EDGEROUTE_ADAPTERS, or a folder with the user's data."),
+                 "EDGEROUTE_LIBRARY, or a folder with the user's data."),
     click.option("--model", "-m", metavar="NAME", help="Base model that they must fit; without "
                  "it the default model."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object last."),
