@@ -19,7 +19,7 @@ from edgeroute.models.adapter_records import check_name
 from edgeroute.runtime.errors import AdapterFileError, UsageError
 
 ENV = "EDGEROUTE_LIBRARY"
-_PEFT_FILES = (adapter_peft.CONFIG_NAME, adapter_peft.DATA_NAME, "README.md")
+CARD = "README.md"
 
 
 def library_folder() -> Path:
@@ -81,8 +81,11 @@ def add(file: AdapterFile, folder: Path, name: str | None = None, *, replace: bo
                 shutil.copyfile(file.data_path, draft)
             else:
                 draft.mkdir()
-                for each in _PEFT_FILES:
-                    _copy_into(file.data_path.parent / each, draft)
+                beside = file.data_path.parent
+                shutil.copyfile(file.data_path, draft / adapter_peft.DATA_NAME)
+                shutil.copyfile(_settings(file.data_path), draft / adapter_peft.CONFIG_NAME)
+                if (beside / CARD).is_file():
+                    shutil.copyfile(beside / CARD, draft / CARD)
             if old is not None:
                 _delete(old)
             os.replace(draft, target)
@@ -101,9 +104,11 @@ def remove(folder: Path, name: str) -> None:
         _delete(path)
 
 
-def _copy_into(source: Path, folder: Path) -> None:
-    if source.exists() or source.name != "README.md":
-        shutil.copyfile(source, folder / source.name)
+def _settings(data: Path) -> Path:
+    """Return where the settings of a data file are: NAME.json of a lone file, or PEFT's name."""
+    own = data.with_suffix(".json")
+    alone = data.name != adapter_peft.DATA_NAME and own.exists()
+    return own if alone else data.parent / adapter_peft.CONFIG_NAME
 
 
 def _delete(path: Path) -> None:

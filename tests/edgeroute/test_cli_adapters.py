@@ -80,6 +80,19 @@ def test_a_name_is_taken_once_unless_replaced(tiny_path: Path, made: Path, libra
     assert result.exit_code == 2 and "replace" in result.output
 
 
+@pytest.mark.parametrize("settings", ["adapter_config.json", "lone.json"])
+def test_a_lone_file_enters_with_its_settings(
+    tiny_path: Path, made: Path, library: Path, settings: str
+) -> None:
+    (made / "silver" / "adapter_config.json").rename(made / "silver" / settings)
+    lone = made / "silver" / "lone.safetensors"
+    (made / "silver" / "adapter_model.safetensors").rename(lone)
+    here: Any = {"library": library, "model": tiny_path}
+    assert adapters("add", lone, **here)["name"] == "lone"
+    (row,) = adapters("list", **here)["adapters"]
+    assert row["fits"] and row["name"] == "lone"
+
+
 def test_what_does_not_fit_is_refused_and_listed_with_its_reason(
     tiny_path: Path, made: Path, library: Path
 ) -> None:
