@@ -132,7 +132,6 @@ class Adapters(Closing):
             CapacityError: no memory for the slots.
         """
         self.base = base_shapes(forward.model)
-        self.n_resident = plan.n_resident
         self._forward, self._ledger = forward, ledger
         self._slots = LoraSlots(forward.device, plan.rank, plan.n_slots)
         self.store = AdapterStore(self._slots, host.wake)

@@ -188,8 +188,7 @@ class Runtime(Closing):
 
     def encode(self, text: str) -> list[int]:
         """Turn text into token ids as `generate` does with a prompt."""
-        tokenizer = self._loaded.tokenizer
-        return tokenizer.encode(text, add_special=True, parse_special=False)
+        return self._loaded.encode(text)
 
     def close(self) -> None:
         """End running requests with ClosedError and free everything; safe to call twice."""

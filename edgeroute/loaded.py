@@ -18,6 +18,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.kv_cache import KvCache, KvShape, round_cells
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
+from edgeroute.runtime.tensor import BF16, F16, F32
 from edgeroute.runtime.units import MIB, parse_bytes
 from edgeroute.runtime.weights import ResidentWeights, WeightsPlan
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 MAX_BATCH, MAX_BATCH_REPACKED, MAX_BATCH_FLOAT = 16, 3, 1
 """Sequences in one pass by default: see RunParams.max_batch."""
-FLOATS = frozenset({0, 1, 30})
-"""F32, F16 and BF16, whose products with two rows ggml tiles. Source: ggml-cpu/llamafile."""
+FLOATS = frozenset({F32, F16, BF16})
+"""Types whose products with two rows ggml tiles. Source: ggml-cpu/llamafile."""
 RESERVE_RATIO, RESERVE_MIN_BYTES = 0.05, 256 * MIB
 """Of the memory available, what stays for everything else when no budget is given."""
 
@@ -246,13 +247,14 @@ class LoadedModel:
         if self._adapter_plan is not None:
             from edgeroute.adapters import Adapters, Host
 
-            host = Host(self._wake, self._encode)
+            host = Host(self._wake, self.encode)
             self.adapters = self._owned.enter_context(
                 Adapters(self.forward, self.ledger, self._adapter_plan, host)
             )
         self.forward.reserve(min(params.n_ubatch, self.kv.n_cells), params.n_ctx)
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Turn text into token ids as a plain prompt is: control tokens in it are text."""
         return self.tokenizer.encode(text, add_special=True, parse_special=False)
 
     @property

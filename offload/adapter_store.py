@@ -31,10 +31,11 @@ class Page:
     source: AdapterSource
     version: int
     n_blocks: int
+    factor: float
+    """On all its products; see `Factors.row`."""
     slots: tuple[int, ...] = ()
     loading: Future[Loaded] | None = None
     failed: BaseException | None = None
-    load_s: float = 0.0
     n_pins: int = 0
     last_used: int = 0
     retired: bool = False
@@ -77,7 +78,7 @@ class Lease:
         weights: list[float] = []
         for page, weight in zip(self.pages, self.weights, strict=True):
             slots += page.slots
-            weights += [weight * factors_of(page.source).row] * len(page.slots)
+            weights += [weight * page.factor] * len(page.slots)
         return LoraRow(tuple(slots), tuple(weights)) if slots else None
 
 
@@ -148,14 +149,14 @@ class AdapterStore(Closing):
         Raises:
             CapacityError: it takes more slots than there are.
         """
-        self.check_size(source)
+        blocks = self.check_size(source)
         if source.name in self._pages:
             self.remove(source.name)
-        blocks = n_blocks(source, self.slots.rank)
-        self._pages[source.name] = Page(source, next(self._versions), blocks)
+        factor = factors_of(source).row
+        self._pages[source.name] = Page(source, next(self._versions), blocks, factor)
 
-    def check_size(self, source: AdapterSource) -> None:
-        """Check that an adapter can be resident at all.
+    def check_size(self, source: AdapterSource) -> int:
+        """Count the slots that an adapter takes, and check that it can be resident at all.
 
         Raises:
             CapacityError: it takes more slots than there are.
@@ -167,6 +168,7 @@ class AdapterStore(Closing):
                 f"there are {self.slots.n_slots}, of which a request may use "
                 f"{MAX_SLOTS_PER_TOKEN}; raise adapter_slots or leave it out"
             )
+        return blocks
 
     def remove(self, name: str) -> None:
         """Take an adapter out of the library; requests that use it keep it to their end.
@@ -357,7 +359,6 @@ class AdapterStore(Closing):
         self.counts.loads += 1
         self.counts.loaded_bytes += loaded.n_bytes
         self.counts.load_s += loaded.seconds
-        page.load_s = loaded.seconds
 
 
 def _told(name: str, error: BaseException | None) -> BaseException | None:

@@ -15,8 +15,8 @@ from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.ggml.structs import InitParams, TensorStruct
 
-F32, F16, I32, I64, Q8_0 = 0, 1, 26, 27, 8
-"""ggml type numbers used for what edgeroute allocates itself. Source: ggml.h, enum ggml_type."""
+F32, F16, I32, I64, Q8_0, BF16 = 0, 1, 26, 27, 8, 30
+"""ggml type numbers that edgeroute names itself. Source: ggml.h, enum ggml_type."""
 
 
 class Descriptors:

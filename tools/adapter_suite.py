@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import click
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.numpy import load
 
@@ -21,12 +20,11 @@ from edgeroute.models.pull import resolve
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.tokenizer import Tokenizer
+from edgeroute.tools.adapter_outcomes import Outcomes, load_outcomes
 from edgeroute.tools.adapter_tasks import TASKS, Example, examples, task, write_jsonl
 from edgeroute.tools.adapter_train import TrainParams, TrainStep, open_base, reproducible, train
 from edgeroute.tools.adapter_train_peft import CONFIG_FILE, MODULES, WEIGHTS_FILE, permute
 from edgeroute.tools.torch_llama import LowRank, TorchLlama, greedy
-
-Floats = npt.NDArray[np.float32]
 
 BASE: Final = "base"
 """Name of the arm that is no adapter."""
@@ -66,46 +64,6 @@ class SuiteParams:
             n_batch=self.n_batch, lr=self.lr, n_warmup=self.n_steps // 20, seed=self.seed,
             stop_nats=self.stop_nats, n_held_out=0, threads=threads,
             about=task(name).summary, base_name=self.base_name,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcomes:
-    """How every arm answers every test prompt.
-
-    Attributes:
-        arms: names; the first is the base.
-        contexts: (n_prompts, n_embd), the prompts' token embeddings, averaged.
-        scores: (n_prompts, n_arms), what the task's verifier gives.
-        labels: (n_prompts,), numbers into `tasks`.
-        tasks: names.
-        prompts: texts.
-    """
-
-    arms: tuple[str, ...]
-    contexts: Floats
-    scores: Floats
-    labels: npt.NDArray[np.int64]
-    tasks: tuple[str, ...]
-    prompts: tuple[str, ...]
-
-    def save(self, path: Path) -> None:
-        """Write an .npz that `load_outcomes` reads, whole or not at all."""
-        part = path.with_suffix(".part.npz")
-        np.savez_compressed(
-            part, arms=np.array(self.arms), contexts=self.contexts, outcomes=self.scores,
-            labels=self.labels, tasks=np.array(self.tasks), prompts=np.array(self.prompts),
-        )  # fmt: skip
-        os.replace(part, path)
-
-
-def load_outcomes(path: Path) -> Outcomes:
-    """Read what `Outcomes.save` wrote."""
-    with np.load(path, allow_pickle=False) as found:
-        return Outcomes(
-            arms=tuple(map(str, found["arms"])), contexts=found["contexts"],
-            scores=found["outcomes"], labels=found["labels"],
-            tasks=tuple(map(str, found["tasks"])), prompts=tuple(map(str, found["prompts"])),
         )  # fmt: skip
 
 

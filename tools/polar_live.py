@@ -14,7 +14,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-import numpy.typing as npt
 
 from edgeroute.config import merge_settings
 from edgeroute.engine import Runtime
@@ -22,6 +21,7 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models.pull import resolve
 from edgeroute.offload.polar import PolarParams
 from edgeroute.runtime.errors import UsageError
+from edgeroute.tools.adapter_outcomes import Outcomes, load_outcomes
 from edgeroute.tools.adapter_task_records import Example
 from edgeroute.tools.adapter_tasks import TASKS, examples, task
 from edgeroute.tools.polar_replay import RouterPolicy
@@ -32,45 +32,14 @@ POLL_S = 0.001
 N_RESIDENT = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recorded:
-    """A suite's outcomes: scores F32 (n, n_arms), the first arm the base model."""
-
-    arms: tuple[str, ...]
-    scores: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
-    tasks: tuple[str, ...]
-    prompts: tuple[str, ...]
-
-
-def read_recorded(path: Path) -> Recorded:
-    """Read what a suite recorded.
-
-    Raises:
-        UsageError: it is no such file.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            return Recorded(
-                arms=tuple(map(str, found["arms"])), scores=found["outcomes"],
-                labels=found["labels"].astype(np.int64), tasks=tuple(map(str, found["tasks"])),
-                prompts=tuple(map(str, found["prompts"])),
-            )  # fmt: skip
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} holds no outcomes of a suite: {str(error)[:120]}") from error
-
-
-def make_table(model: Path, adapters: Path, recorded: Recorded) -> OutcomeTable:
+def make_table(model: Path, adapters: Path, recorded: Outcomes) -> OutcomeTable:
     """Measure contexts and load times with this engine, and join them to the outcomes."""
     settings = {"adapters": _paths(adapters, recorded), "adapter_state": "off",
                 "adapter_slots": 1, "n_ctx": 512}  # fmt: skip
     with closing(LoadedModel(model, merge_settings(settings))) as loaded:
         assert loaded.adapters is not None
         routing, store = loaded.adapters.routing, loaded.adapters.store
-        contexts = [
-            routing.context(loaded.tokenizer.encode(prompt, add_special=True, parse_special=False))
-            for prompt in recorded.prompts
-        ]
+        contexts = [routing.context(loaded.encode(prompt)) for prompt in recorded.prompts]
         load_s = []
         for name in recorded.arms[1:]:
             began = time.perf_counter()
@@ -105,7 +74,7 @@ class LiveReport:
     hit_ratio: float
 
 
-def run_live(model: Path, adapters: Path, recorded: Recorded, rows: Sequence[int]) -> LiveReport:
+def run_live(model: Path, adapters: Path, recorded: Outcomes, rows: Sequence[int]) -> LiveReport:
     """Ask for the prompts of `rows` with adapter="auto", four adapters and a transient resident."""
     answers = _answers(recorded)
     live, table, hits = [], [], 0
@@ -144,7 +113,7 @@ def replay_reward(table: OutcomeTable, rows: Sequence[int]) -> float:
     return float(np.mean(earned))
 
 
-def _answers(recorded: Recorded) -> dict[str, str]:
+def _answers(recorded: Outcomes) -> dict[str, str]:
     """Return the right answer to each recorded prompt, from the tasks' generators."""
     wanted = set(recorded.prompts)
     found: dict[str, str] = {}
@@ -159,7 +128,7 @@ def _answers(recorded: Recorded) -> dict[str, str]:
     return found
 
 
-def _paths(adapters: Path, recorded: Recorded) -> list[str]:
+def _paths(adapters: Path, recorded: Outcomes) -> list[str]:
     return [str(adapters / name) for name in recorded.arms[1:]]
 
 
@@ -180,7 +149,7 @@ def main() -> None:
 @click.option("--model", "-m", required=True, help="Base model of the adapters.")
 def table_command(outcomes: Path, out: Path, model: str) -> None:
     """Write OUT, which polar_replay reads, from a suite's OUTCOMES."""
-    recorded = read_recorded(outcomes)
+    recorded = load_outcomes(outcomes)
     table = make_table(resolve(model), outcomes.parent, recorded)
     write_table(out, table)
     click.echo(json.dumps({"prompts": len(table.tasks), "load_s": table.load_s.tolist()}))
@@ -193,7 +162,7 @@ def table_command(outcomes: Path, out: Path, model: str) -> None:
 @click.option("--seed", default=1, show_default=True)
 def live_command(outcomes: Path, model: str, requests: int, seed: int) -> None:
     """Ask for prompts of OUTCOMES with adapter="auto" and compare with the records."""
-    recorded, path = read_recorded(outcomes), resolve(model)
+    recorded, path = load_outcomes(outcomes), resolve(model)
     table = make_table(path, outcomes.parent, recorded)
     stream = make_stream(table, "stationary", requests, np.random.default_rng(seed))
     rows = [int(row) for row in stream.rows]

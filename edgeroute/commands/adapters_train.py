@@ -1,7 +1,6 @@
 """`edgeroute adapters train`: a LoRA adapter from a JSONL of prompts and completions."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeroute.commands.progress import steps_on_stderr
 from edgeroute.runtime.errors import LibraryError
 from edgeroute.runtime.units import format_bytes
 
@@ -159,29 +159,11 @@ def _show(report: "TrainReport") -> None:
 
 @contextmanager
 def _progress_on_stderr() -> "Iterator[Callable[[TrainStep], None]]":
-    """A callback for `train`: a bar on a terminal, a line every tenth elsewhere."""
-    if not sys.stderr.isatty():
-        yield _print_tenths
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
+    """A callback for `train`: its phases, and the loss while training."""
+    with steps_on_stderr() as report:
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks = {}
+        def tell(step: "TrainStep") -> None:
+            note = "" if step.loss is None else f", loss {step.loss:.3f}"
+            report(step.phase, step.n_done, step.n_total, note)
 
-        def report(step: "TrainStep") -> None:
-            text = step.phase if step.loss is None else f"{step.phase}, loss {step.loss:.3f}"
-            if step.phase not in tasks:
-                tasks[step.phase] = bar.add_task(text, total=step.n_total)
-            bar.update(tasks[step.phase], completed=step.n_done, description=text)
-
-        yield report
-
-
-def _print_tenths(step: "TrainStep") -> None:
-    if 10 * step.n_done // step.n_total == 10 * (step.n_done - 1) // step.n_total:
-        return
-    loss = "" if step.loss is None else f", loss {step.loss:.3f}"
-    click.echo(f"{step.phase}: {step.n_done} of {step.n_total}{loss}", err=True)
+        yield tell

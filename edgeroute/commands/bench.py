@@ -10,6 +10,7 @@ from edgeroute.models.catalogue import DEFAULT_MODEL
 if TYPE_CHECKING:
     from edgeroute.tools.bench.report import BenchParams, Report
 
+UNDER_LIMIT = ("limit", "memory", "n_prompt", "max_s", "peer", "target")
 ADAPTER_PARTS = ("decode", "mixed", "prefill", "switch", "routing")
 _EPILOG = """\b
 Examples:
@@ -57,6 +58,29 @@ def _timed(command: F) -> F:
 
 _tokens = click.option("--tokens", default=128, show_default=True, type=click.IntRange(8, 4096),
                        help="Tokens to decode in one run.")  # fmt: skip
+
+
+def _phases(*, tokens: int, n_prompt: int, max_s: float, target: float) -> Callable[[F], F]:
+    """Add the options of a bench under a memory limit, with their defaults."""
+    options = (
+        click.option("--tokens", default=tokens, show_default=True, type=click.IntRange(8, 4096),
+                     help="Tokens to decode in one run."),
+        click.option("--prompt", "n_prompt", default=n_prompt, show_default=True,
+                     type=click.IntRange(2, 8192), help="Tokens of a prompt."),
+        click.option("--seconds", "max_s", default=max_s, show_default=True,
+                     type=click.FloatRange(0.5, 600), help="Longest phase of decoding."),
+        click.option("--peer/--no-peer", default=True, show_default=True,
+                     help="Measure llama.cpp's mmap as well."),
+        click.option("--target", default=target, show_default=True, type=click.FloatRange(0),
+                     help="Demanded ratio of decoding speeds."),
+    )  # fmt: skip
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @click.group(epilog=_EPILOG)
@@ -129,16 +153,7 @@ def contention(**options: Any) -> None:
               help="edgeroute's own budget; default: 0.92 of the limit.")  # fmt: skip
 @click.option("--policy", help="Eviction policy; default: the Runtime's own choice.")
 @click.option("--prefetch", help="`auto`, `off` or a predictor; default: the Runtime's.")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(8, 4096),
-              help="Tokens to decode in one run.")  # fmt: skip
-@click.option("--prompt", "n_prompt", default=512, show_default=True,
-              type=click.IntRange(2, 8192), help="Tokens of a prompt.")  # fmt: skip
-@click.option("--seconds", "max_s", default=20.0, show_default=True,
-              type=click.FloatRange(0.5, 600), help="Longest phase of decoding.")  # fmt: skip
-@click.option("--peer/--no-peer", default=True, show_default=True,
-              help="Measure llama.cpp's mmap as well.")  # fmt: skip
-@click.option("--target", default=15.0, show_default=True, type=click.FloatRange(0),
-              help="Demanded ratio of decoding speeds.")  # fmt: skip
+@_phases(tokens=64, n_prompt=512, max_s=20.0, target=15.0)
 def experts(policy: str | None, prefetch: str | None, **options: Any) -> None:
     """A model larger than memory, under a limit by the kernel, against llama.cpp's mmap.
 
@@ -147,8 +162,7 @@ def experts(policy: str | None, prefetch: str | None, **options: Any) -> None:
     """
     from edgeroute.tools.bench import experts as bench
 
-    given = {name: options[name]
-             for name in ("limit", "memory", "n_prompt", "max_s", "peer", "target")}  # fmt: skip
+    given = {name: options[name] for name in UNDER_LIMIT}
     settings = {"policy": policy, "prefetch": prefetch}
     _finish(bench.run(_params(options), _progress, bench.ExpertsParams(**given, settings=settings)),
             options)  # fmt: skip
@@ -161,16 +175,7 @@ def experts(policy: str | None, prefetch: str | None, **options: Any) -> None:
               help="Memory limit by the kernel: 2GiB, or a share of the file.")  # fmt: skip
 @click.option("--memory", metavar="BYTES",
               help="edgeroute's own budget; default: 0.98 of the limit.")  # fmt: skip
-@click.option("--tokens", default=24, show_default=True, type=click.IntRange(8, 4096),
-              help="Tokens to decode in one run.")  # fmt: skip
-@click.option("--prompt", "n_prompt", default=256, show_default=True,
-              type=click.IntRange(2, 8192), help="Tokens of a prompt.")  # fmt: skip
-@click.option("--seconds", "max_s", default=8.0, show_default=True,
-              type=click.FloatRange(0.5, 600), help="Longest phase of decoding.")  # fmt: skip
-@click.option("--peer/--no-peer", default=True, show_default=True,
-              help="Measure llama.cpp's mmap as well.")  # fmt: skip
-@click.option("--target", default=3.0, show_default=True, type=click.FloatRange(0),
-              help="Demanded ratio of decoding speeds.")  # fmt: skip
+@_phases(tokens=24, n_prompt=256, max_s=8.0, target=3.0)
 def layers(**options: Any) -> None:
     """A dense model larger than memory, under a limit by the kernel, against llama.cpp's mmap.
 
@@ -180,8 +185,7 @@ def layers(**options: Any) -> None:
     from edgeroute.tools.bench import layers as bench
     from edgeroute.tools.bench.experts import ExpertsParams
 
-    given = {name: options[name]
-             for name in ("limit", "memory", "n_prompt", "max_s", "peer", "target")}  # fmt: skip
+    given = {name: options[name] for name in UNDER_LIMIT}
     _finish(bench.run(_params(options), _progress, ExpertsParams(**given, n_warm=2)), options)
 
 

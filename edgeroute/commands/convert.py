@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from edgeroute.commands import convert_moe
+from edgeroute.commands.progress import byte_bars
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import format_bytes
 
@@ -78,24 +79,7 @@ def _progress_on_stderr() -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():
         yield _Tenths()
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with byte_bars() as bar:
         task = bar.add_task("pack", total=None)
         yield lambda n_done, n_total: bar.update(task, completed=n_done, total=n_total)
 

@@ -1,14 +1,12 @@
 """`edgeroute convert moe`: a dense model refactored into a mixture of experts."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeroute.commands.progress import steps_on_stderr
 from edgeroute.runtime.errors import LibraryError
 from edgeroute.runtime.units import format_bytes
 
@@ -100,7 +98,7 @@ def command(dense: str, out: Path, as_json: bool, **options: Any) -> None:
             "`convert` writes files with the gguf package, which is missing; "
             "install edgeroute[tools]"
         ) from error
-    with _progress_on_stderr() as progress:
+    with steps_on_stderr() as progress:
         report = convert(resolve(dense), out, MoeParams(**options), progress)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
@@ -124,30 +122,3 @@ def _show(report: "MoeReport") -> None:
         f"fitted to {report.n_fitted} tokens in {report.seconds:.0f} s; the gate finds "
         f"{100 * quality.recall_ratio:.0f} % of the experts that matter most"
     )
-
-
-@contextmanager
-def _progress_on_stderr() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback for `convert`: a bar on a terminal, a line every tenth elsewhere."""
-    if not sys.stderr.isatty():
-        yield _print_tenths
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks = {}
-
-        def report(phase: str, n_done: int, n_total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=n_total)
-            bar.update(tasks[phase], completed=n_done)
-
-        yield report
-
-
-def _print_tenths(phase: str, n_done: int, n_total: int) -> None:
-    if 10 * n_done // n_total != 10 * (n_done - 1) // n_total:
-        click.echo(f"{phase}: {n_done} of {n_total}", err=True)

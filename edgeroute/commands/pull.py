@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeroute.commands.progress import byte_bars
 from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.runtime.units import format_bytes
 
@@ -57,24 +58,7 @@ def progress_on_stderr() -> "Iterator[Callable[[PullProgress], None]]":
     if not sys.stderr.isatty():
         yield _Lines()
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with byte_bars() as bar:
         tasks = {}
 
         def report(step: "PullProgress") -> None:
