@@ -18,6 +18,7 @@ from edgeroute.runtime.errors import (
     AdapterFileError,
     CapacityError,
     CatalogueError,
+    DepthFileError,
     EdgerouteError,
     LibraryError,
     ModelFileError,
@@ -42,6 +43,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (UsageError, EXIT_USAGE),  # ContextError and GrammarError are UsageErrors
     (ModelFileError, EXIT_REFUSED),
     (AdapterFileError, EXIT_REFUSED),
+    (DepthFileError, EXIT_REFUSED),
     (UnsupportedModelError, EXIT_REFUSED),
     (TemplateError, EXIT_REFUSED),
     (CatalogueError, EXIT_REFUSED),

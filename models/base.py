@@ -102,8 +102,18 @@ class Model(Protocol):
     def embed(self, b: Builder) -> Tensor:
         """Build token embeddings: F32 [n_embd, n_tokens]."""
 
-    def layer(self, b: Builder, il: int, x: Tensor) -> Tensor:
-        """Build layer `il` on the residual stream: F32 [n_embd, n_tokens or n_out]."""
+    def attn_branch(self, b: Builder, il: int, x: Tensor) -> Tensor:
+        """Build what the attention of layer `il` adds to the residual stream `x`.
+
+        Norms included; x and the result F32 [n_embd, n_tokens]. The keys and values enter the
+        graph at once, the rest only if the result is used.
+        """
+
+    def ffn_branch(self, b: Builder, il: int, x: Tensor) -> Tensor:
+        """Build what the feed-forward or the experts of layer `il` add to `x`.
+
+        Norms included; x and the result F32 [n_embd, n], n at most n_tokens.
+        """
 
     def head(self, b: Builder, x: Tensor) -> Tensor:
         """Build logits: F32 [n_vocab, n_out]."""
@@ -113,20 +123,16 @@ class Model(Protocol):
 class MoeModel(Model, Protocol):
     """A model whose layers' feed-forward comes apart, so that experts may be paged.
 
-    `layer` is `combine` of `experts` of `route` of `front`. A paged forward calls the four in
-    graphs of their own, with the same operations in the same order: the same bits.
+    `ffn_branch` is `combine` of `experts` of `route` of `ffn_input`. A paged forward calls the
+    four in graphs of their own, with the same operations in the same order: the same bits.
     n is n_tokens, on the last layer n_out; k is n_expert_used.
     """
 
     def is_moe(self, il: int) -> bool:
-        """Whether layer `il` has experts; other layers only answer `layer`."""
+        """Whether layer `il` has experts; other layers only answer the two branches."""
 
-    def front(self, b: Builder, il: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Build the attention block and the feed-forward's norm; drops unwanted outputs.
-
-        Returns:
-            The residual stream and the normed input of the feed-forward, F32 [n_embd, n] each.
-        """
+    def ffn_input(self, b: Builder, il: int, x: Tensor) -> Tensor:
+        """Normalise the residual stream for the router and the experts: F32 [n_embd, n]."""
 
     def route(self, b: Builder, il: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts for normed input `h`, F32 [n_embd, n].
@@ -147,12 +153,10 @@ class MoeModel(Model, Protocol):
             slots: I32 [k, n], where the experts are in the weight tensors; `ids` if resident.
         """
 
-    def combine(
-        self, b: Builder, il: int, x: Tensor, h: Tensor, outs: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Weight and sum expert outputs, add shared experts and the residual: F32 [n_embd, n].
+    def combine(self, b: Builder, il: int, h: Tensor, outs: Tensor, weights: Tensor) -> Tensor:
+        """Weight and sum expert outputs, and add shared experts: F32 [n_embd, n].
 
-        Takes x and h as `front` gives them, outs as `experts`, weights as `route`.
+        Takes h as `ffn_input` gives it, outs as `experts`, weights as `route`.
         """
 
     def expert_tensors(self, il: int) -> tuple[str, ...]:

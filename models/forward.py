@@ -7,6 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.base import Hparams, Model
+from edgeroute.models.standins import fill_switches
+from edgeroute.models.steps import build_step
+from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.ggml.api import Tensor, ggml
@@ -76,20 +79,23 @@ class Forward:
         self.lora: LoraSlots | None = None
         self.lora_width = 1
         """Slots that one adapter takes at most."""
-        layers = tuple(range(model.hparams.n_layer))
-        self.whole = (Span(layers, embed=True, output=True),)
+        self.standins: Weights | None = None
+        """Stand-ins of the plans that may be run, by the names in models/standins.py."""
+        self.whole = self.spans(all_run(range(model.hparams.n_layer)))
         self._strip = Table(causal_mask(kv.n_cells))
         self._strip_swa = Table(causal_mask(kv.n_cells, model.n_swa)) if model.n_swa else None
         self._stream: _Stream | None = None
         self._rows = Table(np.arange(kv.n_cells, dtype=np.int64))
         self._positions = Table(np.arange(kv.n_cells, dtype=np.int32))
 
+    @staticmethod
+    def spans(steps: Sequence[Step], plan: str = "") -> tuple[Span, ...]:
+        """Return what `run` takes to compute a whole pass in these steps, in one graph."""
+        return (Span(tuple(steps), embed=True, output=True, plan=plan),)
+
     def by_layer(self) -> tuple[Span, ...]:
         """Split the whole model into one span per layer, embedding and head apart."""
-        layers = self.whole[0].layers
-        middle = [Span((il,), embed=False, output=False) for il in layers[:-1]]
-        return (Span((), embed=True, output=False), *middle,
-                Span(layers[-1:], embed=False, output=True))  # fmt: skip
+        return split_steps(self.whole[0])
 
     def reserve(self, n_tokens: int, n_kv: int) -> None:
         """Size the compute buffer for a batch of `n_tokens` that sees `n_kv` cells.
@@ -193,18 +199,20 @@ class Forward:
         return graph
 
     def _build(self, span: Span, shape: BatchShape) -> Graph:
-        b = self._builder(span, shape, len(span.layers))
+        b = self._builder(span, shape, len(span.steps))
         x = self.model.embed(b) if span.embed else self._stream_view(b)
-        for il in span.layers:
-            x = self.model.layer(b, il, x)
+        for i, step in enumerate(span.steps):
+            last = span.output and i == len(span.steps) - 1
+            x = build_step(b, self.model, step, x, last=last)
         if span.output:
-            return b.finish(self.model.head(b, x))
+            return b.finish(self.model.head(b, b.select_outputs(x)))
         return b.finish(b.g.ggml_cpy(b.ctx, x, self._stream_view(b)))
 
     def _builder(self, span: Span, shape: BatchShape, n_layer: int) -> Builder:
         """Begin a graph with room for `n_layer` layers."""
         n_nodes = room_for_nodes(self.model.hparams, n_layer, shape)
         b = Builder(span, shape, self.weights, self.kv, n_nodes)
+        b.standins = self.standins
         if self.lora is not None:
             b.adapt(self.lora)
         return b
@@ -236,10 +244,19 @@ class Forward:
             set_ids(inputs.out_ids, _out_ids(pieces))
         if shape.lora is not None:
             _fill_lora(inputs, pieces, shape.lora)
+        fill_switches(inputs, [(p.pos, len(p.tokens), p.n_out) for p in pieces])
         for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
             if strip is not None:
                 for slot, piece, segment in zip(masks, pieces, shape.segments, strict=False):
                     _write_mask(strip, slot, piece, segment)
+
+
+def split_steps(span: Span) -> tuple[Span, ...]:
+    """Split a whole pass into a span per step, the embedding apart, the head with the last."""
+    *most, last = span.steps
+    middle = [span._replace(steps=(step,), embed=False, output=False) for step in most]
+    return (span._replace(steps=(), output=False), *middle,
+            span._replace(steps=(last,), embed=False))  # fmt: skip
 
 
 def room_for_nodes(hparams: Hparams, n_layer: int, shape: BatchShape) -> int:

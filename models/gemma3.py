@@ -56,14 +56,15 @@ class Gemma3:
     def embed(self, b: Builder) -> Tensor:
         return b.scale(blocks.embed_tokens(b), math.sqrt(self.hparams.n_embd))
 
-    def layer(self, b: Builder, il: int, x: Tensor) -> Tensor:
+    def attn_branch(self, b: Builder, il: int, x: Tensor) -> Tensor:
         eps, p = self.hparams.norm_rms_eps, f"blk.{il}"
         attn = self.attention(b, il, b.rms_norm(f"{p}.attn_norm", x, eps))
-        if b.is_last(il):
-            attn, x = b.select_outputs(attn), b.select_outputs(x)
-        x = b.add(b.rms_norm(f"{p}.post_attention_norm", attn, eps), x)
+        return b.rms_norm(f"{p}.post_attention_norm", attn, eps)
+
+    def ffn_branch(self, b: Builder, il: int, x: Tensor) -> Tensor:
+        eps, p = self.hparams.norm_rms_eps, f"blk.{il}"
         ffn = blocks.geglu(b, p, b.rms_norm(f"{p}.ffn_norm", x, eps))
-        return b.add(b.rms_norm(f"{p}.post_ffw_norm", ffn, eps), x)
+        return b.rms_norm(f"{p}.post_ffw_norm", ffn, eps)
 
     def attention(self, b: Builder, il: int, x: Tensor) -> Tensor:
         """Build one attention block on normed input, windowed or full."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward, Piece, shape_of
+from edgeroute.runtime.depth import Step
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.graph import Graph, Span
 from edgeroute.runtime.kv_cache import KvCache, round_cells
@@ -21,10 +22,11 @@ SHAPES_KEPT = 4
 
 
 class _Step(NamedTuple):
-    """What one graph computes, and the streamed units that it reads."""
+    """What one graph computes, the streamed units that it reads, and those read no more."""
 
     span: Span
     units: tuple[int, ...]
+    done: tuple[int, ...]
 
 
 class LayeredForward(Forward):
@@ -77,7 +79,7 @@ class LayeredForward(Forward):
             self._fill(graph, pieces, shape)
             if not self._pager.hold(step.units) or not self.device.compute(graph.pointer):
                 return None
-            self._pager.release(step.units)
+            self._pager.release(step.done)
         if graph is None or not shape.n_out:
             return np.empty((0, self.model.hparams.n_vocab), np.float32)
         return self.logits(graph, shape, borrow)
@@ -88,24 +90,32 @@ class LayeredForward(Forward):
         if steps is None:
             if len(self._steps_of) >= SHAPES_KEPT:
                 self._steps_of.clear()
-            steps = self._steps_of[spans] = [step for span in spans for step in self._cut(span)]
+            cut = [part for span in spans for part in self._cut(span)]
+            last_use = {unit: i for i, (_, units) in enumerate(cut) for unit in units}
+            steps = self._steps_of[spans] = [
+                _Step(part, units, tuple(unit for unit in units if last_use[unit] == i))
+                for i, (part, units) in enumerate(cut)
+            ]
         return steps
 
-    def _cut(self, span: Span) -> Iterator[_Step]:
+    def _cut(self, span: Span) -> Iterator[tuple[Span, tuple[int, ...]]]:
         """Cut one span. The head stays with the last layer, which drops unwanted tokens for it."""
         streamed, head = self._pager.streamed, self.model.hparams.n_layer
         head_streams = span.output and head in streamed
-        groups: list[list[int]] = []
-        for i, il in enumerate(span.layers):
-            alone = il in streamed or (head_streams and i == len(span.layers) - 1)
-            if not groups or alone or groups[-1][-1] in streamed:
+        groups: list[list[Step]] = []
+        before_streams = False
+        for i, step in enumerate(span.steps):
+            streams = step.il in streamed and step.reads
+            alone = streams or (head_streams and i == len(span.steps) - 1)
+            if not groups or alone or before_streams:
                 groups.append([])
-            groups[-1].append(il)
+            groups[-1].append(step)
+            before_streams = streams
         groups = groups or [[]]
         for i, group in enumerate(groups):
             output = span.output and i == len(groups) - 1
-            units = [il for il in group if il in streamed]
+            units = [step.il for step in group if step.il in streamed and step.reads]
             if output and head_streams:
                 units.append(head)
-            part = Span(tuple(group), embed=span.embed and i == 0, output=output)
-            yield _Step(part, tuple(units))
+            embed = span.embed and i == 0
+            yield span._replace(steps=tuple(group), embed=embed, output=output), tuple(units)

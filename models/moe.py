@@ -12,6 +12,7 @@ from typing import Literal
 
 from edgeroute.models import blocks
 from edgeroute.models.base import Hparams, MoeHparams
+from edgeroute.runtime.depth import ExpertRule
 from edgeroute.runtime.errors import ModelFileError
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import GGUFFile
@@ -24,6 +25,9 @@ Gating = Literal["softmax", "sigmoid", "softmax_weight"]
 
 Activation = Callable[[Builder, Tensor, Tensor], Tensor]
 """Joins gate and up, each F32 [n_ff_exp, k, n], to one of the same shape."""
+
+THRESHOLDS: tuple[ExpertRule, ...] = ("weight", "mass", "ratio")
+"""Rules that leave experts out by weight: every token has a number of its own."""
 
 _MIN_WEIGHT_SUM = 6.103515625e-5  # the smallest normal half; Source: build_moe_ffn
 _FLT_MAX = 3.4028234663852886e38
@@ -47,7 +51,7 @@ class Routing:
 
 
 class MoeLayers:
-    """The four parts of a layer with experts, and a layer as their sequence.
+    """The parts of a layer with experts, and its two sub-blocks as their sequence.
 
     A model whose `hparams.moe` is None has dense layers only: one class serves both.
     """
@@ -61,21 +65,20 @@ class MoeLayers:
         moe = self.hparams.moe
         return moe is not None and il >= moe.n_layer_dense_lead
 
-    def layer(self, b: Builder, il: int, x: Tensor) -> Tensor:
-        x, h = self.front(b, il, x)
+    def attn_branch(self, b: Builder, il: int, x: Tensor) -> Tensor:
+        normed = b.rms_norm(f"blk.{il}.attn_norm", x, self.hparams.norm_rms_eps)
+        return self.attention(b, il, normed)
+
+    def ffn_branch(self, b: Builder, il: int, x: Tensor) -> Tensor:
+        h = self.ffn_input(b, il, x)
         if not self.is_moe(il):
-            return b.add(self.dense(b, il, h), x)
+            return self.dense(b, il, h)
         ids, weights = self.route(b, il, h)
         outs = self.experts(b, il, as_expert_input(b, h), ids, ids)
-        return self.combine(b, il, x, h, outs, weights)
+        return self.combine(b, il, h, outs, weights)
 
-    def front(self, b: Builder, il: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        eps, p = self.hparams.norm_rms_eps, f"blk.{il}"
-        attn = self.attention(b, il, b.rms_norm(f"{p}.attn_norm", x, eps))
-        if b.is_last(il):
-            attn, x = b.select_outputs(attn), b.select_outputs(x)
-        x = b.add(attn, x)
-        return x, b.rms_norm(f"{p}.{self.ffn_norm}", x, eps)
+    def ffn_input(self, b: Builder, il: int, x: Tensor) -> Tensor:
+        return b.rms_norm(f"blk.{il}.{self.ffn_norm}", x, self.hparams.norm_rms_eps)
 
     def attention(self, b: Builder, il: int, x: Tensor) -> Tensor:
         """Build one attention block on normed input."""
@@ -103,12 +106,10 @@ class MoeLayers:
         """Join an expert's gate and up, each F32 [n_ff_exp, k, n]."""
         return b.g.ggml_swiglu_split(b.ctx, gate, up)
 
-    def combine(
-        self, b: Builder, il: int, x: Tensor, h: Tensor, outs: Tensor, weights: Tensor
-    ) -> Tensor:
+    def combine(self, b: Builder, il: int, h: Tensor, outs: Tensor, weights: Tensor) -> Tensor:
         summed = weighted_sum(b, outs, weights)
         shared = self.shared(b, il, h)
-        return b.add(summed if shared is None else b.add(summed, shared), x)
+        return summed if shared is None else b.add(summed, shared)
 
     def expert_tensors(self, il: int) -> tuple[str, ...]:
         if not self.is_moe(il):
@@ -134,10 +135,11 @@ def choose(
     """Choose experts by the router's scores, F32 [n_expert, n].
 
     Returns:
-        Expert numbers I32 [k, n], best first, and their weights F32 [1, k, n].
+        Expert numbers I32 [k, n], best first, and their weights F32 [1, k, n]; those that the
+        step's rule leaves out weigh nothing. The rule `count` makes k smaller.
     """
     g, ctx = b.g, b.ctx
-    k, n = moe.n_expert_used, shape(scores)[1]
+    k, n = n_ranked(moe, b.expert_rule, b.expert_value), shape(scores)[1]
     probs = scores
     if routing.gating == "softmax":
         probs = g.ggml_soft_max(ctx, scores)
@@ -153,9 +155,62 @@ def choose(
         flat = g.ggml_reshape_2d(ctx, weights, k, n)
         total = g.ggml_clamp(ctx, g.ggml_sum_rows(ctx, flat), _MIN_WEIGHT_SUM, math.inf)
         weights = g.ggml_reshape_3d(ctx, g.ggml_div(ctx, flat, total), 1, k, n)
+    if b.expert_rule in THRESHOLDS and k > 1:
+        weights = thin(b, weights, routing)
     if routing.w_scale not in (0.0, 1.0):
         weights = b.scale(weights, routing.w_scale)
     return ids, weights
+
+
+def n_ranked(moe: MoeHparams, rule: ExpertRule, value: float) -> int:
+    """Count the experts that are ranked for each token under a rule; thresholds need all."""
+    return min(moe.n_expert_used, max(1, int(value))) if rule == "count" else moe.n_expert_used
+
+
+def thin(b: Builder, weights: Tensor, routing: Routing) -> Tensor:
+    """Take the weight of experts that the step's rule leaves out, never that of the best.
+
+    The rules are those of `skippers.experts.kept`, compared in the same single precision. What
+    is left is divided by its sum where the family divides the chosen ones' weights by theirs.
+
+    Args:
+        b: the graph, which knows the rule.
+        weights: F32 [1, k, n], k at least 2.
+        routing: the family's.
+
+    Returns:
+        F32 [1, k, n].
+    """
+    g, ctx = b.g, b.ctx
+    _, k, n, _ = shape(weights)
+    flat = g.ggml_reshape_2d(ctx, weights, k, n)
+    rest = g.ggml_mul(ctx, _columns(b, flat, 1), _kept(b, flat))
+    best = g.ggml_view_2d(ctx, flat, 1, n, strides(flat)[1], 0)
+    flat = g.ggml_concat(ctx, best, rest, 0)
+    if routing.norm_w or routing.gating == "softmax_weight":
+        total = g.ggml_clamp(ctx, g.ggml_sum_rows(ctx, flat), _MIN_WEIGHT_SUM, math.inf)
+        flat = g.ggml_div(ctx, flat, total)
+    return g.ggml_reshape_3d(ctx, flat, 1, k, n)
+
+
+def _kept(b: Builder, flat: Tensor) -> Tensor:
+    """Build which experts but the best compute, by their weights [k, n]: 1 or 0, [k - 1, n]."""
+    g, ctx, value = b.g, b.ctx, b.expert_value
+    if b.expert_rule == "weight":
+        below = g.ggml_step(ctx, g.ggml_scale_bias(ctx, flat, -1.0, value))
+        return _columns(b, g.ggml_scale_bias(ctx, below, -1.0, 1.0), 1)
+    before = g.ggml_cumsum(ctx, flat)
+    if b.expert_rule == "mass":
+        return _columns(b, g.ggml_step(ctx, g.ggml_scale_bias(ctx, before, -1.0, value)), 0)
+    least = _columns(b, b.scale(before, value), 0)
+    over = b.add(least, _columns(b, b.scale(flat, -1.0), 1))
+    return g.ggml_scale_bias(ctx, g.ggml_step(ctx, over), -1.0, 1.0)
+
+
+def _columns(b: Builder, flat: Tensor, first: int) -> Tensor:
+    """View all columns but one of F32 [k, n]: from `first` on, F32 [k - 1, n]."""
+    (k, n, _, _), (column, row, _, _) = shape(flat), strides(flat)
+    return b.g.ggml_view_2d(b.ctx, flat, k - 1, n, row, first * column)
 
 
 def _selection(b: Builder, il: int, probs: Tensor, routing: Routing) -> Tensor:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from edgeroute.models.base import MoeHparams, MoeModel
 from edgeroute.models.forward import Forward, Piece, shape_of
+from edgeroute.models.steps import build_attn, build_step
+from edgeroute.runtime.depth import Step, Steps
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.experts import ExpertPager
@@ -45,16 +47,21 @@ PAIR_COUNTS_KEPT = 8
 class Stage(NamedTuple):
     """What lies between two choices of experts.
 
-    `before` is the layer whose chosen experts begin the stage, None at the embedding;
-    `inline` whether they are computed in it, or in graphs of their own before; `dense` are
-    layers without experts; `until` is the layer whose router ends it, None at the head.
+    `before` is the step whose chosen experts begin the stage, None at the embedding; `inline`
+    whether they are computed in it, or in graphs of their own before; `dense` are steps that
+    choose no experts; `until` is the step whose router ends it, None at the head. `guessed` is
+    the layer whose router is asked ahead of its time. `narrow_before` and `narrow` say whether
+    `before` and the stage's end see only the tokens whose logits are wanted.
     """
 
-    before: int | None
+    before: Step | None
     inline: bool
-    dense: tuple[int, ...]
-    until: int | None
-    guess: bool
+    dense: Steps
+    until: Step | None
+    guessed: int | None
+    narrow_before: bool
+    narrow: bool
+    plan: str
 
 
 class PagedForward(Forward):
@@ -77,7 +84,8 @@ class PagedForward(Forward):
         assert model.hparams.moe is not None
         self._moe: MoeHparams = model.hparams.moe
         self._pager = pager
-        self._parts = _parts(model)
+        self._parts = _parts(model, self.whole[0])
+        self._parts_of: dict[Span, list[Stage]] = {}
         self.graphs.max_graphs = (2 * SHAPES_KEPT + PAIR_COUNTS_KEPT) * len(self._parts)
         self._carry = Carry(device, model.hparams.n_embd, self._moe, n_tokens)
 
@@ -90,9 +98,9 @@ class PagedForward(Forward):
         """Size the compute buffer for a batch of `n_tokens` that sees `n_kv` cells."""
         batch = shape_of(n_tokens, round_cells(n_kv), n_out=1)._replace(lora=self.widest_lora)
         for part in self._parts:
-            self._stage(part._replace(inline=False, guess=False), batch)
+            self._stage(part._replace(inline=False, guessed=None), batch)
         n_pairs = min(MAX_PAIRS, n_tokens * self._moe.n_expert_used)
-        il = next(part.until for part in self._parts if part.until is not None)
+        il = next(part.until.il for part in self._parts if part.until is not None)
         with self.graphs.passing(self._pairs_graph(il, n_pairs)):
             pass
         self.graphs.clear()
@@ -100,13 +108,12 @@ class PagedForward(Forward):
     def run(
         self, pieces: Sequence[Piece], spans: Sequence[Span] | None = None, *, borrow: bool = False
     ) -> npt.NDArray[np.float32] | None:
-        """Compute a batch, as `Forward.run` does; `spans` must be None.
+        """Compute a batch, as `Forward.run` does; `spans` is None or one whole pass.
 
         Raises:
             ModelFileError: an expert cannot be read.
         """
-        if spans is not None:
-            raise ComputeError("a paged model is computed stage by stage; spans do not apply")
+        parts = self._parts if spans is None else self._cut(spans)
         batch = self.shape(pieces)
         if batch.n_tokens > self._carry.n_tokens:
             raise ComputeError(
@@ -115,7 +122,7 @@ class PagedForward(Forward):
             )
         self._pager.begin(prefill=batch.n_tokens > len(pieces))
         try:
-            return self._run(pieces, batch, borrow)
+            return self._run(pieces, batch, parts, borrow)
         finally:
             self._pager.end()
 
@@ -124,15 +131,30 @@ class PagedForward(Forward):
         super().close()
         self._carry.close()
 
+    def _cut(self, spans: Sequence[Span]) -> list[Stage]:
+        """Cut a pass where its routers choose.
+
+        Raises:
+            ComputeError: it is not one whole pass.
+        """
+        if len(spans) != 1 or not (spans[0].embed and spans[0].output):
+            raise ComputeError("a model whose experts are paged computes whole passes only")
+        parts = self._parts_of.get(spans[0])
+        if parts is None:
+            if len(self._parts_of) >= SHAPES_KEPT:
+                self._parts_of.clear()
+            parts = self._parts_of[spans[0]] = _parts(self.model, spans[0])
+        return parts
+
     def _run(
-        self, pieces: Sequence[Piece], batch: BatchShape, borrow: bool
+        self, pieces: Sequence[Piece], batch: BatchShape, parts: Sequence[Stage], borrow: bool
     ) -> npt.NDArray[np.float32] | None:
         inline = batch.n_tokens <= MAX_INLINE_TOKENS
         slots: list[int] | None = None
         graph: Graph | None = None
-        for part in self._parts:
-            guess = part.guess and self._pager.wants_guess
-            stage = part._replace(inline=slots is not None, guess=guess)
+        for part in parts:
+            guessed = part.guessed if self._pager.wants_guess else None
+            stage = part._replace(inline=slots is not None, guessed=guessed)
             graph = self._stage(stage, batch)
             self._fill(graph, pieces, batch)
             if slots is not None:
@@ -141,22 +163,18 @@ class PagedForward(Forward):
                 return None
             if stage.until is None:
                 break
-            n = self._columns(stage.until, batch)
+            n, il = _columns(stage.narrow, batch), stage.until.il
             if not n:  # the last layer of a batch that wants no logits: its keys are written
                 break
             ids = self._carry.read_ids(n)
-            guesses = self._carry.read_guess(n) if stage.guess else None
-            self._pager.chose(stage.until, ids, guesses)
-            done, slots = self._hold(stage.until, ids, inline)
+            guesses = self._carry.read_guess(n) if guessed is not None else None
+            self._pager.chose(il, ids, guesses)
+            done, slots = self._hold(il, ids, inline)
             if not done:
                 return None
         if graph is None or not batch.n_out:
             return np.empty((0, self.model.hparams.n_vocab), np.float32)
         return self.logits(graph, batch, borrow)
-
-    def _columns(self, il: int, batch: BatchShape) -> int:
-        """Count the tokens that layer `il` chooses experts for."""
-        return batch.n_out if il == self.model.hparams.n_layer - 1 else batch.n_tokens
 
     # leases
 
@@ -250,23 +268,24 @@ class PagedForward(Forward):
         return graph
 
     def _build_stage(self, stage: Stage, batch: BatchShape) -> Graph:
-        model, n_layer = self.model, self.model.hparams.n_layer
-        span = Span(stage.dense, embed=stage.before is None, output=stage.until is None)
+        model, until = self.model, stage.until
+        span = Span(stage.dense, embed=stage.before is None, output=until is None, plan=stage.plan)
         b = self._builder(span, batch, len(stage.dense) + 2)
-        b.last_layer = n_layer - 1
         x = model.embed(b) if stage.before is None else self._combine(b, stage)
-        for il in stage.dense:
-            x = model.layer(b, il, x)
-        if stage.until is None:
-            return b.finish(model.head(b, x))
-        x, h = model.front(b, stage.until, x)
-        n = self._columns(stage.until, batch)
+        for i, step in enumerate(stage.dense):
+            last = until is None and i == len(stage.dense) - 1
+            x = build_step(b, model, step, x, last=last)
+        if until is None:
+            return b.finish(model.head(b, b.select_outputs(x)))
+        x = build_attn(b, model, until, x, last=stage.narrow)
+        h = model.ffn_input(b, until.il, x)
+        n = _columns(stage.narrow, batch)
         if not n:
             return b.finish(x)
-        ids, weights = model.route(b, stage.until, h)
+        ids, weights = model.route(b, until.il, h)
         carry = self._carry.views(b, n)
-        if stage.guess:
-            guess, _ = model.route(b, stage.until + 1, h)
+        if stage.guessed is not None:
+            guess, _ = model.route(b, stage.guessed, h)
             b.keep(guess, carry.guess)
         b.keep(x, carry.x)
         b.keep(h, carry.h)
@@ -275,16 +294,16 @@ class PagedForward(Forward):
 
     def _combine(self, b: Builder, stage: Stage) -> Tensor:
         """Begin a stage with what the one before left: the residual stream after its experts."""
-        il = stage.before
-        assert il is not None
-        carry = self._carry.views(b, self._columns(il, b.batch))
+        assert stage.before is not None
+        il = stage.before.il
+        carry = self._carry.views(b, _columns(stage.narrow_before, b.batch))
         outs = carry.outs
         if stage.inline:
             n_embd, n, _, _ = shape(carry.h)
             slots = b.more("slots", I32, self._moe.n_expert_used, n)
             h = b.g.ggml_reshape_3d(b.ctx, carry.h, n_embd, 1, n)
             outs = self.model.experts(b, il, h, carry.ids, slots)
-        return self.model.combine(b, il, carry.x, carry.h, outs, carry.weights)
+        return b.add(self.model.combine(b, il, carry.h, outs, carry.weights), carry.x)
 
     def _pairs_graph(self, il: int, n_pairs: int) -> Graph:
         """Build experts' outputs for pairs of token and expert, written to rows of the carry."""
@@ -301,19 +320,30 @@ class PagedForward(Forward):
         return b.finish(b.g.ggml_set_rows(b.ctx, carry.rows, flat, rows))
 
 
-def _parts(model: MoeModel) -> list[Stage]:
-    """Cut a model where its routers choose."""
+def _columns(narrow: bool, batch: BatchShape) -> int:
+    """Count the tokens that a stage's end sees."""
+    return batch.n_out if narrow else batch.n_tokens
+
+
+def _parts(model: MoeModel, span: Span) -> list[Stage]:
+    """Cut a whole pass where its routers choose."""
     found: list[Stage] = []
-    before: int | None = None
-    dense: list[int] = []
-    for il in range(model.hparams.n_layer):
-        if not model.is_moe(il):
-            dense.append(il)
+    before: Step | None = None
+    dense: list[Step] = []
+    n = len(span.steps)
+    routes = [model.is_moe(step.il) and step.ffn == "run" for step in span.steps]
+    for i, step in enumerate(span.steps):
+        if not routes[i]:
+            dense.append(step)
             continue
-        more = il + 1 < model.hparams.n_layer and model.is_moe(il + 1)
-        found.append(Stage(before, True, tuple(dense), il, more))
-        before, dense = il, []
-    return [*found, Stage(before, True, tuple(dense), None, False)]
+        follows = i + 1 < n and routes[i + 1] and span.steps[i + 1].il == step.il + 1
+        guessed = step.il + 1 if follows else None
+        found.append(Stage(before, True, tuple(dense), step, guessed, narrow_before=False,
+                           narrow=i == n - 1, plan=span.plan))  # fmt: skip
+        before, dense = step, []
+    narrow_before = bool(found) and found[-1].narrow
+    return [*found, Stage(before, True, tuple(dense), None, None, narrow_before=narrow_before,
+                          narrow=True, plan=span.plan)]  # fmt: skip
 
 
 class _Views(NamedTuple):

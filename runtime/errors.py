@@ -29,6 +29,10 @@ class AdapterFileError(EdgerouteError):
     """An adapter is malformed, does not fit the model, or needs what cannot be applied."""
 
 
+class DepthFileError(EdgerouteError):
+    """A depth file, or a plan in it, is malformed or does not fit the model."""
+
+
 class UnsupportedModelError(EdgerouteError):
     """A well-formed model needs something this version cannot run."""
 

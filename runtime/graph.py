@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.runtime.depth import ExpertRule, Steps
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.ggml import api
@@ -38,11 +39,20 @@ class Segment(NamedTuple):
 
 
 class Span(NamedTuple):
-    """What one graph computes: embedding, some layers in order, output head."""
+    """What one graph computes: embedding, passes over some layers in order, output head.
 
-    layers: tuple[int, ...]
+    `plan` names the stand-ins of approximated sub-blocks.
+    """
+
+    steps: Steps
     embed: bool
     output: bool
+    plan: str = ""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are passed, in order."""
+        return tuple(step.il for step in self.steps)
 
 
 class BatchShape(NamedTuple):
@@ -95,9 +105,14 @@ class Builder:
         self.batch = batch
         self.kv = kv
         self.weights = weights
+        self.standins: Weights | None = None
         self.n_tokens = batch.n_tokens
         self.inputs = Inputs()
-        self.last_layer = span.layers[-1] if span.output and span.layers else None
+        self.kv_row: int | None = None
+        """Where keys of this pass over a layer are, if not at the layer's own number."""
+        self.expert_rule: ExpertRule = "all"
+        self.expert_value = 0.0
+        """Which of the chosen experts compute in this pass over a layer: see Step."""
         self._lora: LoraUse | None = None
         self._groups = group_segments(batch.segments)
         self._descriptors = Descriptors(n_nodes, n_nodes)
@@ -122,10 +137,6 @@ class Builder:
         if self.inputs.pos is None:
             self.inputs.pos = self._input(I32, "pos", self.n_tokens)
         return self.inputs.pos
-
-    def is_last(self, il: int) -> bool:
-        """Whether `il` is the last layer before the output head."""
-        return il == self.last_layer
 
     def select_outputs(self, x: Tensor) -> Tensor:
         """Keep the columns whose logits are wanted: F32 [n_embd, n_out]."""
@@ -210,9 +221,10 @@ class Builder:
         """
         if self.inputs.rows is None:
             self.inputs.rows = self._input(I64, "kv_rows", self.n_tokens)
-        pairs = [(self.kv.k[il], self._rotate(k, self.kv.k_rotation))]
+        row = self._kv_row(il)
+        pairs = [(self.kv.k[row], self._rotate(k, self.kv.k_rotation))]
         if v is not None:
-            pairs.append((self.kv.v[il], self._rotate(v, self.kv.v_rotation)))
+            pairs.append((self.kv.v[row], self._rotate(v, self.kv.v_rotation)))
         for cache, new in pairs:
             flat = self.g.ggml_reshape_2d(self.ctx, new, shape(cache)[0], self.n_tokens)
             written = self.g.ggml_set_rows(self.ctx, cache, flat, self.inputs.rows)
@@ -247,8 +259,8 @@ class Builder:
                 first * nb[2],
             )  # fmt: skip
             mine = g.ggml_permute(ctx, mine, 0, 2, 1, 3)
-            k = self._cells(self.kv.k[il], group, n_embd_head)
-            v = self._value_cells(il, group)
+            k = self._cells(self.kv.k[self._kv_row(il)], group, n_embd_head)
+            v = self._value_cells(self._kv_row(il), group)
             out = g.ggml_flash_attn_ext(ctx, mine, k, v, mask, scale, 0.0, 0.0)
             if sinks is not None:
                 g.ggml_flash_attn_ext_add_sinks(out, sinks)
@@ -281,12 +293,15 @@ class Builder:
                 slots.extend(MaskSlot(mask, i * n_kv * n_tokens) for i in range(len(group)))
         return list(dict.fromkeys(slot.tensor for slot in slots))
 
-    def _value_cells(self, il: int, group: tuple[Segment, ...]) -> Tensor:
+    def _kv_row(self, il: int) -> int:
+        return il if self.kv_row is None else self.kv_row
+
+    def _value_cells(self, row: int, group: tuple[Segment, ...]) -> Tensor:
         """View a group's values as [n_embd_head_v, n_kv, n_head_kv, n_segments]."""
         kv = self.kv.shape
         if not kv.v_in_k:
-            return self._cells(self.kv.v[il], group, kv.value_head)
-        keys = self._cells(self.kv.k[il], group, kv.n_embd_head)
+            return self._cells(self.kv.v[row], group, kv.value_head)
+        keys = self._cells(self.kv.k[row], group, kv.n_embd_head)
         ne, nb = shape(keys), strides(keys)
         return self.g.ggml_view_4d(
             self.ctx, keys, kv.value_head, ne[1], ne[2], ne[3], nb[1], nb[2], nb[3], 0

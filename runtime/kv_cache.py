@@ -37,6 +37,7 @@ class KvShape:
     Attributes:
         n_embd_head: width of a key head.
         n_embd_head_v: width of a value head, where it is another.
+        n_repeat: passes beyond the first over any layers, each with a row of its own.
         v_in_k: values are the first `n_embd_head_v` of each key and are not stored again
             (multi-head latent attention); nothing is rotated then. Source: llama.cpp,
             build_attn over llm_graph_input_attn_k.
@@ -49,6 +50,7 @@ class KvShape:
     n_embd_head_v: int | None = None
     v_in_k: bool = False
     kv_type: str = "f16"
+    n_repeat: int = 0
 
     def __post_init__(self) -> None:
         if self.kv_type not in KV_TYPES:
@@ -83,12 +85,17 @@ class KvShape:
 
     @property
     def bytes_per_cell(self) -> int:
-        """Bytes of one token's keys and values over all layers."""
+        """Bytes of one token's keys and values over all passes."""
         g, t = ggml(), KV_TYPES[self.kv_type]
         row = g.ggml_row_size(t, self.n_embd_k_gqa)
         if not self.v_in_k:
             row += g.ggml_row_size(t, self.n_embd_v_gqa)
-        return self.n_layer * row
+        return self.n_rows * row
+
+    @property
+    def n_rows(self) -> int:
+        """Passes over layers that keep keys and values: row il is layer il's first pass."""
+        return self.n_layer + self.n_repeat
 
 
 @dataclass(slots=True)
@@ -100,7 +107,9 @@ class Region:
 
 
 class KvCache:
-    """The pool: K and V tensors `[n_embd_gqa, n_cells]` per layer, and who owns which cells.
+    """The pool: K and V tensors `[n_embd_gqa, n_cells]` per row, and who owns which cells.
+
+    See KvShape for its rows.
 
     Lifetime: tensors are valid until `close`.
     """
@@ -109,10 +118,10 @@ class KvCache:
         kind = KV_TYPES[shape.kv_type]
         self.shape = shape
         self.n_cells = round_cells(n_cells)
-        self._descriptors = Descriptors(2 * shape.n_layer + 2)
+        self._descriptors = Descriptors(2 * shape.n_rows + 2)
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
-        for il in range(shape.n_layer):
+        for il in range(shape.n_rows):
             for rows, width, name in ((self.k, shape.n_embd_k_gqa, "cache_k"),
                                       (self.v, shape.n_embd_v_gqa, "cache_v")):  # fmt: skip
                 if shape.v_in_k and rows is self.v:

@@ -156,7 +156,7 @@ def test_a_budget_too_small_is_refused_with_numbers(path: Path) -> None:
 
 def test_a_layer_that_no_span_names_is_not_read(path: Path) -> None:
     """Half of the layers: the bits of the same depth computed resident, and half the bytes."""
-    some = (Span((0, 1, 3, 4, 7, 9, 10), embed=True, output=True),)
+    some = (Span(all_run((0, 1, 3, 4, 7, 9, 10)), embed=True, output=True),)
     with opened(path) as resident:
         expected = play(resident.forward, some)
         assert not equal(expected, play(resident.forward))

@@ -1,0 +1,102 @@
+"""Stand-ins: small maps in the place of a sub-block, fitted by `edgeroute calibrate`.
+
+For the input x of the sub-block and h = rms_norm(x) * norm, a stand-in adds to the residual
+stream y = b (a h) + down (silu(gate h) * (up h)) + bias: a linear map of low rank, a narrow
+gated feed-forward, or both, with or without a constant. It adds nothing at position 0, where
+models keep a state hundreds of times larger than elsewhere, which no fit survives.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.graph import Builder, Inputs
+from edgeroute.runtime.tensor import F32, set_bytes, shape
+
+PARTS = ("attn", "ffn", "layer")
+"""What a stand-in may stand for; `layer` for both sub-blocks, and layers that follow."""
+TENSORS = ("norm", "a", "b", "gate", "up", "down", "bias")
+_ON, _ON_OUT = "standin_on", "standin_on_out"
+
+
+def tensor_name(plan: str, il: int, part: str, tensor: str) -> str:
+    """Name a stand-in's tensor in a depth file."""
+    return f"{plan}/blk.{il}.{part}.{tensor}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandIn:
+    """The tensors of one stand-in, of those that it has.
+
+    norm and bias F32 [n_embd]; a [n_embd, r] and b [r, n_embd]; gate and up [n_embd, m] and
+    down [m, n_embd].
+    """
+
+    norm: Tensor
+    low_rank: tuple[Tensor, Tensor] | None
+    gated: tuple[Tensor, Tensor, Tensor] | None
+    bias: Tensor | None
+
+    @classmethod
+    def find(cls, b: Builder, il: int, part: str) -> "StandIn | None":
+        """Look the stand-in of a sub-block up in the plan of a graph."""
+        weights = b.standins
+        if weights is None:
+            return None
+        found = {name: weights.get(tensor_name(b.span.plan, il, part, name)) for name in TENSORS}
+        norm, down, up = found["norm"], found["down"], found["b"]
+        if norm is None:
+            return None
+        gate, wide, low = found["gate"], found["up"], found["a"]
+        return cls(
+            norm=norm, bias=found["bias"],
+            low_rank=None if low is None or up is None else (low, up),
+            gated=None if gate is None or wide is None or down is None else (gate, wide, down),
+        )  # fmt: skip
+
+    def build(self, b: Builder, x: Tensor, eps: float) -> Tensor:
+        """Build what it adds to the residual stream `x`, F32 [n_embd, n]; same shape."""
+        g, ctx = b.g, b.ctx
+        h = g.ggml_mul(ctx, g.ggml_rms_norm(ctx, x, eps), self.norm)
+        y: Tensor | None = None
+        if self.low_rank is not None:
+            a, up = self.low_rank
+            y = g.ggml_mul_mat(ctx, up, g.ggml_mul_mat(ctx, a, h))
+        if self.gated is not None:
+            gate, wide, down = self.gated
+            act = g.ggml_swiglu_split(
+                ctx, g.ggml_mul_mat(ctx, gate, h), g.ggml_mul_mat(ctx, wide, h)
+            )
+            narrow = g.ggml_mul_mat(ctx, down, act)
+            y = narrow if y is None else b.add(y, narrow)
+        assert y is not None  # a depth file is refused otherwise
+        if self.bias is not None:
+            y = b.add(y, self.bias)
+        return g.ggml_mul(ctx, y, _switch(b, shape(x)[1]))
+
+
+def _switch(b: Builder, n: int) -> Tensor:
+    """Input F32 [1, n]: 0 for tokens at position 0, 1 elsewhere."""
+    name = _ON if n == b.n_tokens else _ON_OUT
+    found = b.inputs.more.get(name)
+    return b.more(name, F32, 1, n) if found is None else found
+
+
+def fill_switches(inputs: Inputs, pieces: Sequence[tuple[int, int, int]]) -> None:
+    """Write where stand-ins are off.
+
+    Args:
+        inputs: of a graph, with or without stand-ins.
+        pieces: first position, tokens, and tokens at the end that get logits.
+    """
+    on, on_out = inputs.more.get(_ON), inputs.more.get(_ON_OUT)
+    if on is None and on_out is None:
+        return
+    positions = [np.arange(pos, pos + n) for pos, n, _ in pieces]
+    if on is not None:
+        set_bytes(on, (np.concatenate(positions) > 0).astype(np.float32))
+    if on_out is not None:
+        wanted = [p[len(p) - n_out :] for p, (_, _, n_out) in zip(positions, pieces, strict=True)]
+        set_bytes(on_out, (np.concatenate(wanted) > 0).astype(np.float32))
