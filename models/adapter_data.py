@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.runtime.errors import AdapterFileError
+from edgeroute.runtime.tensor import to_half
 
 Kind = Literal["F16", "F32", "BF16"]
 KIND_BYTES: Final[dict[Kind, int]] = {"F16": 2, "F32": 4, "BF16": 2}
@@ -157,8 +158,7 @@ def to_f16(raw: npt.NDArray[np.uint8], stored: Stored, path: Path) -> npt.NDArra
     wide = _native(raw, stored.kind)
     values: npt.NDArray[np.float16] = wide
     if stored.kind != "F16":
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = wide.astype(np.float16)
+        values = to_half(wide)
     if values.size and int((values.view(np.uint16) & _F16_EXPONENT).max()) == _F16_EXPONENT:
         raise _not_finite(wide, stored, path)
     return values
