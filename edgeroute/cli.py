@@ -61,6 +61,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "Measure this machine and say what is missing.",
     "plan": "Tell whether a model fits, before loading it.",
     "convert": "Rewrite models for this engine.",
+    "calibrate": "Measure what a model may leave out.",
     "bench": "Measure speed on this machine.",
 }
 """Subcommands, each a module of `edgeroute.commands` that defines `command`."""

@@ -11,6 +11,11 @@ from edgeroute.runtime.kv_cache import KV_TYPES
 from edgeroute.runtime.units import parse_bytes
 
 ENV_PREFIX = "EDGEROUTE_"
+TEXTS = frozenset((
+    "memory", "kv_type", "device", "policy", "prefetch", "trace", "adapter_state", "small",
+    "speculate", "depth", "depth_file",
+))  # fmt: skip
+SPECULATE = ("auto", "off", "lookup", "self", "small")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +47,20 @@ class RunParams:
         adapters: LoRA adapters: a folder of them, one, or several. An empty tuple begins with
             none and lets them be added later.
         adapter_slots: adapters in memory at once; None is up to 8, as the budget allows.
+        small: a smaller model of the same vocabulary, by name or path, kept in memory beside the
+            model: it drafts, see `speculate`.
+        speculate: who drafts tokens, several of which the model then verifies in one pass;
+            answers stay the same, bit for bit. `auto` does so where layers stream, by whichever
+            source is measured to pay; `lookup` (what followed in the text before), `self` (a
+            part of the model) and `small` always do; `off` never.
         adapter_state: the file where `adapter="auto"` keeps what feedback taught it; `off` for
             nowhere, None for one of the user's.
+        depth: `full` computes every layer; a plan of the model's depth file leaves out what it
+            names; `auto` takes the fastest plan within `depth_max_kl`, or none; `routed` lets
+            routers decide for every prompt (see `tools/train_depth_router`).
+        depth_file: where the plans are, if not where `edgeroute calibrate` put them.
+        depth_max_kl: divergence from the full model that `auto` accepts, nats per token; None is
+            0.05.
     """
 
     memory: str | int | None = None
@@ -62,6 +79,11 @@ class RunParams:
     adapters: tuple[str, ...] | None = None
     adapter_slots: int | None = None
     adapter_state: str | None = None
+    small: str | None = None
+    speculate: str = "auto"
+    depth: str = "full"
+    depth_file: str | None = None
+    depth_max_kl: float | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (("threads", 1, 512), ("n_ctx", 32, 1 << 20), ("n_kv", 32, 1 << 22),
@@ -82,6 +104,18 @@ class RunParams:
             raise UsageError(f"n_kv must be at least n_ctx ({self.n_ctx}), got {self.n_kv}")
         if self.repack_experts not in (True, False):
             raise UsageError(f"repack_experts must be true or false, got {self.repack_experts!r}")
+        if self.speculate not in SPECULATE:
+            raise UsageError(
+                f"speculate must be one of {', '.join(SPECULATE)}, got {self.speculate!r}"
+            )
+        if self.speculate == "small" and self.small is None:
+            raise UsageError("speculate='small' needs a small model; name one by small=")
+        kl = self.depth_max_kl
+        number = isinstance(kl, int | float) and not isinstance(kl, bool)
+        if kl is not None and not (number and 0 <= kl <= 100):
+            raise UsageError(f"depth_max_kl must be a number of nats from 0 to 100, got {kl!r}")
+        if not isinstance(self.depth, str) or not self.depth:
+            raise UsageError(f"depth must be full, auto or a plan's name, got {self.depth!r}")
         if self.memory is not None:
             parse_bytes(self.memory)
         if (self.policy, self.prefetch) != ("auto", "auto"):
@@ -124,7 +158,11 @@ def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = 
             hint = f"; did you mean {near[0]}" if near else ""
             raise UsageError(f"there is no setting {name!r}{hint}")
         if value is not None:
-            values[name] = _as_paths(value) if name == "adapters" else value
+            if name == "adapters":
+                value = _as_paths(value)
+            elif name in ("small", "depth_file") and isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            values[name] = value
     return RunParams(**values)  # type: ignore[arg-type]
 
 
@@ -142,8 +180,13 @@ def _from_text(name: str, text: str) -> object:
     """Read a setting from the environment; what it means there is what it means in Python."""
     if name == "adapters":
         return _as_paths(text)
-    if name in ("memory", "kv_type", "device", "policy", "prefetch", "trace", "adapter_state"):
+    if name in TEXTS:
         return text
+    if name == "depth_max_kl":
+        try:
+            return float(text)
+        except ValueError as error:
+            raise UsageError(f"{ENV_PREFIX}DEPTH_MAX_KL must be a number, got {text!r}") from error
     if not text.strip().isdigit():
         raise UsageError(f"{ENV_PREFIX}{name.upper()} must be a whole number, got {text!r}")
     return int(text)

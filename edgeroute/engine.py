@@ -7,29 +7,26 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
+from edgeroute.asking import Asking
 from edgeroute.config import RunParams, merge_settings
 from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.models.pull import pull, resolve
 from edgeroute.opening import Opening
-from edgeroute.options import KNOWN, SAMPLING, Message, Options, Score, Settings
+from edgeroute.options import Message, Options, Score, Settings
 from edgeroute.request import Outcome, Request
 from edgeroute.runtime import machine
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.errors import CatalogueError, ClosedError, EdgerouteError, UsageError
-from edgeroute.runtime.records import SamplingParams
-from edgeroute.runtime.sampler import Sampler
-from edgeroute.runtime.text_stream import TextStream
+from edgeroute.runtime.errors import CatalogueError, ClosedError, EdgerouteError
 from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.stats import Chunk, Generation
 from edgeroute.stream import Stream
 
 if TYPE_CHECKING:
-    from edgeroute.adapters import Adapters
     from edgeroute.loaded import LoadedModel
     from edgeroute.scheduler import Scheduler
 
@@ -65,6 +62,7 @@ class Runtime(Closing):
         )
         self._thread.start()
         self._loaded, self._scheduler = ready.result()
+        self._asking = Asking(self._loaded, self.params)
 
     def feedback(self, generation_id: str, reward: float) -> None:
         """Tell what an answer of `adapter="auto"` was worth: 0 useless, 1 perfect.
@@ -72,7 +70,7 @@ class Runtime(Closing):
         Raises:
             UsageError: no such answer, its feedback was given before, or another reward.
         """
-        adapters = self._adapters()
+        adapters = self._asking.adapters()
         self._on_engine(lambda: adapters.routing.feedback(generation_id, reward))
 
     def add_adapter(self, path: str | Path) -> str:
@@ -87,7 +85,7 @@ class Runtime(Closing):
             AdapterFileError: it does not fit this model, or is damaged.
             CapacityError: it does not fit the slots or the budget.
         """
-        adapters = self._adapters()
+        adapters = self._asking.adapters()
         file = adapters.open(path)
         self._on_engine(lambda: adapters.add(file))
         return file.name
@@ -98,7 +96,7 @@ class Runtime(Closing):
         Raises:
             UsageError: there is none of that name.
         """
-        adapters = self._adapters()
+        adapters = self._asking.adapters()
         self._on_engine(lambda: adapters.remove(name))
 
     @property
@@ -156,9 +154,14 @@ class Runtime(Closing):
         """Return what the runtime holds and has done, as plain JSON types."""
         loaded, scheduler = self._loaded, self._scheduler
         steps = scheduler.n_decode_steps
+        plan = loaded.depth or loaded.no_depth
+        depth = {} if plan is None else {"depth": plan.stats()}
         experts = {} if loaded.experts is None else {"experts": loaded.experts.stats()}
         layers = {} if loaded.layers is None else {"layers": loaded.layers.stats()}
         adapters = {} if loaded.adapters is None else {"adapters": loaded.adapters.stats()}
+        drafts: dict[str, object] = {
+            "on": False, "why": loaded.why_no_drafts(self.params.speculate)
+        } if scheduler.speculation is None else scheduler.speculation.stats()  # fmt: skip
         return (
             {
                 "model": str(self.path),
@@ -184,6 +187,8 @@ class Runtime(Closing):
             | experts
             | layers
             | adapters
+            | {"speculation": drafts}
+            | depth
         )
 
     def encode(self, text: str) -> list[int]:
@@ -200,40 +205,6 @@ class Runtime(Closing):
 
     # requests
 
-    def _request(
-        self, prompt: str | None, options: Options, emit: Callable[[Outcome], None], *,
-        streaming: bool,
-    ) -> Request:  # fmt: skip
-        """Check a call's arguments and encode its prompt, in the caller's thread."""
-        unknown = options.keys() - KNOWN
-        if unknown:
-            raise UsageError(f"generate has no option {', '.join(sorted(map(repr, unknown)))}")
-        self._check_open()
-        adapter = self.check_adapter(options.get("adapter"))
-        if options.get("score") is not None and (streaming or not isinstance(adapter, str)):
-            raise UsageError("score takes whole answers of adapter='auto', not streams or others")
-        max_tokens = _count("max_tokens", options.get("max_tokens", 128))
-        timeout_s = options.get("timeout_s")
-        if timeout_s is not None and not 0 < timeout_s < 1e9:
-            raise UsageError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
-        prefix = options.get("prefix", "exact")
-        if prefix not in ("exact", "all", "off"):
-            raise UsageError(f"prefix must be exact, all or off, got {prefix!r}")
-        chosen: dict[str, Any] = {
-            name: value for name, value in options.items() if name in SAMPLING and value is not None
-        }
-        params = SamplingParams(**chosen)
-        stop = options.get("stop") or ()
-        tokenizer = self._loaded.tokenizer
-        text = TextStream(tokenizer.piece, (stop,) if isinstance(stop, str) else stop)
-        ids = self._encode(prompt, options.get("messages"), options.get("prompt_ids"))
-        return Request(
-            prompt_ids=ids, max_tokens=max_tokens, sampler=Sampler(params, tokenizer, ids),
-            text=text, emit=emit, streaming=streaming, prefix=prefix,
-            adapter=adapter,
-            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
-        )  # fmt: skip
-
     def check_adapter(
         self, asked: str | Mapping[str, float] | None
     ) -> Mapping[str, float] | str | None:
@@ -242,18 +213,7 @@ class Runtime(Closing):
         Raises:
             UsageError: there is no such adapter, or a factor is out of range.
         """
-        if asked is None:
-            return None
-        adapters = self._adapters()
-        from edgeroute.adapters import parse_adapter
-
-        return parse_adapter(asked, adapters.store.knows)
-
-    def _adapters(self) -> "Adapters":
-        found = self._loaded.adapters
-        if found is None:
-            raise UsageError("this Runtime has no adapters; open it with adapters=FOLDER")
-        return found
+        return self._asking.adapter(asked)
 
     def _on_engine(self, action: Command) -> None:
         """Have the engine thread do something between two tokens; raise what that raises."""
@@ -272,37 +232,6 @@ class Runtime(Closing):
             self._inbox.put(run)
         done.result()
 
-    def _encode(
-        self, prompt: str | None, messages: Sequence[Message] | None, ids: Sequence[int] | None
-    ) -> list[int]:
-        """Turn exactly one of prompt, messages and token ids into a prompt that fits."""
-        if sum(each is not None for each in (prompt, messages, ids)) != 1:
-            raise UsageError("pass exactly one of prompt, messages and prompt_ids")
-        tokenizer, limit = self._loaded.tokenizer, self.params.n_ctx
-        if prompt is not None:
-            if not isinstance(prompt, str):
-                raise UsageError(f"prompt must be a str, got {type(prompt).__name__}")
-            found = tokenizer.encode(
-                prompt, add_special=True, parse_special=False, max_tokens=limit
-            )
-        elif messages is not None:
-            # Jinja costs 50 ms to import, which plain prompts need not pay.
-            from edgeroute.runtime.template import encode_chat
-
-            found = encode_chat(tokenizer, messages, max_tokens=limit)
-        else:
-            found = list(ids or ())
-            n_vocab = tokenizer.n_vocab
-            if any(
-                isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n_vocab for i in found
-            ):
-                raise UsageError(f"prompt_ids must be whole numbers from 0 to {n_vocab - 1}")
-        if not found:
-            raise UsageError("the prompt is empty, and this model adds no token of its own")
-        if len(found) > limit:
-            raise UsageError(f"the prompt has {len(found)} tokens, over n_ctx={limit}; raise n_ctx")
-        return found
-
     def _submit(self, request: Request) -> None:
         with self._gate:
             try:
@@ -311,6 +240,9 @@ class Runtime(Closing):
                 request.sampler.close()
                 raise
             self._inbox.put(request)
+            guard = self._scheduler.depth_guard
+            if guard is not None and guard.checking:
+                self._loaded.device.stop_flag.set()
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -320,7 +252,8 @@ class Runtime(Closing):
 
     def _listen(self, prompt: str | None, options: Options, *, streaming: bool) -> Stream:
         inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        request = self._request(prompt, options, inbox.put, streaming=streaming)
+        self._check_open()
+        request = self._asking.request(prompt, options, inbox.put, streaming=streaming)
         self._submit(request)
         return Stream(request, inbox)
 
@@ -337,7 +270,9 @@ class Runtime(Closing):
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(inbox.put_nowait, outcome)
 
-        request = await asyncio.to_thread(self._request, prompt, options, emit, streaming=streaming)
+        self._check_open()
+        ask = self._asking.request
+        request = await asyncio.to_thread(ask, prompt, options, emit, streaming=streaming)
         self._submit(request)
         try:
             while True:
@@ -378,12 +313,25 @@ class Runtime(Closing):
         n_max = params.threads or machine.usable_cores()
         fixed = params.threads is not None
         policy = ThreadPolicy(n_max, meter, time.monotonic, fixed=fixed)
-        return Scheduler(
+        scheduler = Scheduler(
             loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
             n_ubatch=params.n_ubatch, max_batch=params.max_batch or loaded.max_batch,
             is_eog=loaded.tokenizer.is_eog, experts=loaded.experts, adapters=loaded.adapters,
             layers=loaded.layers,
         )  # fmt: skip
+        if loaded.why_no_drafts(params.speculate) is None:
+            # Models that do not draft should not wait for its import.
+            from edgeroute.speculation import Speculation
+
+            scheduler.speculation = Speculation(loaded, params, scheduler.is_eog)
+        if loaded.depth is not None:
+            from edgeroute.depth import Depth
+            from edgeroute.depth_guard import DepthGuard
+
+            scheduler.depth = loaded.depth
+            if isinstance(loaded.depth, Depth):
+                scheduler.depth_guard = DepthGuard(loaded.depth, loaded.forward, params.n_ubatch)
+        return scheduler
 
     def _loop(self, scheduler: "Scheduler") -> None:
         error: BaseException = ClosedError("this Runtime was closed while the request ran")
@@ -437,12 +385,6 @@ def _find(model: str | Path | None) -> Path:
         if spec != DEFAULT_MODEL:
             raise
     return pull(spec).path
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-        raise UsageError(f"{name} must be a whole number from 0 on, got {value!r}")
-    return value
 
 
 __all__ = ["EdgerouteError", "Message", "Options", "Runtime", "Settings", "generate"]

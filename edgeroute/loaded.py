@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from edgeroute.config import RunParams
 from edgeroute.models.base import Hparams, Model
 from edgeroute.models.forward import Forward
@@ -24,6 +26,7 @@ from edgeroute.runtime.weights import ResidentWeights, WeightsPlan
 
 if TYPE_CHECKING:
     from edgeroute.adapters import AdapterPlan, Adapters
+    from edgeroute.depth import DepthSource, NoDepth
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
 
@@ -43,6 +46,7 @@ class MemoryPlan:
     kv_bytes: int
     compute_bytes: int
     adapter_bytes: int = 0
+    standin_bytes: int = 0
 
     def wants(self) -> dict[str, int]:
         """Return ledger entries by owner."""
@@ -52,6 +56,7 @@ class MemoryPlan:
             "KV cache": self.kv_bytes,
             COMPUTE_BUFFER: self.compute_bytes,
             "adapter slots": self.adapter_bytes,
+            "stand-ins": self.standin_bytes,
         }
         return {owner: n_bytes for owner, n_bytes in found.items() if n_bytes}
 
@@ -69,16 +74,19 @@ def budget_bytes(params: RunParams) -> int:
     return max(0, free - max(RESERVE_MIN_BYTES, int(RESERVE_RATIO * free)))
 
 
-def kv_shape(hparams: Hparams, params: RunParams) -> KvShape:
-    """Return what one KV cell of this model holds."""
+def kv_shape(hparams: Hparams, params: RunParams, n_repeat: int = 0) -> KvShape:
+    """Return what one KV cell of this model holds, with `n_repeat` passes beyond its layers."""
     return KvShape(
         n_layer=hparams.n_layer, n_embd_k_gqa=hparams.n_embd_k_gqa,
         n_embd_v_gqa=hparams.n_embd_v_gqa, n_embd_head=hparams.n_embd_head_k,
         n_embd_head_v=hparams.n_embd_head_v, v_in_k=hparams.v_in_k, kv_type=params.kv_type,
+        n_repeat=n_repeat,
     )  # fmt: skip
 
 
-def plan_memory(hparams: Hparams, weights: ResidentWeights, params: RunParams) -> MemoryPlan:
+def plan_memory(
+    hparams: Hparams, weights: ResidentWeights, params: RunParams, n_repeat: int = 0
+) -> MemoryPlan:
     """Plan a model's bytes from its header and the settings.
 
     The compute buffer is an upper estimate: activations that live at once, the mask, logits.
@@ -89,7 +97,7 @@ def plan_memory(hparams: Hparams, weights: ResidentWeights, params: RunParams) -
     logits = 4 * hparams.n_vocab * (params.max_batch or MAX_BATCH)
     return MemoryPlan(
         weights=weights.plan,
-        kv_bytes=n_kv * kv_shape(hparams, params).bytes_per_cell,
+        kv_bytes=n_kv * kv_shape(hparams, params, n_repeat).bytes_per_cell,
         compute_bytes=n_ubatch * per_token + logits,
     )
 
@@ -130,6 +138,7 @@ class LoadedModel:
 
     def _load(self, opening: Opening, params: RunParams) -> None:
         self.file = opening.file
+        self.small = self._load_small(opening, params)
         self._load_weights(params)  # while the vocabulary is being read
         self.tokenizer = opening.tokenizer
         self._book_compute()
@@ -137,6 +146,19 @@ class LoadedModel:
     def _book_compute(self) -> None:
         """Enter what the compute buffers really take instead of what was planned."""
         self.ledger.replace(COMPUTE_BUFFER, self.forward.graphs.n_bytes)
+
+    def _load_small(self, opening: Opening, params: RunParams) -> "LoadedModel | None":
+        """Open the small model first: what it takes is not there for this one."""
+        self._beside_bytes = 0
+        if params.small is None:
+            return None
+        from edgeroute.small import open_small
+
+        process = psutil.Process()
+        before = process.memory_info().rss
+        small = self._owned.enter_context(contextlib.closing(open_small(opening, params)))
+        self._beside_bytes = max(0, process.memory_info().rss - before)
+        return small
 
     def _load_weights(self, params: RunParams) -> None:
         """Plan, enter in the ledger, then place weights, KV pool and compute buffer."""
@@ -147,13 +169,18 @@ class LoadedModel:
         self.layers: LayerStore | None = None
         self.adapters: Adapters | None = None
         self.ledger = Ledger(budget_bytes(params))
+        if self.small is not None:
+            from edgeroute.small import small_entries
+
+            self.ledger.reserve(small_entries(self.small))
         self._adapter_plan = self._plan_adapters(params)
+        self.depth, self.no_depth = self._plan_depth(params)
         weights = ResidentWeights(
             self.file, self.device, self.model.specs(), repack_experts=params.repack_experts
         )
         own.callback(weights.close)
         self.plan = self._plan(weights, params)
-        if self.plan.total_bytes > self.ledger.budget_bytes:
+        if self.plan.total_bytes > self.ledger.free_bytes:
             self._load_in_part(params)
             return
         self.ledger.reserve(self.plan.wants())
@@ -170,8 +197,24 @@ class LoadedModel:
 
         return plan_adapters(self.file.path, self.model, params, self.ledger.budget_bytes)
 
+    def _plan_depth(self, params: RunParams) -> "tuple[DepthSource | None, NoDepth | None]":
+        if params.depth == "full":
+            return None, None
+        # A model that runs whole should not wait for its import.
+        from edgeroute.depth import NoDepth, open_depth
+
+        found = open_depth(self._owned, self.file, self.model.hparams, self.device, params)
+        return (None, found) if isinstance(found, NoDepth) else (found, None)
+
+    @property
+    def _n_repeat(self) -> int:
+        return 0 if self.depth is None else self.depth.n_repeats
+
     def _plan(self, weights: ResidentWeights, params: RunParams) -> MemoryPlan:
-        adapters, plan = self._adapter_plan, plan_memory(self.model.hparams, weights, params)
+        adapters, depth = self._adapter_plan, self.depth
+        plan = plan_memory(self.model.hparams, weights, params, self._n_repeat)
+        if depth is not None:
+            plan = dataclasses.replace(plan, standin_bytes=depth.n_bytes)
         if adapters is None:
             return plan
         more = adapters.compute_bytes(
@@ -204,10 +247,11 @@ class LoadedModel:
 
         own = self._owned
         source = moe_source(self.file, self.device, self.model, params)
+        source = dataclasses.replace(source, beside_bytes=self._beside_bytes)
         base = source.other_weights()
         own.callback(base.close)
         self.plan = self._plan(base, params)
-        paged = plan_paged(source, self.plan.wants(), self.ledger.budget_bytes)
+        paged = plan_paged(source, self.plan.wants(), self.ledger.free_bytes)
         self.ledger.reserve(paged.wants())
         base.load()
         self._make_pool(params)
@@ -224,10 +268,11 @@ class LoadedModel:
         from edgeroute.paging_layers import LayerSource, open_layers, plan_layers
 
         own = self._owned
-        source = LayerSource(file=self.file, device=self.device, model=self.model, params=params)
+        source = LayerSource(file=self.file, device=self.device, model=self.model, params=params,
+                             beside_bytes=self._beside_bytes)  # fmt: skip
         with contextlib.closing(source.base(source.units())) as small:
             fixed = self._plan(small, params).wants()
-        layered = plan_layers(source, fixed, self.ledger.budget_bytes)
+        layered = plan_layers(source, fixed, self.ledger.free_bytes)
         base = source.base(layered.streamed)
         own.callback(base.close)
         self.plan = self._plan(base, params)
@@ -238,12 +283,14 @@ class LoadedModel:
         self._reserve_compute(params)
 
     def _make_pool(self, params: RunParams) -> None:
-        shape = kv_shape(self.model.hparams, params)
+        shape = kv_shape(self.model.hparams, params, self._n_repeat)
         self.kv = KvCache(self.device, shape, params.n_kv or params.n_ctx)
         self._owned.callback(self.kv.close)
 
     def _reserve_compute(self, params: RunParams) -> None:
         self._owned.callback(self.forward.close)
+        if self.depth is not None:
+            self.depth.load(self.forward)
         if self._adapter_plan is not None:
             from edgeroute.adapters import Adapters, Host
 
@@ -270,6 +317,27 @@ class LoadedModel:
             if matrix and info is not None and info.type in FLOATS:
                 return MAX_BATCH_FLOAT
         return MAX_BATCH_REPACKED if self.plan.weights.repacked else MAX_BATCH
+
+    @property
+    def longest_draft(self) -> int:
+        """Tokens that a pass may verify beside the next with the bits of one token each."""
+        return self.max_batch - 1
+
+    def why_no_drafts(self, speculate: str) -> str | None:
+        """Say why no tokens are drafted where RunParams.speculate is this; None if some are.
+
+        Nothing is drafted unasked where a pass over k tokens costs k passes, and nothing at all
+        where an answer could have other bits than without.
+        """
+        if speculate == "off":
+            return "it is switched off"
+        if self.model.hparams.moe is not None:
+            return "with experts, several tokens in a pass may differ in their last bits"
+        if self.longest_draft < 1:
+            return "with float weights, several tokens in a pass differ in their last bits"
+        if speculate == "auto" and self.layers is None:
+            return "all weights are in memory, where a pass over k tokens costs about k passes"
+        return None
 
     def close(self) -> None:
         """Free everything; safe to call twice."""

@@ -32,6 +32,11 @@ class Settings(TypedDict, total=False):
     adapters: str | Path | Sequence[str | Path] | None
     adapter_slots: int | None
     adapter_state: str | None
+    small: str | Path | None
+    depth: str | None
+    depth_file: str | Path | None
+    depth_max_kl: float | None
+    speculate: str | None
 
 
 class Options(TypedDict, total=False):
@@ -42,6 +47,9 @@ class Options(TypedDict, total=False):
     continuing a conversation at once), `off` none. `adapter` names a LoRA adapter, `auto` to
     choose one by the prompt, or several with a factor each: `{"a": 0.7, "b": 0.3}`. `score`
     is called with the whole answer of `auto`, and what it returns is given as feedback.
+    `speculate=False` keeps this answer from being drafted, which changes its speed only.
+    `depth` is `full` for an answer by the whole model, or the name of the Runtime's plan, which
+    is also what None means.
     """
 
     messages: Sequence[Message] | None
@@ -65,6 +73,8 @@ class Options(TypedDict, total=False):
     prompt_ids: Sequence[int] | None
     adapter: str | Mapping[str, float] | None
     score: Score | None
+    speculate: bool
+    depth: str | None
 
 
 SAMPLING = frozenset(SamplingParams.__dataclass_fields__)

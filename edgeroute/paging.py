@@ -8,7 +8,8 @@ import psutil
 
 from edgeroute.config import RunParams
 from edgeroute.models.base import Model, MoeHparams, MoeModel
-from edgeroute.models.paged import MAX_PAIRS, Carry
+from edgeroute.models.carry import Carry
+from edgeroute.models.paged import MAX_PAIRS
 from edgeroute.offload.disk import DiskFile
 from edgeroute.offload.disk_profile import profile
 from edgeroute.offload.expert_pool import ExpertLayer, PoolPlan, plan_pools
@@ -44,12 +45,16 @@ class PagedPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSource:
-    """A model with experts that is being opened."""
+    """A model with experts that is being opened.
+
+    `beside_bytes` of this process belong to what has ledger entries already.
+    """
 
     file: GGUFFile
     device: Device
     model: MoeModel
     params: RunParams
+    beside_bytes: int = 0
 
     @property
     def moe(self) -> MoeHparams:
@@ -96,7 +101,7 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
     pools = tuple(plan_pools(source.layers(), moe.n_expert))
     page_bytes = max(pool.page_bytes for pool in pools)
     staging = max(STAGING_MIN_BYTES, STAGING_PAGES * page_bytes)
-    rss = psutil.Process().memory_info().rss
+    rss = max(0, psutil.Process().memory_info().rss - source.beside_bytes)
     fixed = fixed | {
         "expert compute": max(MAX_PAIRS, source.params.n_ubatch)
         * 4

@@ -26,17 +26,25 @@ from edgeroute.runtime.weights import ResidentWeights, check_specs
 N_ROOMS = 2
 """One layer is computed while the next is read."""
 STAGED_READS = 2
+DRAFTING = ("auto", "self")
+"""Settings of `speculate` under which the layers that stay may draft."""
+FIRST_KEPT = 2
+"""Layers at the beginning that stay where those that stay are to draft."""
 HEAD = "output.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSource:
-    """A dense model that is being opened."""
+    """A dense model that is being opened.
+
+    `beside_bytes` of this process belong to what has ledger entries already.
+    """
 
     file: GGUFFile
     device: Device
     model: Model
     params: RunParams
+    beside_bytes: int = 0
 
     def units(self) -> list[Unit]:
         """List what may stream: the matrices of each layer, and last those of the head.
@@ -112,9 +120,9 @@ def plan_layers(
     # A head that is also the embedding may be both mapped and repacked: its sum is asked for.
     head = source.resident_bytes(units[:-1]) - source.resident_bytes(units)
     layers = sum(unit.room_bytes for unit in units[:-1])
-    program = _program_bytes(source.file)
+    program = max(0, _program_bytes(source.file) - source.beside_bytes)
     least: LayerPlan | None = None
-    for streamed in _splits(units):
+    for streamed in _splits(units, drafting=source.params.speculate in DRAFTING):
         entries = _entries(source, units, (streamed, n_rooms))
         entries["program and vocabulary"] = program
         gone = layers + head if len(streamed) == len(units) else sum(u.room_bytes for u in streamed)
@@ -163,20 +171,27 @@ def open_layers(
     transfer = own.enter_context(Transfer([disk], n_threads, reads.read_bytes, staging))
     store = LayerStore(base, source.device, transfer, LayerParams(
         units=plan.streamed, n_units=plan.n_units, n_rooms=plan.n_rooms, resident=plan.resident,
-        keeper=_keeper(source, plan.resident),
+        keeper=_keeper(source, plan.resident), together=source.params.speculate in DRAFTING,
     ))  # fmt: skip
     own.callback(store.close)
     return store, LayeredForward(source.model, source.device, store, kv)
 
 
-def _splits(units: Sequence[Unit]) -> Iterator[tuple[Unit, ...]]:
-    """List what may stream, least first: layers spread evenly; the head only after all layers.
+def _splits(units: Sequence[Unit], *, drafting: bool) -> Iterator[tuple[Unit, ...]]:
+    """List what may stream, least first; the head only after all layers.
 
-    Between two streamed layers as many others are computed as can be, while the next is read.
+    Layers spread evenly, so that between two streamed ones as many others are computed as can
+    be while the next is read. Or, where those that stay are to draft, a block behind the first
+    two: of nine layers that stay of 28, the first two and last seven guess twice as well as nine
+    spread ones, and reading is slower than computing anyway where drafting pays.
     """
     layers = units[:-1]
     for n in range(len(layers) + 1):
-        yield tuple(layers[(2 * j + 1) * len(layers) // (2 * n)] for j in range(n))
+        if drafting:
+            first = min(FIRST_KEPT, len(layers) - n)
+            yield tuple(layers[first : first + n])
+        else:
+            yield tuple(layers[(2 * j + 1) * len(layers) // (2 * n)] for j in range(n))
     yield tuple(units)
 
 

@@ -1,22 +1,26 @@
 """One request on its way through the engine: what was asked, how far it is, who listens."""
 
+import contextlib
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgeroute.offload.counters import LayerCount
+from edgeroute.runtime.device import Device
 from edgeroute.runtime.lora import LoraRow
 from edgeroute.runtime.prefix import Mode
 from edgeroute.runtime.records import TokenLogprob
 from edgeroute.runtime.sampler import Sampler
 from edgeroute.runtime.sequence import Sequence
 from edgeroute.runtime.text_stream import TextStream
-from edgeroute.stats import Chunk, FinishReason, Generation, GenerationStats
+from edgeroute.stats import Chunk, FinishReason, Generation, GenerationStats, Speculated
 
 if TYPE_CHECKING:
     from edgeroute.adapter_routing import Turn
+    from edgeroute.depth import Depth, RoutedRequest
     from edgeroute.offload.adapter_store import Lease
 
 Outcome = Chunk | BaseException
@@ -49,6 +53,12 @@ class Request:
     cancelled: bool = False
     adapter: Mapping[str, float] | str | None = None
     """What was asked for, as `parse_adapter` gives it."""
+    depth_full: bool = False
+    """Whether the whole model was asked for."""
+    depth: "Depth | RoutedRequest | None" = None
+    """What computes it, from its first cell to its last; None for the whole model."""
+    speculate: bool = True
+    """Whether tokens may be drafted for it."""
     on_cancel: Callable[[], None] | None = None
     """Stops the computation that runs for this request alone."""
 
@@ -60,6 +70,7 @@ class Request:
     lora: LoraRow | None = None
     turn: "Turn | None" = None
     n_common: int = 0
+    speculated: Speculated | None = None
     sequence: Sequence | None = None
     n_cached: int = 0
     started: float | None = None
@@ -157,7 +168,31 @@ class Request:
             memory_bytes=engine.memory_bytes, threads=engine.threads,
             experts=_cost(self.experts_before, engine.experts),
             layers=_layer_cost(self.layers_before, engine.layers), adapters=self._adapter_stats(),
+            speculation=None if self.speculated is None else self.speculated.to_dict(),
+            depth=None if self.depth is None else self.depth.cost(),
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def stoppable(request: Request, device: Device) -> Iterator[None]:
+    """Let a request's cancel or its deadline stop what a device computes meanwhile."""
+    device.stop_flag.clear()
+    request.on_cancel = device.stop_flag.set
+    timer = None
+    if request.deadline is not None:
+        left_s = max(0.0, request.deadline - time.monotonic())
+        timer = threading.Timer(left_s, device.stop_flag.set)
+        timer.start()
+    if request.interrupted():
+        device.stop_flag.set()
+    device.watch_stop_flag(True)
+    try:
+        yield
+    finally:
+        device.watch_stop_flag(False)
+        request.on_cancel = None
+        if timer is not None:
+            timer.cancel()
 
 
 def _cost(before: LayerCount | None, after: LayerCount | None) -> dict[str, int | float] | None:

@@ -4,12 +4,11 @@ Sequences join and leave between tokens. A prompt is computed alone, batch by ba
 that its bits do not depend on who else is there; decoding sequences share one pass.
 """
 
-import contextlib
 import functools
-import threading
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.offload.counters import LayerCount
-from edgeroute.request import EngineState, Request
+from edgeroute.request import EngineState, Request, stoppable
 from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
 from edgeroute.runtime.prefix import PrefixCache
@@ -27,8 +26,11 @@ from edgeroute.stats import FinishReason
 
 if TYPE_CHECKING:
     from edgeroute.adapters import Adapters
+    from edgeroute.depth import DepthSource
+    from edgeroute.depth_guard import DepthGuard
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
+    from edgeroute.speculation import Draft, Speculation
 
 Logits = npt.NDArray[np.float32]
 
@@ -49,10 +51,13 @@ class Scheduler:
         self._n_ctx = n_ctx
         self._n_ubatch = n_ubatch
         self._max_batch = max_batch
-        self._is_eog = functools.cache(is_eog)  # asked of every token, and 15 us in libllama
+        self.is_eog = functools.cache(is_eog)  # asked of every token, and 15 us in libllama
         self._experts = experts
         self._layers = layers
         self._adapters = adapters
+        self.speculation: Speculation | None = None
+        self.depth: DepthSource | None = None
+        self.depth_guard: DepthGuard | None = None
         self._compute_bytes = forward.graphs.n_bytes
         self._waiting: deque[Request] = deque()
         self._arriving: list[Request] = []  # their adapters are held, perhaps still loading
@@ -88,17 +93,26 @@ class Scheduler:
     def step(self) -> None:
         """Do one round: at most one prefill batch, then one token for all that decode."""
         self._drop_interrupted()
+        if self.depth_guard is not None and self.depth_guard.overdue:
+            self.depth_guard.check()
         self._admit()
         self.stalled = not self.n_running
         if self._prefilling:
             self._prefill(self._prefilling[0])
         running = list(self._decoding)
-        for first in range(0, len(running), self._max_batch):
-            self._decode(running[first : first + self._max_batch])
+        if len(running) == 1 and self.speculation is not None and running[0].speculate:
+            self._speculate(running.pop(), self.speculation)
+        running.sort(key=lambda request: request.depth is None)  # a pass computes one plan
+        for _, group in itertools.groupby(running, lambda request: request.depth):
+            alike = list(group)
+            for first in range(0, len(alike), self._max_batch):
+                self._decode(alike[first : first + self._max_batch])
         self._decoding = [request for request in self._decoding if request.sequence is not None]
 
     def use_the_pause(self) -> None:
         """Do what is better done while nobody waits."""
+        if self.depth_guard is not None:
+            self.depth_guard.check()
         if self._experts is not None:
             self._experts.reconsider()
 
@@ -151,11 +165,16 @@ class Scheduler:
     def _open(self, request: Request) -> bool:
         """Give a request its cells; False while there are none."""
         key = None if request.lease is None else request.lease.key
+        reuse = request.prefix
+        if self.depth is not None and self.depth.on and not request.depth_full:
+            request.depth = self.depth.begin()
+            if request.depth.key is None:  # nobody knows yet what its keys will be
+                reuse = "off"
+            elif request.depth.key:
+                key = f"{key or ''}|{request.depth.key}"
         if request.turn is not None:  # cells of another adapter would have served otherwise
             request.n_common = self.prefix.longest_common(request.prompt_ids)
-        sequence = self.prefix.open(
-            list(request.prompt_ids), request.n_cells, request.prefix, adapter=key
-        )
+        sequence = self.prefix.open(list(request.prompt_ids), request.n_cells, reuse, adapter=key)
         if sequence is None:
             return False
         self._arriving.remove(request)
@@ -169,6 +188,8 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason, *, keep: bool = True) -> None:
         """Free what a request holds, then tell its listener."""
+        if self.depth_guard is not None and request.depth is not None and request.sequence:
+            self.depth_guard.note(request.sequence.tokens, len(request.prompt_ids))
         self._free(request, keep=keep)
         self.n_finished += 1
         if self._experts is not None:
@@ -191,9 +212,12 @@ class Scheduler:
     def _free(self, request: Request, *, keep: bool) -> None:
         if self._adapters is not None:
             self._adapters.release(request)
+        if self.speculation is not None:
+            self.speculation.end(request)
         sequence, request.sequence = request.sequence, None
         if sequence is not None:
-            (self.prefix.keep if keep else self.prefix.drop)(sequence)
+            known = request.depth is None or request.depth.key is not None
+            (self.prefix.keep if keep and known else self.prefix.drop)(sequence)
         request.sampler.close()
 
     # computing
@@ -207,7 +231,7 @@ class Scheduler:
         piece = Piece(tokens=request.prompt_ids[start:end], pos=start, region=sequence.region,
                       n_out=int(end == n), lora=request.lora)  # fmt: skip
         began = time.monotonic()
-        with self._stoppable(request):
+        with stoppable(request, self.forward.device):
             logits = self._run([piece], [request])
         request.prefill_s += time.monotonic() - began
         if logits is None:
@@ -224,28 +248,6 @@ class Scheduler:
             self._sample(request, logits[0])
             self._decoding = [each for each in self._decoding if each.sequence is not None]
 
-    @contextlib.contextmanager
-    def _stoppable(self, request: Request) -> Iterator[None]:
-        """Let a cancel or the deadline stop what is computed meanwhile."""
-        device = self.forward.device
-        device.stop_flag.clear()
-        request.on_cancel = device.stop_flag.set
-        timer = None
-        if request.deadline is not None:
-            left_s = max(0.0, request.deadline - time.monotonic())
-            timer = threading.Timer(left_s, device.stop_flag.set)
-            timer.start()
-        if request.interrupted():
-            device.stop_flag.set()
-        device.watch_stop_flag(True)
-        try:
-            yield
-        finally:
-            device.watch_stop_flag(False)
-            request.on_cancel = None
-            if timer is not None:
-                timer.cancel()
-
     def _decode(self, batch: list[Request]) -> None:
         """Compute one token for each request of a batch."""
         batch = [request for request in batch if request.sequence is not None]
@@ -257,11 +259,9 @@ class Scheduler:
             sequence = _sequence(request)
             pieces.append(Piece(tokens=sequence.tokens[-1:], pos=sequence.n_past,
                                 region=sequence.region, lora=request.lora))  # fmt: skip
-        began = time.perf_counter() - self._stalled_s()
-        logits = self._run(pieces, batch)
+        logits = self._pass(pieces, batch)
         if logits is None:
             return
-        self.threads.observe(len(batch), time.perf_counter() - self._stalled_s() - began)
         self.n_decode_steps += 1
         self.n_decode_tokens += len(batch)
         for i, request in enumerate(batch):  # iterating over the array costs an IndexError
@@ -269,6 +269,62 @@ class Scheduler:
             sequence.n_past += 1
             sequence.classes.append(CLASS_SINGLE)
             self._sample(request, logits[i])
+
+    def _speculate(self, request: Request, speculation: "Speculation") -> None:
+        """Compute a token of a request and the guesses behind it; keep what it would have drawn."""
+        try:
+            draft = speculation.draft(request)
+        except EdgerouteError as error:
+            self._leave(request)
+            self._fail(request, error)
+            return
+        if request.interrupted():
+            return  # the next round lets it go; what was drafted lies behind its cells
+        sequence = _sequence(request)
+        tokens = [sequence.tokens[-1], *draft.tokens]
+        pieces = [
+            Piece(tokens=(token,), pos=sequence.n_past + i, region=sequence.region,
+                  lora=request.lora) for i, token in enumerate(tokens)
+        ]  # fmt: skip
+        stalled_s, began = self._stalled_s(), time.perf_counter()
+        logits = self._pass(pieces, [request])
+        if logits is None:
+            return
+        pass_s = time.perf_counter() - began
+        stalled_s = self._stalled_s() - stalled_s
+        self.n_decode_steps += 1
+        self.n_decode_tokens += 1
+        judged = self._verify(request, speculation, draft, logits)
+        speculation.learn(draft, judged, (pass_s, pass_s - stalled_s))
+
+    def _verify(
+        self, request: Request, speculation: "Speculation", draft: "Draft", logits: Logits
+    ) -> tuple[int, int]:
+        """Draw tokens until one is not the drafted one, or the answer ends.
+
+        Returns:
+            Drafted tokens that were compared with a drawn one, and those that were equal.
+        """
+        sequence, guesses = _sequence(request), draft.tokens
+        speculation.begin(request, draft)
+        for i in range(len(guesses) + 1):
+            sequence.n_past += 1
+            sequence.classes.append(CLASS_SINGLE)
+            self._sample(request, logits[i])
+            if request.sequence is None:
+                return i, i
+            if i == len(guesses) or sequence.tokens[-1] != guesses[i]:
+                return min(i + 1, len(guesses)), i
+            speculation.accept(request)
+        raise AssertionError("the loop ends by itself")
+
+    def _pass(self, pieces: list[Piece], batch: list[Request]) -> Logits | None:
+        """Compute a decode pass, and let the number of threads follow what it took."""
+        began = time.perf_counter() - self._stalled_s()
+        logits = self._run(pieces, batch)
+        if logits is not None:
+            self.threads.observe(len(pieces), time.perf_counter() - self._stalled_s() - began)
+        return logits
 
     def _stalled_s(self) -> float:
         """Seconds spent waiting for a disk so far, which no number of threads would change."""
@@ -279,7 +335,11 @@ class Scheduler:
         """Run a batch; a failed one fails its own requests only. None when it was stopped."""
         self.forward.device.set_threads(self.threads.n_threads)
         try:
-            logits = self.forward.run(pieces, borrow=True)
+            depth = requests[0].depth  # the same for all of them
+            if depth is None:
+                logits = self.forward.run(pieces, borrow=True)
+            else:
+                logits = depth.run(self.forward, pieces)
             if self._adapters is not None:
                 self._book_compute()
             return logits
@@ -310,7 +370,7 @@ class Scheduler:
         try:
             token = request.sampler.sample(logits)
             now = time.monotonic()
-            if self._is_eog(token):
+            if self.is_eog(token):
                 request.add_end(token, now)
                 self._finish(request, "stop")
                 return

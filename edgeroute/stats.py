@@ -1,11 +1,41 @@
 """What a generation returns: text, tokens, and what it cost."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
 from edgeroute.runtime.records import TokenLogprob
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Speculated:
+    """What speculation did for one answer.
+
+    Every pass gives one token that no draft is needed for, and the accepted ones: passes and
+    accepted together are the tokens behind the answer's first, an ending one included.
+    """
+
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_s: float = 0.0
+    sources: Counter[str] = field(default_factory=Counter)
+    on: bool = False
+    """Whether any source drafted in the end."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Return all figures as plain JSON types."""
+        return {
+            "source": self.sources.most_common(1)[0][0] if self.sources else None,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "passes": self.passes,
+            "tokens_per_pass": round((self.passes + self.accepted) / max(1, self.passes), 3),
+            "draft_s": round(self.draft_s, 6),
+            "on": self.on,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +68,14 @@ class GenerationStats:
     """Which adapters served it: used (name to factor), hit (whether all were in memory), and
     wait_s until they were."""
 
+    speculation: dict[str, object] | None = None
+    """Where tokens may be drafted: source (which drafted most), drafted, accepted, passes,
+    tokens_per_pass, draft_s and on, see Speculated."""
+
+    depth: dict[str, object] | None = None
+    """Of an answer under a depth plan: plan, layers_run (whole), layers_total, compute (share of
+    the weights that a token is multiplied with) and kl (nats, as calibrated)."""
+
     @property
     def prefill_tok_s(self) -> float:
         """Prompt tokens computed (not reused) per second."""
@@ -53,6 +91,8 @@ class GenerationStats:
         experts: dict[str, object] = {} if self.experts is None else {"experts": self.experts}
         layers = {} if self.layers is None else {"layers": self.layers}
         adapters = {} if self.adapters is None else {"adapters": self.adapters}
+        drafts = {} if self.speculation is None else {"speculation": self.speculation}
+        depth = {} if self.depth is None else {"depth": self.depth}
         return (
             {
                 "n_prompt": self.n_prompt,
@@ -70,6 +110,8 @@ class GenerationStats:
             | experts
             | layers
             | adapters
+            | drafts
+            | depth
         )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.base import Hparams, Model
+from edgeroute.models.pruning import fill_choice, n_described
 from edgeroute.models.standins import fill_switches
 from edgeroute.models.steps import build_step
 from edgeroute.runtime.depth import Step, all_run
@@ -17,13 +18,13 @@ from edgeroute.runtime.graph import (
     BatchShape,
     Builder,
     Graph,
-    GraphCache,
     Inputs,
     MaskSlot,
     Segment,
     Span,
     causal_mask,
 )
+from edgeroute.runtime.graph_cache import GraphCache
 from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
 from edgeroute.runtime.lora import (
     LoraRow,
@@ -44,6 +45,7 @@ from edgeroute.runtime.tensor import (
     set_bytes,
     set_ids,
 )
+from edgeroute.runtime.token_choice import BY_ATTENTION, TokenRule
 from edgeroute.runtime.weights import Weights
 
 NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 72, 12, 64
@@ -81,6 +83,9 @@ class Forward:
         """Slots that one adapter takes at most."""
         self.standins: Weights | None = None
         """Stand-ins of the plans that may be run, by the names in models/standins.py."""
+        self.token_rule: TokenRule = BY_ATTENTION
+        """Which tokens a step computes that keeps a part of a prompt. Graphs are built for it:
+        clear them after a change."""
         self.whole = self.spans(all_run(range(model.hparams.n_layer)))
         self._strip = Table(causal_mask(kv.n_cells))
         self._strip_swa = Table(causal_mask(kv.n_cells, model.n_swa)) if model.n_swa else None
@@ -137,7 +142,9 @@ class Forward:
         """Compute a batch and write its keys and values.
 
         Args:
-            pieces: at most one per sequence; tokens within a piece see those before them.
+            pieces: tokens within a piece see those before them. Several of one sequence, one
+                token each and in the order of their positions, have the bits of as many runs:
+                keys of all are stored before any of them attends.
             spans: what to compute, in order; None is the whole model in one graph.
             borrow: return the device's own memory where the host can read it; those logits
                 are valid until the next run. A copy of them costs 1 % of a decode step.
@@ -151,12 +158,13 @@ class Forward:
         """
         shape = self.shape(pieces)
         graph: Graph | None = None
+        ends = False
         for span in self.whole if spans is None else spans:
-            graph = self._graph(span, shape)
+            graph, ends = self._graph(span, shape), span.output
             self._fill(graph, pieces, shape)
             if not self.device.compute(graph.pointer):
                 return None
-        if graph is None or not shape.n_out:
+        if graph is None or not ends or not shape.n_out:
             return np.empty((0, self.model.hparams.n_vocab), np.float32)
         return self.logits(graph, shape, borrow)
 
@@ -181,6 +189,33 @@ class Forward:
         get_bytes(graph.output, logits)
         return logits
 
+    def residual(self, n_tokens: int) -> npt.NDArray[np.float32]:
+        """Return what the last span without output left: F32 (n_tokens, n_embd), a copy.
+
+        Raises:
+            ComputeError: no such span has run with so many tokens.
+        """
+        if self._stream is None or self._stream.n_tokens < n_tokens:
+            raise ComputeError(f"no span has left a residual stream of {n_tokens} tokens yet")
+        found = np.empty((n_tokens, self.model.hparams.n_embd), np.float32)
+        get_bytes(self._stream.tensor, found)
+        return found
+
+    def set_residual(self, states: npt.NDArray[np.float32]) -> None:
+        """Let the next span without embedding begin with these states, as `residual` gives them.
+
+        Raises:
+            ComputeError: they are of another shape, or no span has left so many tokens yet.
+        """
+        n_embd = self.model.hparams.n_embd
+        held = 0 if self._stream is None else self._stream.n_tokens
+        if states.ndim != 2 or states.shape[1] != n_embd or len(states) > held:
+            raise ComputeError(
+                f"states {states.shape} do not fit a stream of {held} tokens of {n_embd} values"
+            )
+        if self._stream is not None:
+            set_bytes(self._stream.tensor, np.ascontiguousarray(states, np.float32))
+
     def close(self) -> None:
         """Free graphs and the compute buffer; safe to call twice."""
         self.graphs.close()
@@ -199,7 +234,7 @@ class Forward:
         return graph
 
     def _build(self, span: Span, shape: BatchShape) -> Graph:
-        b = self._builder(span, shape, len(span.steps))
+        b = self._builder(span, shape, n_described(span.steps))
         x = self.model.embed(b) if span.embed else self._stream_view(b)
         for i, step in enumerate(span.steps):
             last = span.output and i == len(span.steps) - 1
@@ -213,6 +248,7 @@ class Forward:
         n_nodes = room_for_nodes(self.model.hparams, n_layer, shape)
         b = Builder(span, shape, self.weights, self.kv, n_nodes)
         b.standins = self.standins
+        b.token_rule = self.token_rule
         if self.lora is not None:
             b.adapt(self.lora)
         return b
@@ -244,7 +280,9 @@ class Forward:
             set_ids(inputs.out_ids, _out_ids(pieces))
         if shape.lora is not None:
             _fill_lora(inputs, pieces, shape.lora)
-        fill_switches(inputs, [(p.pos, len(p.tokens), p.n_out) for p in pieces])
+        places = [(p.pos, len(p.tokens), p.n_out) for p in pieces]
+        fill_switches(inputs, places)
+        fill_choice(inputs, places, self.token_rule)
         for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
             if strip is not None:
                 for slot, piece, segment in zip(masks, pieces, shape.segments, strict=False):

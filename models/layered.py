@@ -80,7 +80,7 @@ class LayeredForward(Forward):
             if not self._pager.hold(step.units) or not self.device.compute(graph.pointer):
                 return None
             self._pager.release(step.done)
-        if graph is None or not shape.n_out:
+        if graph is None or not steps[-1].span.output or not shape.n_out:
             return np.empty((0, self.model.hparams.n_vocab), np.float32)
         return self.logits(graph, shape, borrow)
 

@@ -6,34 +6,25 @@ and the next stage begins with them. The operations and their order are those of
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.base import MoeHparams, MoeModel
+from edgeroute.models.carry import Carry, Choice
 from edgeroute.models.forward import Forward, Piece, shape_of
+from edgeroute.models.moe import THRESHOLDS, n_ranked
+from edgeroute.models.pruning import n_described
 from edgeroute.models.steps import build_attn, build_step
 from edgeroute.runtime.depth import Step, Steps
-from edgeroute.runtime.device import Buffer, Device
+from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.experts import ExpertPager
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import BatchShape, Builder, Graph, Span
 from edgeroute.runtime.kv_cache import KvCache, round_cells
-from edgeroute.runtime.tensor import (
-    F32,
-    I32,
-    I64,
-    Descriptors,
-    get_bytes,
-    host_view,
-    is_placed,
-    new_tensor,
-    place_all,
-    set_bytes,
-    shape,
-)
+from edgeroute.runtime.tensor import I32, I64, host_view, set_bytes, shape
 
 MAX_PAIRS = 2048
 """Pairs of token and expert that are computed in one graph; bounds its memory."""
@@ -50,18 +41,34 @@ class Stage(NamedTuple):
     `before` is the step whose chosen experts begin the stage, None at the embedding; `inline`
     whether they are computed in it, or in graphs of their own before; `dense` are steps that
     choose no experts; `until` is the step whose router ends it, None at the head. `guessed` is
-    the layer whose router is asked ahead of its time. `narrow_before` and `narrow` say whether
-    `before` and the stage's end see only the tokens whose logits are wanted.
+    the step whose router is asked ahead of its time. `narrow_before` and `narrow` say whether
+    `before` and the stage's end see only the tokens whose logits are wanted. `k` is the most
+    experts of `before` that a token computes inline, 0 for as many as it ranks.
     """
 
     before: Step | None
     inline: bool
     dense: Steps
     until: Step | None
-    guessed: int | None
+    guessed: Step | None
     narrow_before: bool
     narrow: bool
     plan: str
+    k: int = 0
+
+    @property
+    def gathers(self) -> bool:
+        """Whether outputs are gathered, since tokens may have computed fewer than they rank."""
+        return not self.inline and self.before is not None and (
+            self.before.expert_rule in THRESHOLDS
+        )  # fmt: skip
+
+
+class _Ranked(TypedDict):
+    """How a step's choice is read: see `Carry.read_choice`."""
+
+    ranked: int
+    thinned: bool
 
 
 class PagedForward(Forward):
@@ -144,6 +151,10 @@ class PagedForward(Forward):
             if len(self._parts_of) >= SHAPES_KEPT:
                 self._parts_of.clear()
             parts = self._parts_of[spans[0]] = _parts(self.model, spans[0])
+            if any(step.expert_rule in THRESHOLDS for step in spans[0].steps):
+                # Tokens compute 1 to k experts inline, each number in a graph of its own.
+                n_kept = 2 * SHAPES_KEPT + PAIR_COUNTS_KEPT + self._moe.n_expert_used
+                self.graphs.max_graphs = max(self.graphs.max_graphs, n_kept * len(parts))
         return parts
 
     def _run(
@@ -152,13 +163,17 @@ class PagedForward(Forward):
         inline = batch.n_tokens <= MAX_INLINE_TOKENS
         slots: list[int] | None = None
         graph: Graph | None = None
+        choice = Choice(np.empty(0, np.int32), [], 0)
         for part in parts:
             guessed = part.guessed if self._pager.wants_guess else None
-            stage = part._replace(inline=slots is not None, guessed=guessed)
+            stage = part._replace(inline=slots is not None, guessed=guessed,
+                                  k=0 if slots is None else choice.k)  # fmt: skip
             graph = self._stage(stage, batch)
             self._fill(graph, pieces, batch)
             if slots is not None:
                 set_bytes(graph.inputs.more["slots"], np.array(slots, np.int32))
+            elif stage.gathers:
+                set_bytes(graph.inputs.more["outs"], choice.rows(self._moe.n_expert_used))
             if not self.device.compute(graph.pointer):
                 return None
             if stage.until is None:
@@ -166,92 +181,98 @@ class PagedForward(Forward):
             n, il = _columns(stage.narrow, batch), stage.until.il
             if not n:  # the last layer of a batch that wants no logits: its keys are written
                 break
-            ids = self._carry.read_ids(n)
-            guesses = self._carry.read_guess(n) if guessed is not None else None
-            self._pager.chose(il, ids, guesses)
-            done, slots = self._hold(il, ids, inline)
+            choice = self._carry.read_choice(n, **self._ranked(stage.until))
+            guesses = None
+            if guessed is not None:
+                guesses = self._carry.read_guess(n, **self._ranked(guessed))
+            self._pager.chose(il, choice.computed(), guesses)
+            done, slots = self._hold(il, choice, inline)
             if not done:
                 return None
         if graph is None or not batch.n_out:
             return np.empty((0, self.model.hparams.n_vocab), np.float32)
         return self.logits(graph, batch, borrow)
 
+    def _ranked(self, step: Step) -> _Ranked:
+        """Say how a step's choice is read."""
+        ranked = n_ranked(self._moe, step.expert_rule, step.expert_value)
+        return {"ranked": ranked, "thinned": step.expert_rule in THRESHOLDS}
+
     # leases
 
-    def _hold(self, il: int, ids: list[int], inline: bool) -> tuple[bool, list[int] | None]:
+    def _hold(self, il: int, choice: Choice, inline: bool) -> tuple[bool, list[int] | None]:
         """Have the chosen experts computed, or held for the next stage to compute.
 
         Returns:
             False if that was stopped; and the slot of each choice where they are held.
         """
+        ids = choice.computed()
         experts = list(dict.fromkeys(ids))
         if not inline or len(experts) > self._pager.max_at_once(il):
-            return self._take_turns(il, ids), None
+            return self._take_turns(il, choice), None
         leased = self._pager.lease(il, experts)
         if leased is None:
             return False, None
-        if leased.absent:
-            return self._compute_in_two(il, ids, dict(zip(experts, leased.slots, strict=True)),
-                                        leased.absent), None  # fmt: skip
+        if leased.absent or choice.left_out is not None:
+            slots = dict(zip(experts, leased.slots, strict=True))
+            return self._compute_apart(il, choice, slots, leased.absent), None
         if len(experts) == len(ids):
             return True, leased.slots
         slot_of = dict(zip(experts, leased.slots, strict=True))
         return True, [slot_of[expert] for expert in ids]
 
-    def _compute_in_two(
-        self, il: int, ids: list[int], slots: dict[int, int], absent: Sequence[int]
+    def _compute_apart(
+        self, il: int, choice: Choice, slots: dict[int, int], absent: Sequence[int]
     ) -> bool:
         """Compute the experts that are there while the others arrive, then those."""
-        chosen = np.array(ids, np.int32)
         slot_of = np.zeros(self._moe.n_expert, np.int32)
         slot_of[list(slots)] = list(slots.values())
         late = np.zeros(self._moe.n_expert, np.bool_)
         late[list(absent)] = True
-        waits = late[chosen]
-        return (
-            self._compute_kept(il, chosen, slot_of, np.flatnonzero(~waits))
-            and self._pager.arrive()
-            and self._compute_kept(il, chosen, slot_of, np.flatnonzero(waits))
-        )
+        waits = late[choice.numbers]
+        if not self._compute_kept(il, choice, slot_of, choice.pairs(~waits)):
+            return False
+        if not absent:
+            return True
+        return self._pager.arrive() and self._compute_kept(il, choice, slot_of,
+                                                           choice.pairs(waits))  # fmt: skip
 
-    def _take_turns(self, il: int, ids: list[int]) -> bool:
+    def _take_turns(self, il: int, choice: Choice) -> bool:
         """Compute the chosen experts group by group; False if that was stopped."""
-        chosen = np.array(ids, np.int32)
-        experts, counts = np.unique(chosen, return_counts=True)
+        experts, counts = np.unique(np.array(choice.computed()), return_counts=True)
         n_pairs = dict(zip(experts.tolist(), counts.tolist(), strict=True))
         for held in self._pager.in_turn(il, n_pairs, MAX_PAIRS):
             if held is None:
                 return False
             slot_of = np.full(self._moe.n_expert, -1, np.int32)
             slot_of[list(held.experts)] = held.slots
-            pairs = np.flatnonzero(slot_of[chosen] >= 0)
+            pairs = choice.pairs(slot_of[choice.numbers] >= 0)
             with self.graphs.passing(self._pairs_graph(il, len(pairs))) as graph:
-                done = self._compute_pairs(graph, chosen, slot_of, pairs)
+                done = self._compute_pairs(graph, choice, slot_of, pairs)
             if not done:
                 return False
         return True
 
     def _compute_kept(
-        self, il: int, chosen: npt.NDArray[np.int32], slot_of: npt.NDArray[np.int32],
-        pairs: npt.NDArray[np.intp],
-    ) -> bool:  # fmt: skip
+        self, il: int, choice: Choice, slot_of: npt.NDArray[np.int32], pairs: npt.NDArray[np.intp]
+    ) -> bool:
         """Compute some pairs with a graph that is kept for the next so many."""
         key = il, len(pairs)
         graph = self.graphs.find(key)
         if graph is None:
             graph = self.graphs.add(key, self._pairs_graph(il, len(pairs)))
-        return self._compute_pairs(graph, chosen, slot_of, pairs)
+        return self._compute_pairs(graph, choice, slot_of, pairs)
 
     def _compute_pairs(
-        self, graph: Graph, chosen: npt.NDArray[np.int32], slot_of: npt.NDArray[np.int32],
+        self, graph: Graph, choice: Choice, slot_of: npt.NDArray[np.int32],
         pairs: npt.NDArray[np.intp],
     ) -> bool:  # fmt: skip
         """Compute some pairs of token and expert, each into its own row of the carry."""
-        more, experts = graph.inputs.more, chosen[pairs]
-        set_bytes(more["tokens"], (pairs // self._moe.n_expert_used).astype(np.int32))
+        more, experts = graph.inputs.more, choice.numbers[pairs]
+        set_bytes(more["tokens"], (pairs // choice.k).astype(np.int32))
         set_bytes(more["rows"], pairs.astype(np.int64))
         set_bytes(more["slots"], slot_of[experts])
-        if is_placed(more["ids"]):  # of families whose experts have biases
+        if "ids" in more:  # of families whose experts have biases
             set_bytes(more["ids"], experts)
         return self.device.compute(graph.pointer)
 
@@ -270,7 +291,7 @@ class PagedForward(Forward):
     def _build_stage(self, stage: Stage, batch: BatchShape) -> Graph:
         model, until = self.model, stage.until
         span = Span(stage.dense, embed=stage.before is None, output=until is None, plan=stage.plan)
-        b = self._builder(span, batch, len(stage.dense) + 2)
+        b = self._builder(span, batch, n_described(stage.dense) + 2)
         x = model.embed(b) if stage.before is None else self._combine(b, stage)
         for i, step in enumerate(stage.dense):
             last = until is None and i == len(stage.dense) - 1
@@ -283,33 +304,44 @@ class PagedForward(Forward):
         if not n:
             return b.finish(x)
         ids, weights = model.route(b, until.il, h)
-        carry = self._carry.views(b, n)
+        carry = self._carry.views(b, n, shape(ids)[0])
         if stage.guessed is not None:
-            guess, _ = model.route(b, stage.guessed, h)
-            b.keep(guess, carry.guess)
+            self._guess(b, stage.guessed, h)
         b.keep(x, carry.x)
         b.keep(h, carry.h)
         b.keep(weights, carry.weights)
         return b.finish(b.g.ggml_cpy(b.ctx, ids, carry.ids))
 
+    def _guess(self, b: Builder, step: Step, h: Tensor) -> None:
+        """Ask the next step's router ahead of its time."""
+        b.expert_rule, b.expert_value = step.expert_rule, step.expert_value
+        ids, weights = self.model.route(b, step.il, h)
+        carry = self._carry.views(b, shape(h)[1], shape(ids)[0])
+        b.keep(ids, carry.guess)
+        if step.expert_rule in THRESHOLDS:
+            b.keep(weights, carry.guess_weights)
+
     def _combine(self, b: Builder, stage: Stage) -> Tensor:
         """Begin a stage with what the one before left: the residual stream after its experts."""
         assert stage.before is not None
-        il = stage.before.il
-        carry = self._carry.views(b, _columns(stage.narrow_before, b.batch))
-        outs = carry.outs
+        il, ranked = stage.before.il, self._ranked(stage.before)["ranked"]
+        k = stage.k or ranked
+        carry = self._carry.views(b, _columns(stage.narrow_before, b.batch), ranked, k)
+        outs, (n_embd, n, _, _) = carry.outs, shape(carry.h)
         if stage.inline:
-            n_embd, n, _, _ = shape(carry.h)
-            slots = b.more("slots", I32, self._moe.n_expert_used, n)
+            slots = b.more("slots", I32, k, n)
             h = b.g.ggml_reshape_3d(b.ctx, carry.h, n_embd, 1, n)
             outs = self.model.experts(b, il, h, carry.ids, slots)
+        elif stage.gathers:
+            rows = b.g.ggml_get_rows(b.ctx, carry.rows, b.more("outs", I32, k * n))
+            outs = b.g.ggml_reshape_3d(b.ctx, rows, n_embd, k, n)
         return b.add(self.model.combine(b, il, carry.h, outs, carry.weights), carry.x)
 
     def _pairs_graph(self, il: int, n_pairs: int) -> Graph:
         """Build experts' outputs for pairs of token and expert, written to rows of the carry."""
         batch = shape_of(1, round_cells(1), n_out=1)
         b = self._builder(Span((), embed=False, output=False), batch, 0)
-        carry = self._carry.views(b, self._carry.n_tokens)
+        carry = self._carry.views(b, self._carry.n_tokens, 1)
         tokens, rows = b.more("tokens", I32, n_pairs), b.more("rows", I64, n_pairs)
         slots, ids = b.more("slots", I32, 1, n_pairs), b.more("ids", I32, 1, n_pairs)
         n_embd = self.model.hparams.n_embd
@@ -337,91 +369,10 @@ def _parts(model: MoeModel, span: Span) -> list[Stage]:
             dense.append(step)
             continue
         follows = i + 1 < n and routes[i + 1] and span.steps[i + 1].il == step.il + 1
-        guessed = step.il + 1 if follows else None
+        guessed = span.steps[i + 1] if follows else None
         found.append(Stage(before, True, tuple(dense), step, guessed, narrow_before=False,
                            narrow=i == n - 1, plan=span.plan))  # fmt: skip
         before, dense = step, []
     narrow_before = bool(found) and found[-1].narrow
     return [*found, Stage(before, True, tuple(dense), None, None, narrow_before=narrow_before,
                           narrow=True, plan=span.plan)]  # fmt: skip
-
-
-class _Views(NamedTuple):
-    """What a stage finds of `n` tokens: see `Carry`."""
-
-    x: Tensor
-    h: Tensor
-    weights: Tensor
-    ids: Tensor
-    guess: Tensor
-    outs: Tensor
-    rows: Tensor
-
-
-class Carry:
-    """What one stage leaves to the next, in a buffer of its own.
-
-    x and h F32 [n_embd, n] (residual stream, normed input of the experts), weights F32
-    [1, k, n], ids and guess I32 [k, n], outs F32 [n_embd, k, n]; k is n_expert_used.
-    """
-
-    def __init__(self, device: Device, n_embd: int, moe: MoeHparams, n_tokens: int) -> None:
-        self.n_tokens = n_tokens
-        self._n_embd, self._k = n_embd, moe.n_expert_used
-        self._descriptors = Descriptors(6)
-        kinds = {
-            "x": (F32, (n_embd, n_tokens)), "h": (F32, (n_embd, n_tokens)),
-            "weights": (F32, (self._k, n_tokens)), "ids": (I32, (self._k, n_tokens)),
-            "guess": (I32, (self._k, n_tokens)), "outs": (F32, (n_embd, self._k * n_tokens)),
-        }  # fmt: skip
-        self._all = {
-            name: new_tensor(self._descriptors, kind, ne, name)
-            for name, (kind, ne) in kinds.items()
-        }
-        self._buffer: Buffer = place_all(list(self._all.values()), device)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the buffer."""
-        return self._buffer.n_bytes
-
-    @staticmethod
-    def plan_bytes(n_embd: int, moe: MoeHparams, n_tokens: int) -> int:
-        """Return the bytes that a Carry for so many tokens takes, alignment apart."""
-        k = moe.n_expert_used
-        return 4 * n_tokens * (2 * n_embd + 3 * k + n_embd * k)
-
-    def views(self, b: Builder, n: int) -> _Views:
-        """View the first n tokens' part of each."""
-        g, ctx, k, n_embd = b.g, b.ctx, self._k, self._n_embd
-        column, all_of = n_embd * 4, self._all
-        flat = {
-            name: g.ggml_view_2d(ctx, all_of[name], n_embd, n, column, 0) for name in ("x", "h")
-        }
-        chosen = {
-            name: g.ggml_view_2d(ctx, all_of[name], k, n, k * 4, 0) for name in ("ids", "guess")
-        }
-        return _Views(
-            **flat, **chosen, rows=all_of["outs"],
-            weights=g.ggml_view_3d(ctx, all_of["weights"], 1, k, n, 4, k * 4, 0),
-            outs=g.ggml_view_3d(ctx, all_of["outs"], n_embd, k, n, column, k * column, 0),
-        )  # fmt: skip
-
-    def read_ids(self, n: int) -> list[int]:
-        """Read the experts that n tokens chose, best first, token after token."""
-        return self._read("ids", n)
-
-    def read_guess(self, n: int) -> list[int]:
-        """Read the experts that n tokens may choose in the next layer, likewise."""
-        return self._read("guess", n)
-
-    def _read(self, name: str, n: int) -> list[int]:
-        found = np.empty(n * self._k, np.int32)
-        get_bytes(self._all[name], found)
-        numbers: list[int] = found.tolist()
-        return numbers
-
-    def close(self) -> None:
-        """Free the buffer; safe to call twice."""
-        self._buffer.free()
-        self._descriptors.free()

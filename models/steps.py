@@ -3,6 +3,7 @@
 A step that runs both is the layer as it always was: the same operations in the same order.
 """
 
+from edgeroute.models import pruning
 from edgeroute.models.base import Model
 from edgeroute.models.standins import StandIn
 from edgeroute.runtime.depth import Step
@@ -27,6 +28,9 @@ def build_step(b: Builder, model: Model, step: Step, x: Tensor, *, last: bool) -
     Raises:
         ComputeError: a stand-in is missing.
     """
+    _enter(b, model, step)
+    if pruning.n_kept(b, step) is not None:
+        return pruning.build_pruned(b, model, step, x, last=last)
     joint = None
     if step.attn == step.ffn == "approximate":
         joint = StandIn.find(b, step.il, "layer")
@@ -42,8 +46,7 @@ def build_attn(
     b: Builder, model: Model, step: Step, x: Tensor, *, last: bool, joint: StandIn | None = None
 ) -> Tensor:
     """Build the first half of a pass: see build_step. `joint` stands for both halves."""
-    b.kv_row = model.hparams.n_layer + step.repeat - 1 if step.repeat else None
-    b.expert_rule, b.expert_value = step.expert_rule, step.expert_value
+    _enter(b, model, step)
     branch: Tensor | None = None
     if step.attn == "run":
         branch = model.attn_branch(b, step.il, x)
@@ -57,6 +60,12 @@ def build_attn(
         x = b.select_outputs(x)
         branch = branch and b.select_outputs(branch)
     return x if branch is None else b.add(branch, x)
+
+
+def _enter(b: Builder, model: Model, step: Step) -> None:
+    """Tell the graph which pass over a layer follows."""
+    b.kv_row = model.hparams.n_layer + step.repeat - 1 if step.repeat else None
+    b.expert_rule, b.expert_value = step.expert_rule, step.expert_value
 
 
 def stand_in(b: Builder, model: Model, il: int, part: str, x: Tensor) -> Tensor:

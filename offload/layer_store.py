@@ -44,7 +44,8 @@ class LayerParams:
     """What streams: units in the order of use, at least one, of `n_units` that the model has.
 
     `n_rooms` is the length of the ring; from 2 on, neighbours share no room. `resident` are
-    further units that `keeper` holds, which stream too while memory is scarce.
+    further units that `keeper` holds, which stream too while memory is scarce: those furthest
+    from what streams first, or, where `together`, those next to it.
     """
 
     units: Sequence[Unit]
@@ -52,6 +53,7 @@ class LayerParams:
     n_rooms: int
     resident: Sequence[Unit] = ()
     keeper: Keeper | None = None
+    together: bool = False
 
 
 @dataclass(slots=True)
@@ -234,9 +236,12 @@ class LayerStore(Closing):
         return True
 
     def _least_missed(self) -> Unit:
-        """The resident unit that is furthest from those that stream, so that reads stay spread."""
+        """The resident unit to stream next, so that reads stay spread, or a block a block."""
         numbers = [*self.streamed, *(unit.number for unit in self._given_up)]
-        return max(self._resident, key=lambda u: min(abs(u.number - n) for n in numbers))
+        away = {u.number: min(abs(u.number - n) for n in numbers) for u in self._resident}
+        if self._params.together:
+            return min(self._resident, key=lambda u: (away[u.number], -u.number))
+        return max(self._resident, key=lambda u: away[u.number])
 
     def _available_bytes(self) -> int:
         """What the machine could give now, beside resident units.

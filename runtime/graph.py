@@ -4,9 +4,7 @@ A Builder offers ggml's operations to the architectures in models/. A Graph is w
 out: its inputs, its output, and the descriptors that keep them alive.
 """
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.runtime.depth import ExpertRule, Steps
-from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.kv_cache import KV_TYPES, KvCache
 from edgeroute.runtime.lora import LoraShape, LoraSlots, LoraUse
-from edgeroute.runtime.tensor import F16, F32, I32, I64, Descriptors, shape, strides
+from edgeroute.runtime.tensor import F16, F32, I32, I64, Descriptors, is_placed, shape, strides
+from edgeroute.runtime.token_choice import BY_ATTENTION, TokenRule
 from edgeroute.runtime.weights import Weights
 
 SPLIT_KV_MIN = 512
@@ -90,6 +87,20 @@ class Inputs:
     masks_swa: list[MaskSlot] = field(default_factory=list)
     more: dict[str, Tensor] = field(default_factory=dict)  # what only one kind of forward has
 
+    def forget_unread(self) -> None:
+        """Drop what no operation of a placed graph reads: it has no memory to be written to.
+
+        Operations that were described and are not computed leave such inputs behind.
+        """
+        for name in ("tokens", "pos", "rows", "out_ids"):
+            tensor = getattr(self, name)
+            if tensor is not None and not is_placed(tensor):
+                setattr(self, name, None)
+        for masks in (self.masks, self.masks_swa):
+            if not all(is_placed(slot.tensor) for slot in masks):
+                masks.clear()
+        self.more = {name: each for name, each in self.more.items() if is_placed(each)}
+
 
 class Builder:
     """Builds one graph: ggml's operations, the batch's inputs, and attention over the pool.
@@ -113,6 +124,8 @@ class Builder:
         self.expert_rule: ExpertRule = "all"
         self.expert_value = 0.0
         """Which of the chosen experts compute in this pass over a layer: see Step."""
+        self.token_rule: TokenRule = BY_ATTENTION
+        """Which tokens of a prompt a step computes that keeps a part of them."""
         self._lora: LoraUse | None = None
         self._groups = group_segments(batch.segments)
         self._descriptors = Descriptors(n_nodes, n_nodes)
@@ -142,9 +155,13 @@ class Builder:
         """Keep the columns whose logits are wanted: F32 [n_embd, n_out]."""
         if self.batch.n_out == shape(x)[1]:
             return x
+        return self.g.ggml_get_rows(self.ctx, x, self.out_ids())
+
+    def out_ids(self) -> Tensor:
+        """Numbers of the tokens whose logits are wanted, I32 [n_out]."""
         if self.inputs.out_ids is None:
             self.inputs.out_ids = self._input(I32, "out_ids", self.batch.n_out)
-        return self.g.ggml_get_rows(self.ctx, x, self.inputs.out_ids)
+        return self.inputs.out_ids
 
     def more(self, name: str, kind: int, *ne: int) -> Tensor:
         """Make an input of the caller's own, to be found in `Inputs.more`."""
@@ -293,6 +310,11 @@ class Builder:
                 slots.extend(MaskSlot(mask, i * n_kv * n_tokens) for i in range(len(group)))
         return list(dict.fromkeys(slot.tensor for slot in slots))
 
+    def keys(self, il: int, n_embd_head: int) -> Tensor:
+        """View the keys of a batch of one segment: [n_embd_head, n_kv, n_head_kv]."""
+        (group,) = self._groups
+        return self._cells(self.kv.k[self._kv_row(il)], group, n_embd_head)
+
     def _kv_row(self, il: int) -> int:
         return il if self.kv_row is None else self.kv_row
 
@@ -346,83 +368,6 @@ class Graph:
         self.descriptors.free()
 
 
-class GraphCache:
-    """Graphs by key, least recently used out first, all sharing one compute buffer.
-
-    Only one graph runs at a time, so they may overlap in memory. When the buffer has to
-    grow it moves, and every graph built before is dropped.
-    """
-
-    def __init__(self, device: Device, max_graphs: int = 48) -> None:
-        galloc = ggml().ggml_gallocr_new(device.buffer_type)
-        if galloc is None:
-            raise CapacityError("ggml could not create a graph allocator")
-        self._galloc = galloc
-        self.max_graphs = max_graphs
-        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
-        self.n_built = 0
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the compute buffer as it is now."""
-        return ggml().ggml_gallocr_get_buffer_size(self._galloc, 0)
-
-    def find(self, key: Hashable) -> Graph | None:
-        """Return the graph of `key`, or None if it is not kept."""
-        graph = self._graphs.get(key)
-        if graph is not None:
-            self._graphs.move_to_end(key)
-        return graph
-
-    def add(self, key: Hashable, graph: Graph) -> Graph:
-        """Give a newly built graph its memory and keep it.
-
-        Raises:
-            CapacityError: no memory for the compute buffer; the cache stays usable.
-        """
-        self._place(graph)
-        self._graphs[key] = graph
-        while len(self._graphs) > self.max_graphs:
-            self._graphs.popitem(last=False)[1].free()
-        return graph
-
-    @contextlib.contextmanager
-    def passing(self, graph: Graph) -> Iterator[Graph]:
-        """Give a graph of a shape that will hardly come again its memory, and free it after.
-
-        Raises:
-            CapacityError: no memory for the compute buffer; the cache stays usable.
-        """
-        self._place(graph)
-        try:
-            yield graph
-        finally:
-            graph.free()
-
-    def _place(self, graph: Graph) -> None:
-        """Give a new graph its memory; if the buffer had to grow, all others are dropped."""
-        before = self.n_bytes
-        if not ggml().ggml_gallocr_alloc_graph(self._galloc, graph.pointer):
-            graph.free()
-            raise CapacityError("no memory for a compute buffer; lower n_ctx or n_ubatch")
-        if self.n_bytes != before:
-            self.clear()
-        self.n_built += 1
-
-    def clear(self) -> None:
-        """Drop every graph; the buffer stays."""
-        for graph in self._graphs.values():
-            graph.free()
-        self._graphs.clear()
-
-    def close(self) -> None:
-        """Drop every graph and the buffer; safe to call twice."""
-        self.clear()
-        if self._galloc:
-            ggml().ggml_gallocr_free(self._galloc)
-            self._galloc = 0
-
-
 def group_segments(segments: Sequence[Segment]) -> list[tuple[Segment, ...]]:
     """Join neighbours that one attention operation can serve with the bits of one each.
 
@@ -452,17 +397,3 @@ def causal_mask(n_ctx: int, window: int | None = None) -> np.ndarray:
     first = 0 if window is None else max(0, n_ctx - window)
     strip[first:n_ctx] = 0
     return strip
-
-
-__all__ = [
-    "BatchShape",
-    "Builder",
-    "Graph",
-    "GraphCache",
-    "Inputs",
-    "MaskSlot",
-    "Segment",
-    "Span",
-    "causal_mask",
-    "group_segments",
-]

@@ -126,14 +126,16 @@ class ThreadPolicy:
         self._set(self._free_cores(FREE_CORES))
 
     def _judge_trial(self, n_tokens: int, seconds: float) -> None:
-        """Keep more threads if the trial's steps were faster than before; else go back."""
+        """Keep more threads if the trial's steps were faster than before; else go back.
+
+        Every step is set against steps of its own size; where there were none it counts as fast.
+        """
         before = self._usual.get((self._trial_from or 1, n_tokens))
-        old = statistics.median(before) if before else None
-        self._trial.append(seconds)
-        hopeless = old is not None and seconds > VERY_SLOW_RATIO * old
+        self._trial.append(seconds / statistics.median(before) if before else 0.0)
+        hopeless = self._trial[-1] > VERY_SLOW_RATIO
         if len(self._trial) < TRIAL_STEPS and not hopeless:
             return
-        won = not hopeless and (old is None or statistics.median(self._trial) < GAIN_RATIO * old)
+        won = not hopeless and statistics.median(self._trial) < GAIN_RATIO
         if won:
             self._backoff_s = BACKOFF_FIRST_S
             self._trial_from = None

@@ -23,7 +23,7 @@ LayerAct = Literal["run", "skip", "approximate", "repeat"]
 
 LAYER_ACTS: Final[tuple[LayerAct, ...]] = get_args(LayerAct)
 EXPERT_RULES: Final[tuple[ExpertRule, ...]] = get_args(ExpertRule)
-RESERVED_NAMES: Final = frozenset({"full", "auto"})
+RESERVED_NAMES: Final = frozenset({"full", "auto", "routed"})
 """What `depth=` means by itself."""
 
 MAX_PLANS, MAX_CHARS, MAX_LAYERS = 256, 8 << 20, 1024
@@ -43,12 +43,14 @@ class LayerDepth:
         attn, ffn: what becomes of its sub-blocks. Where one repeats, the other runs or repeats:
             the first pass computes both, the second only what repeats.
         expert_rule, expert_value: which chosen experts compute; see `Step`.
+        keep: percent of a prompt's tokens that are computed, where both sub-blocks run.
     """
 
     attn: LayerAct = "run"
     ffn: LayerAct = "run"
     expert_rule: ExpertRule = "all"
     expert_value: float = 0.0
+    keep: int = 100
 
     @property
     def repeats(self) -> bool:
@@ -119,7 +121,13 @@ class DepthPlan:
     @property
     def approximates(self) -> bool:
         """Whether it needs stand-ins."""
-        return any("approximate" in (layer.attn, layer.ffn) for layer in self.layers)
+        return bool(self.approximated)
+
+    @property
+    def approximated(self) -> set[tuple[int, str]]:
+        """Layer and sub-block of everything that needs a stand-in."""
+        return {(il, part) for il, layer in enumerate(self.layers) for part in SUB_BLOCKS
+                if layer.act(part) == "approximate"}  # fmt: skip
 
     @property
     def n_repeats(self) -> int:
@@ -198,7 +206,8 @@ def parse_json(raw: str | bytes, what: str) -> object:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise DepthFileError(f"{what} has a key twice among {_names(key for key, _ in pairs)}")
+            names = quote(", ".join(key for key, _ in pairs))
+            raise DepthFileError(f"{what} has a key twice among {names}")
         return found
 
     def constant(text: str) -> Never:
@@ -256,7 +265,7 @@ def _plan(value: object, n_layer: int) -> DepthPlan:
 def _layer(value: object, what: str) -> LayerDepth:
     if not isinstance(value, dict):
         raise DepthFileError(f"{what} must be a JSON object, not {_show(value)}")
-    _refuse_unknown(value, {"attn", "ffn", "experts"}, what)
+    _refuse_unknown(value, {"attn", "ffn", "experts", "keep"}, what)
     experts = value.get("experts", {"rule": "all", "value": 0})
     if not isinstance(experts, dict) or set(experts) != {"rule", "value"}:
         raise DepthFileError(f"experts of {what} must be an object of a rule and a value")
@@ -264,6 +273,7 @@ def _layer(value: object, what: str) -> LayerDepth:
         attn=cast(LayerAct, value.get("attn")), ffn=cast(LayerAct, value.get("ffn")),
         expert_rule=cast(ExpertRule, experts["rule"]),
         expert_value=_number(experts["value"], f"the expert value of {what}"),
+        keep=cast(int, value.get("keep", 100)),
     )  # fmt: skip
 
 
@@ -300,10 +310,6 @@ def _show(value: object) -> str:
     return quote(value) if isinstance(value, str) else repr(value)
 
 
-def _names(names: Iterator[str]) -> str:
-    return quote(", ".join(names))
-
-
 # checks of a plan's values
 
 
@@ -326,6 +332,13 @@ def _check_layer(layer: LayerDepth, what: str) -> None:
     if layer.repeats and not acts <= {"run", "repeat"}:
         raise DepthFileError(f"{what} repeats one sub-block and leaves the other out; "
                              "both must run first")  # fmt: skip
+    keep = layer.keep
+    if not isinstance(keep, int) or isinstance(keep, bool) or not 1 <= keep <= 100:
+        raise DepthFileError(f"{what} keeps {_show(keep)} percent of a prompt's tokens; a whole "
+                             "number from 1 to 100 is wanted")  # fmt: skip
+    if keep < 100 and acts != {"run"}:
+        raise DepthFileError(f"{what} keeps {keep} percent of a prompt's tokens, but does not run "
+                             "both sub-blocks once")  # fmt: skip
     rule, value = layer.expert_rule, layer.expert_value
     if rule not in EXPERT_RULES:
         raise DepthFileError(f"the expert rule of {what} is {_show(rule)}; one of "
@@ -369,7 +382,7 @@ def _runs_whole(layer: LayerDepth) -> bool:
 def _steps(il: int, layer: LayerDepth, number: int) -> Iterator[Step]:
     """Give the passes over one layer; `number` counts the plan's repetitions up to this one."""
     if not layer.repeats:
-        yield Step(il, cast(Act, layer.attn), cast(Act, layer.ffn),
+        yield Step(il, cast(Act, layer.attn), cast(Act, layer.ffn), keep=layer.keep,
                    expert_rule=layer.expert_rule, expert_value=layer.expert_value)  # fmt: skip
         return
     for repeat in (0, number):
@@ -385,6 +398,8 @@ def _pass(act: LayerAct, repeat: int) -> Act:
 
 def _letters(layer: LayerDepth) -> str:
     acts = _LETTER[layer.attn] + _LETTER[layer.ffn]
+    if layer.keep < 100:
+        acts += f"k{layer.keep}"
     if layer.expert_rule == "all":
         return acts
     return f"{acts}({layer.expert_rule}{layer.expert_value:.17g})"
@@ -392,6 +407,8 @@ def _letters(layer: LayerDepth) -> str:
 
 def _layer_json(layer: LayerDepth) -> dict[str, object]:
     found: dict[str, object] = {"attn": layer.attn, "ffn": layer.ffn}
+    if layer.keep < 100:
+        found["keep"] = layer.keep
     if layer.expert_rule != "all":
         found["experts"] = {"rule": layer.expert_rule, "value": layer.expert_value}
     return found

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 UNDER_LIMIT = ("limit", "memory", "n_prompt", "max_s", "peer", "target")
 ADAPTER_PARTS = ("decode", "mixed", "prefill", "switch", "routing")
+DRAFT_SOURCES = ("lookup", "self", "small", "auto")
 _EPILOG = """\b
 Examples:
   edgeroute bench decode
@@ -19,7 +20,11 @@ Examples:
   edgeroute bench contention --reps 5 --seconds 4 --json
   edgeroute bench experts --model moe.gguf --limit 2GiB
   edgeroute bench layers --model qwen2.5-coder-1.5b-instruct
+  edgeroute bench speculate --model qwen2.5-coder-1.5b-instruct
   edgeroute bench adapters --model qwen2.5-coder-1.5b-instruct
+  edgeroute bench expert-count --model moe.gguf
+  edgeroute bench depth --model qwen2.5-coder-0.5b-instruct
+  edgeroute bench prune --model qwen2.5-coder-0.5b-instruct
   edgeroute bench parity --model gemma3-270m --nmse
 """
 
@@ -189,6 +194,41 @@ def layers(**options: Any) -> None:
     _finish(bench.run(_params(options), _progress, ExpertsParams(**given, n_warm=2)), options)
 
 
+@command.command(epilog=_examples("speculate", "--model qwen2.5-coder-1.5b-instruct",
+                                  "--model NAME --small NAME --limit 75% --source small",
+                                  "--limit none --source auto"))  # fmt: skip
+@_timed
+@click.option("--limit", default="60%", show_default=True, metavar="BYTES|PERCENT|none",
+              help="Memory limit by the kernel: 2GiB, or a share of the file.")  # fmt: skip
+@click.option("--memory", metavar="BYTES",
+              help="edgeroute's own budget; default: 0.98 of the limit.")  # fmt: skip
+@click.option("--source", "sources", multiple=True, metavar="NAME",
+              type=click.Choice(DRAFT_SOURCES), help=f"{', '.join(DRAFT_SOURCES)}; may repeat.  "
+              "[default: lookup, self, auto, and small where there is one]")  # fmt: skip
+@click.option("--small", metavar="NAME", help="The small model that drafts.")
+@click.option("--prompts", "n_prompts", default=4, show_default=True,
+              type=click.IntRange(1, 20), help="Prompts answered in one run.")  # fmt: skip
+@click.option("--tokens", default=24, show_default=True, type=click.IntRange(8, 4096),
+              help="Tokens of an answer.")  # fmt: skip
+def speculate(sources: tuple[str, ...], small: str | None, **options: Any) -> None:
+    """Drafted tokens verified in one pass, by each source, against plain decoding.
+
+    Texts must be equal. Under one memory limit for all, where what a small model takes is
+    missing for the large one's layers; needs a system with control groups, except with --limit
+    none.
+    """
+    from edgeroute.models.pull import resolve
+    from edgeroute.tools.bench import speculate as bench
+
+    limit = options["limit"]
+    wanted = bench.SpeculateParams(
+        limit=None if limit == "none" else limit, memory=options["memory"],
+        sources=sources or (*bench.DEFAULT_SOURCES, *(["small"] if small else [])),
+        small=None if small is None else resolve(small), n_prompts=options["n_prompts"],
+    )  # fmt: skip
+    _finish(bench.run(_params(options), _progress, wanted), options)
+
+
 @command.command(epilog=_examples("adapters", "--part decode --part switch",
                                   "--model NAME --max-cost 0.12"))  # fmt: skip
 @_timed
@@ -211,6 +251,95 @@ def adapters(parts: tuple[str, ...], rank: int, max_cost: float, **options: Any)
 
     wanted = bench.AdaptersParams(parts=parts or bench.PARTS, rank=rank, max_cost=max_cost,
                                   peer=options["peer"])  # fmt: skip
+    _finish(bench.run(_params(options), _progress, wanted), options)
+
+
+@command.command(epilog=_examples("depth", "--model qwen2.5-coder-0.5b-instruct",
+                                  "--model NAME --plans my.depth --windows 8 --json"))  # fmt: skip
+@_timed
+@click.option("--plans", metavar="FILE", help="The depth file; default: the model's own.")
+@click.option("--windows", "n_windows", default=4, show_default=True, type=click.IntRange(1, 64),
+              help="Windows of 256 tokens, of prose and as many of code.")  # fmt: skip
+@click.option("--tokens", default=24, show_default=True, type=click.IntRange(8, 4096),
+              help="Tokens to decode in one run.")  # fmt: skip
+def depth(plans: str | None, n_windows: int, **options: Any) -> None:
+    """Depth plans against chance, even spacing and block influence, at the same compute.
+
+    Divergence and perplexity on text that no calibration saw, prose and code apart, and the
+    gain in decoding speed. The model must have been calibrated: `edgeroute calibrate`.
+    """
+    from pathlib import Path
+
+    from edgeroute.tools.bench import depth as bench
+
+    wanted = bench.DepthParams(plans=Path(plans) if plans else None, n_windows=n_windows)
+    _finish(bench.run(_params(options), _progress, wanted), options)
+
+
+@command.command("expert-count", epilog=_examples(
+    "expert-count", "--model moe.gguf", "--model moe.gguf --experts 6 --experts 4 --json",
+    "--model moe.gguf --limit 2GiB --experts 6 --experts 4 --mass 0.7",
+))  # fmt: skip
+@_timed
+@click.option("--experts", "budgets", multiple=True, type=click.FloatRange(1),
+              help="Experts per token and layer; may repeat.  [default: shares]")  # fmt: skip
+@click.option("--windows", "n_check", default=6, show_default=True, type=click.IntRange(2, 1000),
+              help="Windows of 256 tokens of prose, and as many of code, to judge on.")  # fmt: skip
+@click.option("--limit", metavar="BYTES|PERCENT",
+              help="Measure time under this limit by the kernel, and no quality.")  # fmt: skip
+@click.option("--memory", metavar="BYTES",
+              help="With --limit: edgeroute's own budget; default: 0.92 of the limit.")  # fmt: skip
+@click.option("--mass", "masses", multiple=True, type=click.FloatRange(0, 1),
+              help="With --limit: time the rule top-p with this mass too; may repeat.")  # fmt: skip
+@click.option("--tokens", default=48, show_default=True, type=click.IntRange(8, 4096),
+              help="With --limit: tokens to decode in one run.")  # fmt: skip
+def expert_count(
+    budgets: tuple[float, ...], n_check: int, limit: str | None, memory: str | None,
+    masses: tuple[float, ...], **options: Any,
+) -> None:  # fmt: skip
+    """Fewer experts per token: MoDES, top-p, halting and uniform at equal counts.
+
+    Divergence and perplexity against the full model on held-out text. With --limit the time
+    and the bytes per token where experts are paged; random weights will do for that.
+    """
+    from edgeroute.tools.bench import expert_count as bench
+    from edgeroute.tools.bench.experts import ExpertsParams
+    from edgeroute.tools.expert_count import CountParams
+
+    params = _params(options)
+    if limit is None:
+        wanted = CountParams(n_check=n_check, budgets=budgets or None)
+        _finish(bench.run(params, _progress, wanted), options)
+        return
+    timed = bench.TimeParams(
+        under=ExpertsParams(limit=limit, memory=memory), n_tokens=options["tokens"],
+        rules=bench.rules_of([int(n) for n in budgets], masses),
+    )  # fmt: skip
+    _finish(bench.run_timed(params, _progress, timed), options)
+
+
+@command.command(epilog=_examples("prune", "--model qwen2.5-coder-0.5b-instruct",
+                                  "--model NAME --keep 40 --first 12 --questions 100"))  # fmt: skip
+@_timed
+@click.option("--keep", default=50, show_default=True, type=click.IntRange(1, 99),
+              help="Percent of a prompt's tokens that are computed.")  # fmt: skip
+@click.option("--first", type=click.IntRange(0),
+              help="First layer that leaves tokens out.  [default: a third down]")  # fmt: skip
+@click.option("--questions", "n_questions", default=12, show_default=True,
+              type=click.IntRange(1, 1000), help="Questions about long texts.")  # fmt: skip
+@click.option("--prompt", "n_tokens", default=1000, show_default=True,
+              type=click.IntRange(400, 8192), help="Tokens of a prompt.")  # fmt: skip
+@click.option("--batch", "n_ubatch", type=click.IntRange(256, 4096),
+              help="Prompt tokens computed at once.  [default: all]")  # fmt: skip
+def prune(keep: int, first: int | None, **options: Any) -> None:
+    """Prompts of which later layers compute only a part: time, and what answers lose.
+
+    Tokens are chosen by the attention they receive; chance and position are the controls.
+    """
+    from edgeroute.tools.bench import prune as bench
+
+    given = {name: options[name] for name in ("n_questions", "n_tokens", "n_ubatch")}
+    wanted = bench.PruneParams(keep=keep, first=first, **given)
     _finish(bench.run(_params(options), _progress, wanted), options)
 
 

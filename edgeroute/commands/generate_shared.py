@@ -37,10 +37,17 @@ _MODEL_OPTIONS = (
     click.option("--prefetch", metavar="WHEN", help="Read experts ahead: auto (while it pays), "
                  "off, or always by gate, eam or frequency.  [default: auto]"),
     click.option("--trace", metavar="FILE", help="Record which experts were chosen."),
+    click.option("--speculate", metavar="WHO", help="Who drafts tokens that one pass verifies, "
+                 "the answer staying the same: auto (where layers stream, while it pays), off, "
+                 "lookup, self or small.  [default: auto]"),
+    click.option("--small", metavar="NAME", help="A smaller model of the same vocabulary, kept "
+                 "in memory beside the model to draft for it."),
     click.option("--adapters", metavar="DIR", help="LoRA adapters to choose from; without it, "
                  "where --adapter is given, the library of `edgeroute adapters`."),
     click.option("--adapter", metavar="NAME", help="Adapter that answers: a name, several as "
                  "a=0.7,b=0.3, or auto to choose by the prompt."),
+    click.option("--depth", metavar="PLAN", help="Leave out what a plan of `edgeroute calibrate` "
+                 "names; auto takes the fastest that is nearly lossless.  [default: full]"),
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
     click.option("--temperature", type=float, default=0.0, show_default=True,
@@ -57,7 +64,7 @@ _SAMPLING_OPTIONS = (
 )  # fmt: skip
 SETTINGS = (
     *("memory", "threads", "n_ctx", "kv_type", "device"),
-    *("policy", "prefetch", "trace", "adapters"),
+    *("policy", "prefetch", "trace", "adapters", "depth", "speculate", "small"),
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 
@@ -233,8 +240,12 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
         parts.append(f"layers streamed: {layers['streamed']} of "
                      f"{layers['resident'] + layers['streamed']}, {format_bytes(layers['bytes'])} "
                      f"read, {layers['stall_s']:.1f} s waited")  # fmt: skip
+    if drafts := stats.get("speculation"):
+        parts.append(_drafts_part(drafts))
     if adapters := stats.get("adapters"):
         parts.append(_adapters_part(adapters))
+    if depth := stats.get("depth"):
+        parts.append(_depth_part(depth))
     ends = {"length": "ended at --max-tokens or --n-ctx", "cancelled": "stopped",
             "timeout": "ended by --timeout"}  # fmt: skip
     if answer.finish_reason in ends:
@@ -248,6 +259,13 @@ def _experts_part(experts: dict[str, Any]) -> str:
             f"{experts['stall_s']:.1f} s waited")  # fmt: skip
 
 
+def _drafts_part(drafts: dict[str, Any]) -> str:
+    if not drafts["drafted"]:
+        return "nothing drafted"
+    return (f"drafted by {drafts['source']}: {drafts['accepted']} of {drafts['drafted']} "
+            f"accepted, {drafts['tokens_per_pass']:.2f} tokens a pass")  # fmt: skip
+
+
 def _adapters_part(adapters: dict[str, Any]) -> str:
     used = [name if weight == 1 else f"{name} x {weight:g}"
             for name, weight in adapters["used"].items()]  # fmt: skip
@@ -255,6 +273,13 @@ def _adapters_part(adapters: dict[str, Any]) -> str:
         return "no adapter"
     came = "in memory" if adapters["hit"] else f"loaded in {1e3 * adapters['wait_s']:.0f} ms"
     return f"adapter {', '.join(used)}, {came}"
+
+
+def _depth_part(depth: dict[str, Any]) -> str:
+    part = f"depth {depth['plan']}: {depth['layers_run']} of {depth['layers_total']} layers run"
+    if "compute" in depth:
+        part += f" whole, {1 - depth['compute']:.0%} of the weights left out"
+    return part
 
 
 def _prompt_part(stats: dict[str, Any]) -> str:

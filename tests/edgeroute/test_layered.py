@@ -20,6 +20,7 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.layered import LayeredForward
 from edgeroute.offload.disk import DiskFile
 from edgeroute.offload.disk_profile import DiskProfile
+from edgeroute.runtime.depth import all_run
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ModelFileError
 from edgeroute.runtime.graph import Span

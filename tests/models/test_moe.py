@@ -20,7 +20,8 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import EdgerouteError, ModelFileError, UnsupportedModelError
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import BatchShape, Builder, GraphCache, Segment, Span
+from edgeroute.runtime.graph import BatchShape, Builder, Segment, Span
+from edgeroute.runtime.graph_cache import GraphCache
 from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.runtime.tensor import (
     F32,

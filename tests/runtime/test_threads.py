@@ -116,3 +116,29 @@ def test_eight_cores_give_up_as_many_as_others_use() -> None:
     machine.n_busy = 3
     machine.run(policy, 2)
     assert policy.n_threads == 5
+
+
+def test_passes_of_many_sizes_are_compared_with_their_own() -> None:
+    """Drafted passes take longer the more tokens they verify: that is no lost core."""
+    machine = Machine()
+    policy = make(machine)
+
+    def run(seconds: float) -> None:
+        began, i = machine.now, 0
+        while machine.now - began < seconds:
+            n_tokens = (1, 9, 2, 5, 1, 16)[i % 6]
+            step = machine.step_s(policy.n_threads) * (0.5 + 0.5 * n_tokens)
+            machine.now += step
+            policy.observe(n_tokens, step)
+            i += 1
+
+    run(10)
+    assert policy.n_threads == 2 and policy.n_changes == 0
+    machine.n_busy = 1
+    run(4)
+    assert policy.n_threads == 1
+    machine.n_busy = 0
+    run(6)
+    assert policy.n_threads == 2
+    run(5)
+    assert policy.n_threads == 2 and policy.n_changes <= 4

@@ -1,0 +1,128 @@
+"""Scores tokens of finished answers again with the full model, while nobody waits.
+
+The full model has no keys of a text that a plan computed, so a sampled token costs a pass over
+the text before it, by either model. That is done in pauses, and given up when a request comes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeroute.depth import Depth
+from edgeroute.models.forward import Forward, Piece
+from edgeroute.runtime.graph import Span
+from edgeroute.runtime.kv_cache import Region
+
+MAX_CONTEXT = 512
+"""Tokens before a sampled one that both models read; more would cost more than it tells."""
+MAX_SPAN = 64
+"""Sampled tokens of one answer lie no further apart, since all logits between are computed."""
+OVERDUE = 64
+"""Answers without a pause after which one is checked though others wait."""
+MAX_TRIES = 3
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class _Sample:
+    """A text, and places in it whose next token is scored again."""
+
+    tokens: list[int]
+    places: list[int]
+    n_tried: int = 0
+
+
+class DepthGuard:
+    """Feeds a plan's guard. Not thread-safe: the engine thread owns it, except `interrupt`."""
+
+    def __init__(self, depth: Depth, forward: Forward, n_ubatch: int) -> None:
+        self._depth = depth
+        self._forward = forward
+        self._n_ubatch = n_ubatch
+        self._sample: _Sample | None = None
+        self._n_unchecked = 0
+        self.checking = False
+        """Whether a check is running, which `device.stop_flag` would end."""
+
+    def note(self, tokens: list[int], n_prompt: int) -> None:
+        """Draw places from an answer that was computed under the plan."""
+        guard = self._depth.guard
+        if guard is None:
+            return
+        self._n_unchecked += 1
+        places = [i for i in range(max(1, n_prompt), len(tokens)) if guard.wants()]
+        if places:
+            near = [place for place in places if places[-1] - place < MAX_SPAN]
+            first = max(0, near[-1] - MAX_CONTEXT)
+            self._sample = _Sample(tokens[first : near[-1]], [place - first - 1 for place in near])
+
+    @property
+    def overdue(self) -> bool:
+        """Whether a check should not wait for a pause any longer."""
+        return self._sample is not None and self._n_unchecked >= OVERDUE
+
+    def check(self) -> None:
+        """Score what was drawn; stopped, it is tried again in the next pause."""
+        sample, guard = self._sample, self._depth.guard
+        if sample is None or guard is None or guard.verdict != "keep":
+            return
+        region = self._forward.kv.allocate(len(sample.tokens))
+        if region is None:  # kept cells serve the next prompt better than this
+            return
+        sample.n_tried += 1
+        try:
+            found = self._divergences(sample, region)
+        finally:
+            self._forward.kv.release(region)
+        if found is not None or sample.n_tried >= MAX_TRIES:
+            self._sample = None
+        if found is not None:
+            self._n_unchecked = 0
+            for divergence in found:
+                guard.observe(divergence)
+
+    def _divergences(self, sample: _Sample, region: Region) -> list[float] | None:
+        device = self._forward.device
+        device.stop_flag.clear()
+        device.watch_stop_flag(True)
+        self.checking = True
+        try:
+            full = self._logits(sample, region, None)
+            mine = None if full is None else self._logits(sample, region, self._depth.spans)
+        finally:
+            self.checking = False
+            device.watch_stop_flag(False)
+        if full is None or mine is None:
+            return None
+        first = len(sample.tokens) - len(full)
+        return [kl_nats(full[at - first], mine[at - first]) for at in sample.places]
+
+    def _logits(
+        self, sample: _Sample, region: Region, spans: tuple[Span, ...] | None
+    ) -> Logits | None:
+        """Compute a text afresh: logits from the first place on, or None if that was stopped."""
+        tokens, wanted = sample.tokens, len(sample.tokens) - sample.places[0]
+        rows: list[Logits] = []
+        for start in range(0, len(tokens), self._n_ubatch):
+            part = tokens[start : start + self._n_ubatch]
+            n_out = max(0, min(len(part), start + len(part) - (len(tokens) - wanted)))
+            piece = Piece(tokens=part, pos=start, region=region, n_out=n_out)
+            found = self._forward.run([piece], spans)
+            if found is None:
+                return None
+            rows.append(found)
+        return np.concatenate(rows)
+
+
+def kl_nats(full: Logits, mine: Logits) -> float:
+    """Divergence of one distribution from the full model's, from raw logits, each (n_vocab,)."""
+    p, q = (_log_softmax(each) for each in (full, mine))
+    return float(np.sum(np.exp(p) * (p - q)))
+
+
+def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    x = logits.astype(np.float64)
+    x -= x.max()
+    return np.asarray(x - np.log(np.exp(x).sum()))

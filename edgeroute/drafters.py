@@ -1,0 +1,246 @@
+"""Who guesses what comes next: the text itself, a part of the model, or a smaller model.
+
+Guesses are greedy and may be wrong: `edgeroute.speculation` has the model verify them. All of it
+runs on the engine thread.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+
+from edgeroute.models.forward import Forward, Piece
+from edgeroute.request import Request, stoppable
+from edgeroute.runtime.graph import Span
+from edgeroute.runtime.prefix import PrefixCache
+from edgeroute.runtime.sequence import Sequence, next_chunk_end
+from edgeroute.skippers.lookup import Lookup
+from edgeroute.small import N_UBATCH
+
+if TYPE_CHECKING:
+    from edgeroute.loaded import LoadedModel
+
+CATCH_UP: Final = 32
+"""Tokens that a small model may be behind and still draft at once."""
+
+Spans = tuple[Span, ...]
+Ends = Callable[[int], bool]
+"""Whether a token ends an answer, so that nothing needs to be guessed behind it."""
+
+
+class Drafter(Protocol):
+    """One way to guess the tokens that follow a request's own."""
+
+    def offers(self, request: Request, most: int) -> Mapping[str, int]:
+        """Return the sources that can draft now, at most `most` tokens, with how many each."""
+
+    def draft(self, request: Request, n_tokens: int) -> list[int]:
+        """Guess up to `n_tokens`; fewer where an end is guessed or the request was cancelled."""
+
+    def end(self, request: Request) -> None:
+        """Forget a request; safe to call for one that is unknown."""
+
+
+class LookupDrafter:
+    """What followed in prompt and answer when they last ended as they end now.
+
+    Matches of different lengths are sources of their own, `lookup.N`: long ones deserve more.
+    """
+
+    def __init__(self) -> None:
+        self._texts: dict[str, Lookup] = {}
+
+    def offers(self, request: Request, most: int) -> Mapping[str, int]:
+        """Return the source for the longest match; none without a match."""
+        text = self._texts.setdefault(request.id, Lookup())
+        text.extend(tokens_of(request)[len(text) :])
+        length = text.match()
+        return {f"lookup.{length}": most} if length else {}
+
+    def draft(self, request: Request, n_tokens: int) -> list[int]:
+        """Return what followed the match."""
+        return self._texts[request.id].propose(n_tokens)
+
+    def end(self, request: Request) -> None:
+        """Forget a request's text."""
+        self._texts.pop(request.id, None)
+
+
+class SelfDrafter:
+    """The model itself with some of its steps left out, on the sequence's own keys and values.
+
+    A draft's passes write keys and values at positions that are not the sequence's yet; the
+    pass that verifies it writes those of all layers at each of them, before any is read again.
+
+    Args:
+        forward: the model.
+        spans: gives what a request's drafts compute now; None where nothing can be left out.
+        ends: see `Ends`.
+    """
+
+    def __init__(
+        self, forward: Forward, spans: Callable[[Request], Spans | None], ends: Ends
+    ) -> None:
+        self._forward = forward
+        self._spans = spans
+        self._ends = ends
+
+    def offers(self, request: Request, most: int) -> Mapping[str, int]:
+        """Offer always, unless nothing can be left out."""
+        return {} if self._spans(request) is None else {"self": most}
+
+    def draft(self, request: Request, n_tokens: int) -> list[int]:
+        """Decode greedily with the steps that are left."""
+        spans = self._spans(request)
+        if spans is None:
+            return []
+        sequence = _sequence(request)
+        draft: list[int] = []
+        token = sequence.tokens[-1]
+        for pos in range(sequence.n_past, sequence.n_past + n_tokens):
+            if request.interrupted():
+                break
+            piece = Piece(tokens=(token,), pos=pos, region=sequence.region, lora=request.lora)
+            logits = self._forward.run([piece], spans, borrow=True)
+            if logits is None:
+                break
+            token = int(logits[0].argmax())
+            if self._ends(token):
+                break
+            draft.append(token)
+        return draft
+
+    def end(self, request: Request) -> None:
+        """Nothing is kept."""
+
+
+class SmallDrafter:
+    """A smaller model of the same vocabulary, with keys and values of its own.
+
+    It reads the prompt in batches, one per round, and after each verification what it missed.
+
+    Args:
+        small: the model; whoever opened it closes it, after this.
+        n_vocab: tokens of the large model's vocabulary.
+        ends: see `Ends`.
+    """
+
+    def __init__(self, small: "LoadedModel", n_vocab: int, ends: Ends) -> None:
+        self._forward = small.forward
+        self._n_vocab = min(n_vocab, small.model.hparams.n_vocab)
+        self._prefix = PrefixCache(small.kv, N_UBATCH)
+        self._sequences: dict[str, Sequence] = {}
+        self._verified: dict[str, int] = {}
+        """Leading cells that are known to hold the request's own tokens."""
+        self._ends = ends
+        self.token_s = 0.0
+        """Seconds that reading a token of a prompt took, lately."""
+
+    def missing(self, request: Request) -> int:
+        """Return how many tokens of the request it has not read."""
+        sequence = self._sequences.get(request.id)
+        return len(tokens_of(request)) - (0 if sequence is None else self._agree(request, sequence))
+
+    def prepare(self, request: Request) -> None:
+        """Read one batch of what it is behind, unless it can catch up while it drafts."""
+        sequence = self._open(request)
+        if sequence is None or self.missing(request) <= CATCH_UP:
+            return
+        tokens = tokens_of(request)
+        start = sequence.n_past
+        end = next_chunk_end(start, len(tokens) - 1, N_UBATCH)
+        began = time.perf_counter()
+        with stoppable(request, self._forward.device):
+            read = self._feed(sequence, tokens[start:end], n_out=0)
+        if read is None:
+            return
+        self._verified[request.id] = end
+        each_s = (time.perf_counter() - began) / (end - start)
+        self.token_s += (each_s - self.token_s) / (2 if self.token_s else 1)
+
+    def offers(self, request: Request, most: int) -> Mapping[str, int]:
+        """Offer once the prompt is read."""
+        known = request.id in self._sequences
+        ready = known and self.missing(request) <= CATCH_UP
+        return {"small": most} if ready else {}
+
+    def draft(self, request: Request, n_tokens: int) -> list[int]:
+        """Read what was missed, then decode greedily."""
+        sequence = self._sequences[request.id]
+        tokens = tokens_of(request)
+        self._agree(request, sequence)
+        self._verified[request.id] = len(tokens)
+        feed: list[int] = tokens[sequence.n_past :]
+        draft: list[int] = []
+        while len(draft) < n_tokens and not request.interrupted():
+            logits = self._feed(sequence, feed, n_out=1)
+            if logits is None:
+                break
+            token = int(logits[0].argmax())
+            if token >= self._n_vocab or self._ends(token):
+                break
+            draft.append(token)
+            feed = [token]
+        return draft
+
+    def end(self, request: Request) -> None:
+        """Keep a request's cells for a prompt that begins alike."""
+        sequence = self._sequences.pop(request.id, None)
+        self._verified.pop(request.id, None)
+        if sequence is not None:
+            sequence.classes = bytearray(sequence.n_past)
+            self._prefix.keep(sequence)
+
+    def _open(self, request: Request) -> Sequence | None:
+        """Find a request's cells, or give it some; None while others hold them."""
+        sequence = self._sequences.get(request.id)
+        if sequence is None:
+            sequence = self._prefix.open(list(tokens_of(request)), request.n_cells, "all")
+            if sequence is not None:
+                del sequence.tokens[sequence.n_past :]
+                self._sequences[request.id] = sequence
+                self._verified[request.id] = sequence.n_past
+        return sequence
+
+    def _agree(self, request: Request, sequence: Sequence) -> int:
+        """Let go of cells that hold guesses which were refused; return how many are left.
+
+        At least one of the request's tokens stays to be read.
+        """
+        tokens, fed = tokens_of(request), sequence.tokens
+        n = self._verified[request.id]
+        most = min(len(fed), len(tokens) - 1)
+        while n < most and fed[n] == tokens[n]:
+            n += 1
+        n = min(n, most)
+        del fed[n:]
+        sequence.n_past = n
+        return n
+
+    def _feed(
+        self, sequence: Sequence, tokens: list[int], *, n_out: int
+    ) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None":
+        """Compute tokens behind those that a sequence has.
+
+        None where a stop was asked for, or where this model does not know one of them.
+        """
+        if max(tokens) >= self._n_vocab:
+            return None
+        piece = Piece(tokens=tokens, pos=sequence.n_past, region=sequence.region, n_out=n_out)
+        logits = self._forward.run([piece], borrow=True)
+        if logits is not None:
+            sequence.tokens += tokens
+            sequence.n_past += len(tokens)
+        return logits
+
+
+def tokens_of(request: Request) -> list[int]:
+    """Return prompt and answer so far."""
+    return _sequence(request).tokens
+
+
+def _sequence(request: Request) -> Sequence:
+    if request.sequence is None:
+        raise RuntimeError(f"request {request.id} has left the engine")
+    return request.sequence
