@@ -13,6 +13,7 @@ from edgeroute.depth import Depth
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import Region
+from edgeroute.runtime.prefix import PrefixCache
 
 MAX_CONTEXT = 512
 """Tokens before a sampled one that both models read; more would cost more than it tells."""
@@ -37,14 +38,15 @@ class _Sample:
 class DepthGuard:
     """Feeds a plan's guard. Not thread-safe: the engine thread owns it, except `interrupt`."""
 
-    def __init__(self, depth: Depth, forward: Forward, n_ubatch: int) -> None:
+    def __init__(self, depth: Depth, forward: Forward, prefix: PrefixCache, n_ubatch: int) -> None:
         self._depth = depth
         self._forward = forward
+        self._prefix = prefix
         self._n_ubatch = n_ubatch
         self._sample: _Sample | None = None
         self._n_unchecked = 0
         self.checking = False
-        """Whether a check is running, which `device.stop_flag` would end."""
+        """Whether a check runs that a new request should end by `device.stop_flag`."""
 
     def note(self, tokens: list[int], n_prompt: int) -> None:
         """Draw places from an answer that was computed under the plan."""
@@ -63,19 +65,24 @@ class DepthGuard:
         """Whether a check should not wait for a pause any longer."""
         return self._sample is not None and self._n_unchecked >= OVERDUE
 
-    def check(self) -> None:
-        """Score what was drawn; stopped, it is tried again in the next pause."""
+    def check(self, *, in_pause: bool = True) -> None:
+        """Score what was drawn; stopped, it is tried again in the next pause.
+
+        New requests end it in a pause. One that is overdue they wait for.
+        """
         sample, guard = self._sample, self._depth.guard
         if sample is None or guard is None or guard.verdict != "keep":
             return
-        region = self._forward.kv.allocate(len(sample.tokens))
-        if region is None:  # kept cells serve the next prompt better than this
+        sequence = self._prefix.open(sample.tokens, len(sample.tokens), "off")
+        if sequence is None:  # running requests hold all cells
             return
         sample.n_tried += 1
         try:
-            found = self._divergences(sample, region)
+            self.checking = in_pause
+            found = self._divergences(sample, sequence.region)
         finally:
-            self._forward.kv.release(region)
+            self.checking = False
+            self._prefix.drop(sequence)
         if found is not None or sample.n_tried >= MAX_TRIES:
             self._sample = None
         if found is not None:
@@ -87,12 +94,10 @@ class DepthGuard:
         device = self._forward.device
         device.stop_flag.clear()
         device.watch_stop_flag(True)
-        self.checking = True
         try:
             full = self._logits(sample, region, None)
             mine = None if full is None else self._logits(sample, region, self._depth.spans)
         finally:
-            self.checking = False
             device.watch_stop_flag(False)
         if full is None or mine is None:
             return None

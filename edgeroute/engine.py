@@ -330,7 +330,9 @@ class Runtime(Closing):
 
             scheduler.depth = loaded.depth
             if isinstance(loaded.depth, Depth):
-                scheduler.depth_guard = DepthGuard(loaded.depth, loaded.forward, params.n_ubatch)
+                scheduler.depth_guard = DepthGuard(
+                    loaded.depth, loaded.forward, scheduler.prefix, params.n_ubatch
+                )
         return scheduler
 
     def _loop(self, scheduler: "Scheduler") -> None:

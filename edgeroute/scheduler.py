@@ -94,7 +94,7 @@ class Scheduler:
         """Do one round: at most one prefill batch, then one token for all that decode."""
         self._drop_interrupted()
         if self.depth_guard is not None and self.depth_guard.overdue:
-            self.depth_guard.check()
+            self.depth_guard.check(in_pause=False)
         self._admit()
         self.stalled = not self.n_running
         if self._prefilling:

@@ -18,6 +18,7 @@ from edgeroute.models.forward import Piece
 from edgeroute.models.standins import tensor_name
 from edgeroute.runtime.errors import DepthFileError, EdgerouteError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.skippers.depth_router import LIMITS
 from edgeroute.skippers.plan import DepthPlan, LayerDepth
 from edgeroute.tools.depth_file import DepthContent, write_depth_file
@@ -161,7 +162,8 @@ def test_a_plan_that_breaks_its_promise_is_disabled(path: Path) -> None:
         assert guarded is not None and guarded.guard is not None
         before = answer(runtime, 77)
         guarded.guard.params = dataclasses.replace(guarded.guard.params, rate=1.0, min_samples=8)
-        for seed in range(200):
+        # Each answer interrupts the check of the one before; some are checked all the same.
+        for seed in range(400):
             answer(runtime, seed)
             if not guarded.on:
                 break
@@ -171,6 +173,22 @@ def test_a_plan_that_breaks_its_promise_is_disabled(path: Path) -> None:
         assert answer(runtime, 77) == expected != before
         last: Any = runtime.generate(prompt_ids=[5, 6], max_tokens=2).stats.to_dict()
         assert "depth" not in last
+
+
+def test_the_guard_is_heard_while_there_is_never_a_pause(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No cell is free and no pause is left alone: checks that are overdue are made all the same."""
+    monkeypatch.setattr("edgeroute.scheduler.Scheduler.use_the_pause", lambda self: None)
+    with Runtime(path, depth="liar", **SETTINGS) as runtime:
+        guarded = runtime._loaded.depth
+        assert isinstance(guarded, Depth) and guarded.guard is not None
+        guarded.guard.params = dataclasses.replace(guarded.guard.params, rate=1.0, min_samples=8)
+        for seed in range(200):
+            answer(runtime, seed)
+            if not guarded.on:
+                break
+        assert not guarded.on and seed >= 64
 
 
 def test_the_guards_divergence_is_that_of_the_two_models(path: Path) -> None:
@@ -186,7 +204,7 @@ def test_the_guards_divergence_is_that_of_the_two_models(path: Path) -> None:
         seen: list[float] = []
         depth.guard.observe = lambda kl: seen.append(kl) or "keep"  # type: ignore[method-assign, func-returns-value]
         ids = [int(t) for t in np.random.default_rng(3).integers(3, 300, 50)]
-        guard = DepthGuard(depth, loaded.forward, 64)
+        guard = DepthGuard(depth, loaded.forward, PrefixCache(loaded.kv, 64), 64)
         guard.note(ids, 45)
         guard.check()
         region = loaded.kv.allocate(64)
