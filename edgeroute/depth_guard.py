@@ -14,6 +14,7 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import Region
 from edgeroute.runtime.prefix import PrefixCache
+from edgeroute.runtime.sampler import log_softmax
 
 MAX_CONTEXT = 512
 """Tokens before a sampled one that both models read; more would cost more than it tells."""
@@ -123,11 +124,5 @@ class DepthGuard:
 
 def kl_nats(full: Logits, mine: Logits) -> float:
     """Divergence of one distribution from the full model's, from raw logits, each (n_vocab,)."""
-    p, q = (_log_softmax(each) for each in (full, mine))
+    p, q = (log_softmax(each.astype(np.float64)) for each in (full, mine))
     return float(np.sum(np.exp(p) * (p - q)))
-
-
-def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
-    x = logits.astype(np.float64)
-    x -= x.max()
-    return np.asarray(x - np.log(np.exp(x).sum()))

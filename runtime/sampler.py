@@ -4,7 +4,7 @@ import math
 import os
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from edgeroute.runtime.records import SamplingParams, TokenLogprob
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+Real = TypeVar("Real", np.float32, np.float64)
 
 
 class Constraint(Protocol):
@@ -202,6 +203,13 @@ def logprob(logits: F32, token_id: int, n_top: int) -> TokenLogprob:
     ids = ids[np.argsort(-logits[ids], kind="stable")]
     top = tuple((int(i), float(logits[i]) - total) for i in ids)
     return TokenLogprob(token_id=token_id, logprob=float(logits[token_id]) - total, top=top)
+
+
+def log_softmax(logits: NDArray[Real]) -> NDArray[Real]:
+    """Return log-probabilities over the last axis, in the precision of the logits; a copy."""
+    logs: NDArray[Real] = logits - logits.max(axis=-1, keepdims=True)
+    logs -= np.log(np.exp(logs).sum(axis=-1, keepdims=True))
+    return logs
 
 
 def _argmax(logits: F32) -> int:

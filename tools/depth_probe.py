@@ -18,7 +18,7 @@ from edgeroute.runtime.depth import Step, Steps, all_run
 from edgeroute.runtime.errors import CapacityError, ComputeError
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import Region
-from edgeroute.runtime.tensor import get_bytes, set_bytes
+from edgeroute.runtime.sampler import log_softmax
 from edgeroute.skippers.static import Costs
 
 Floats = npt.NDArray[np.float32]
@@ -140,9 +140,9 @@ class Probe(Forward):
         spans += [Span((step,), embed=False, output=False) for step in all_run(range(self.n_layer))]
         for i, span in enumerate(spans):
             self._compute(tokens, span)
-            states[i] = self._read(n)
+            states[i] = self.residual(n)
         logits = self._compute(tokens, Span((), embed=False, output=True))
-        return Window(tokens=tuple(tokens), states=states, logs=log_softmax(logits[:-1]))
+        return Window(tokens=tuple(tokens), states=states, logs=_logs(logits[:-1]))
 
     def score(self, window: Window, steps: Steps, plan: str = "") -> Score:
         """Compare a plan with the full model on a text that was run before.
@@ -178,29 +178,18 @@ class Probe(Forward):
         piece = Piece(tokens=tokens, pos=0, region=self.region, n_out=n if span.output else 0)
         if state is not None:
             self._graph(span, self.shape([piece]))  # which makes the stream where there is none
-            assert self._stream is not None
-            set_bytes(self._stream.tensor, state)
+            self.set_residual(state)
         logits = self.run([piece], [span], borrow=True)
         if logits is None:
             raise ComputeError("the computation was stopped")
         return logits
 
-    def _read(self, n: int) -> Floats:
-        """Read the residual stream of `n` tokens: F32 (n, n_embd)."""
-        assert self._stream is not None
-        state = np.empty((n, self.model.hparams.n_embd), np.float32)
-        get_bytes(self._stream.tensor, state)
-        return state
 
-
-def log_softmax(logits: Floats) -> Floats:
-    """Return log-probabilities, F32 of the same shape; the logits stay as they are."""
+def _logs(logits: Floats) -> Floats:
+    """Return log-probabilities, F32 (n_tokens, n_vocab), some rows at a time for their memory."""
     logs = np.empty(logits.shape, np.float32)
     for at in range(0, len(logits), _ROWS_AT_ONCE):
-        rows = logits[at : at + _ROWS_AT_ONCE]
-        rows = rows - rows.max(axis=1, keepdims=True)
-        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        logs[at : at + _ROWS_AT_ONCE] = rows
+        logs[at : at + _ROWS_AT_ONCE] = log_softmax(logits[at : at + _ROWS_AT_ONCE])
     return logs
 
 

@@ -23,6 +23,7 @@ from edgeroute.models.forward import Piece
 from edgeroute.runtime.errors import ComputeError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import round_cells
+from edgeroute.runtime.sampler import log_softmax
 from edgeroute.runtime.tokenizer import Tokenizer
 from edgeroute.tools.bench.peer import Peer, PeerParams
 from edgeroute.tools.convert.moe_text import code_documents, prose_documents, read_text
@@ -199,10 +200,7 @@ def _log_probabilities(
     ids = np.array(window[1:], np.int64)
     for at in range(0, len(ids), _ROWS_AT_ONCE):
         part = ids[at : at + _ROWS_AT_ONCE]
-        rows = logits[at : at + len(part)].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        yield rows, part
+        yield log_softmax(logits[at : at + len(part)].astype(np.float64)), part
 
 
 @click.command()

@@ -9,7 +9,6 @@ Defaults are for some hundred questions, which the paper's 25 epochs at 1e-3 lea
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from edgeroute.skippers.depth_router import (
     steps_of,
     to_arrays,
 )
+from edgeroute.tools.depth_work import write_whole
 from edgeroute.tools.router_search import path_of, read_records
 
 Labels = npt.NDArray[np.int64]
@@ -360,9 +360,12 @@ def save_routers(path: Path, router: DepthRouter, model: str) -> None:
 
     `model` is the fingerprint of the model file that they were trained on.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part.npz")
-    np.savez(part, **to_arrays(router), **{MODEL: stamp_of(model)})  # type: ignore[arg-type]
-    os.replace(part, path)
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # a path would be given the ending .npz
+            np.savez(file, **to_arrays(router), **{MODEL: stamp_of(model)})  # type: ignore[arg-type]
+
+    write_whole(path, write)
 
 
 @click.command()

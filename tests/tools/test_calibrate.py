@@ -17,12 +17,13 @@ from edgeroute.models.forward import Piece
 from edgeroute.runtime.depth import all_run
 from edgeroute.runtime.errors import DepthFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.runtime.sampler import log_softmax
 from edgeroute.skippers.plan import SUB_BLOCKS, DepthPlan, LayerDepth, plans_from_json
 from edgeroute.skippers.static import Unit, leave_out
 from edgeroute.tools.calibrate import CalibrateParams, calibrate
 from edgeroute.tools.calibrate_report import CalibrateReport, Measured
 from edgeroute.tools.depth_file import DepthContent, write_depth_file
-from edgeroute.tools.depth_probe import Probe, Window, costs_of, log_softmax
+from edgeroute.tools.depth_probe import Probe, Window, costs_of
 from edgeroute.tools.depth_signals import mean_cosines, read_units, show_units
 from edgeroute.tools.depth_texts import MIN_WINDOWS, calibration_texts
 from edgeroute.tools.depth_work import Work

@@ -22,6 +22,7 @@ from edgeroute.runtime.depth import Steps, all_run
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import Region, round_cells
+from edgeroute.runtime.sampler import log_softmax
 from edgeroute.runtime.template import encode_chat
 from edgeroute.runtime.token_choice import BY_ATTENTION, TokenRule
 from edgeroute.skippers.prune import BY_POSITION, at_random, pruned
@@ -133,10 +134,7 @@ class _Asker:
         if len(answer) > 1:
             piece = Piece(answer[:-1], len(tokens), self._region, n_out=len(answer) - 1)
             rows.append(self._run(piece, self._whole))
-        logits = np.concatenate(rows).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        return logits
+        return log_softmax(np.concatenate(rows).astype(np.float64))
 
     def _run(self, piece: Piece, steps: Steps) -> Logits:
         logits = self._forward.run([piece], [Span(steps, embed=True, output=True)])
