@@ -14,21 +14,20 @@ from typing import Final
 
 import click
 import numpy as np
+import numpy.typing as npt
 
 from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.tokenizer import Tokenizer
 from edgeroute.tools.convert.moe import MoeParams, check_source, plan_shape
-from edgeroute.tools.convert.moe_activations import Array, DenseModel, FeedForward
-from edgeroute.tools.convert.moe_gate import SCORE_SCALE, choose, contributions, fit_gate
-from edgeroute.tools.convert.moe_layers import LayerQuality, Quality, Refactoring
-from edgeroute.tools.convert.moe_refit import refit
+from edgeroute.tools.convert.moe_activations import Array, DenseModel
+from edgeroute.tools.convert.moe_gate import SCORE_SCALE
+from edgeroute.tools.convert.moe_layers import Quality, Refactoring
 from edgeroute.tools.convert.moe_text import TextParams, default_windows
-from edgeroute.tools.convert.moe_writer import MoeLayer, MoeWriter
+from edgeroute.tools.convert.moe_writer import MoeWriter
 
 DEFAULT_SPREAD: Final = 0.7
 """Standard deviation of a token's scores: the best of 16 then weighs four times the last."""
-_TINY: Final = 1e-20
 _CHECKED_ONE_IN: Final = 8
 
 
@@ -37,33 +36,12 @@ class Weighted(Refactoring):
 
     spread: float = DEFAULT_SPREAD
 
-    def layer(self, il: int) -> MoeLayer:
-        """Refactor layer `il` and move the stream past it."""
-        model, shape, n_fit = self._model, self._shape, self._n_fit
-        ff = model.feed_forward(il)
-        self._advance_dense(il, ff)
-        model.add_attention(il, self._x, self._n_window)
-        u = model.norm(f"blk.{il}.ffn_norm", self._x)
-        ff = self._arranged(ff, u)
-        h = ff.hidden(u)
-        y = h @ ff.down.T
-        routed = np.s_[:, shape.n_ff_shexp :]
-        truth = contributions(h[routed], ff.down[routed], shape.n_expert)
-        gate = fit_gate(u[:n_fit], truth[:n_fit]) * np.float32(self.spread / SCORE_SCALE)
-        scores = u @ gate.T
-        mask = choose(scores, shape.n_expert_used)
-        h[routed] *= np.repeat(_factors(scores) * mask, shape.n_ff_exp, axis=1)
-        power = np.maximum(np.einsum("ij,ij->i", y, y), _TINY)
-        down = refit(h[:n_fit], y[:n_fit], ff.down, 1 / power[:n_fit])
-        z = h @ down.T
-        lost = np.einsum("ij,ij->i", z - y, z - y) / power
-        best = choose(truth[n_fit:], shape.n_expert_used)
-        self._qualities.append(LayerQuality(
-            recall_ratio=float((mask[n_fit:] & best).sum() / best.sum()),
-            lost_ratio=float(lost[n_fit:].mean()),
-        ))  # fmt: skip
-        self._x += z
-        return MoeLayer(gate=gate, ff=FeedForward(gate=ff.gate, up=ff.up, down=down))
+    def _gate(self, u: Array, truth: Array) -> Array:
+        gate: Array = super()._gate(u, truth) * np.float32(self.spread / SCORE_SCALE)
+        return gate
+
+    def _weigh(self, h: Array, scores: Array, mask: npt.NDArray[np.bool_]) -> None:
+        h *= np.repeat(_factors(scores) * mask, self._shape.n_ff_exp, axis=1)
 
 
 def _factors(scores: Array) -> Array:

@@ -82,9 +82,10 @@ class Refactoring:
         truth = contributions(
             h[:, shape.n_ff_shexp :], ff.down[:, shape.n_ff_shexp :], shape.n_expert
         )
-        gate = fit_gate(u[:n_fit], truth[:n_fit])
-        mask = choose(u @ gate.T, shape.n_expert_used)
-        _silence(h[:, shape.n_ff_shexp :], mask)
+        gate = self._gate(u[:n_fit], truth[:n_fit])
+        scores = u @ gate.T
+        mask = choose(scores, shape.n_expert_used)
+        self._weigh(h[:, shape.n_ff_shexp :], scores, mask)
         power = np.maximum(np.einsum("ij,ij->i", y, y), _TINY)
         if self._repair:
             # Each token's output counts alike: the first token's may be a thousand times larger.
@@ -109,6 +110,14 @@ class Refactoring:
             recall_ratio=float(np.mean([q.recall_ratio for q in self._qualities])),
             lost_ratio=float(np.mean([q.lost_ratio for q in self._qualities])),
         )  # fmt: skip
+
+    def _gate(self, u: Array, truth: Array) -> Array:
+        """Fit what scores the experts, (n_expert, n_embd), to what each contributes."""
+        return fit_gate(u, truth)
+
+    def _weigh(self, h: Array, scores: Array, mask: npt.NDArray[np.bool_]) -> None:
+        """Weigh the routed neurons by their experts, in place: all chosen ones alike."""
+        _silence(h, mask)
 
     def _arranged(self, ff: FeedForward, u: Array) -> FeedForward:
         """Put a layer's neurons in the order of the experts they will belong to."""
