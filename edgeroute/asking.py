@@ -1,12 +1,13 @@
 """What a caller asks of a Runtime: checked, encoded, and made a Request, in the caller's thread."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgeroute.config import RunParams
+from edgeroute.config import RunParams, check_steps
 from edgeroute.options import KNOWN, SAMPLING, Message, Options
-from edgeroute.request import Outcome, Request
+from edgeroute.request import NO_SOURCE, Outcome, Request, Source
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.records import SamplingParams
 from edgeroute.runtime.sampler import Sampler
@@ -15,6 +16,7 @@ from edgeroute.runtime.text_stream import TextStream
 if TYPE_CHECKING:
     from edgeroute.adapters import Adapters
     from edgeroute.loaded import LoadedModel
+    from edgeroute.runtime.tokenizer import Tokenizer
 
 
 class Asking:
@@ -48,6 +50,7 @@ class Asking:
         if prefix not in ("exact", "all", "off"):
             raise UsageError(f"prefix must be exact, all or off, got {prefix!r}")
         depth_full = self._wants_full(options.get("depth"))
+        steps = self._steps(options.get("steps"))
         chosen: dict[str, Any] = {
             name: value for name, value in options.items() if name in SAMPLING and value is not None
         }
@@ -55,9 +58,14 @@ class Asking:
         stop = options.get("stop") or ()
         tokenizer = self._loaded.tokenizer
         text = TextStream(tokenizer.piece, (stop,) if isinstance(stop, str) else stop)
-        ids = self._encode(prompt, options.get("messages"), options.get("prompt_ids"))
+        messages = options.get("messages")
+        ids = self._encode(prompt, messages, options.get("prompt_ids"))
+        source = Source(prompt, None if messages is None else tuple(messages))
+        other_ids, other_sampler = self._other(steps, source, params, ids)
         return Request(
-            prompt_ids=ids, max_tokens=max_tokens, sampler=Sampler(params, tokenizer, ids),
+            source=source, asked_steps=steps, other_prompt_ids=other_ids,
+            other_sampler=other_sampler, prompt_ids=ids,
+            max_tokens=max_tokens, sampler=Sampler(params, tokenizer, ids),
             text=text, emit=emit, streaming=streaming, prefix=prefix, adapter=adapter,
             speculate=bool(options.get("speculate", True)), depth_full=depth_full,
             deadline=None if timeout_s is None else time.monotonic() + timeout_s,
@@ -102,13 +110,71 @@ class Asking:
             f"({self._params.depth!r}), got {asked!r}; open one with depth={asked!r}"
         )
 
+    def _steps(self, asked: str | None) -> str:
+        """Check what `generate` would take as `steps`, and return what is to be done.
+
+        Raises:
+            UsageError: it is no policy, or there is no second model to write steps.
+        """
+        spec = asked or self._params.steps
+        if not self._params.steps_on:
+            if asked not in (None, "auto", "off"):
+                raise UsageError(
+                    f"steps={asked!r} needs two models that write; open the Runtime with small= "
+                    "or remote=, and neither steps='off' nor speculate='small'"
+                )
+            return "off"
+        if asked is not None:
+            check_steps(asked, remote=self._params.remote is not None, same=self._same)
+        return spec
+
+    @property
+    def _same(self) -> bool:
+        """Whether both models of a pair, if there is one, have one vocabulary."""
+        small = self._loaded.small
+        return small is None or small.tokenizer is self._loaded.tokenizer
+
+    def _other(
+        self, steps: str, source: Source, params: SamplingParams, ids: Sequence[int]
+    ) -> tuple[list[int], Callable[[int], Sampler] | None]:
+        """Return the prompt for the other model of a pair, and what makes its samplers.
+
+        Where vocabularies are the same, those are for drafts, which a grammar looks at only once
+        they are checked.
+
+        Raises:
+            UsageError: something was asked for in tokens, which two vocabularies do not share.
+        """
+        small = self._loaded.small
+        if steps != "off" and source == NO_SOURCE and (small is None or not self._same):
+            raise UsageError(
+                "prompt_ids are tokens of one vocabulary, and the models of this pair have two; "
+                "pass prompt or messages, or steps='off'"
+            )
+        if small is None or steps == "off":
+            return [], None
+        quiet = dataclasses.replace(params, logprobs=None)
+        if self._same:
+            if params.temperature <= 0:
+                return [], None
+            free = dataclasses.replace(quiet, grammar=None, json_schema=None)
+            return [], _samplers(free, small.tokenizer, ids)
+        if params.logprobs is not None or params.logit_bias:
+            raise UsageError(
+                "logprobs and logit_bias name tokens of one vocabulary, and the models of this "
+                "pair have two; leave them out, or pass steps='off'"
+            )
+        theirs = self._encode(source.prompt, source.messages, None, small.tokenizer)
+        return theirs, _samplers(quiet, small.tokenizer, theirs)
+
     def _encode(
-        self, prompt: str | None, messages: Sequence[Message] | None, ids: Sequence[int] | None
-    ) -> list[int]:
+        self, prompt: str | None, messages: Sequence[Message] | None, ids: Sequence[int] | None,
+        tokenizer: "Tokenizer | None" = None,
+    ) -> list[int]:  # fmt: skip
         """Turn exactly one of prompt, messages and token ids into a prompt that fits."""
         if sum(each is not None for each in (prompt, messages, ids)) != 1:
             raise UsageError("pass exactly one of prompt, messages and prompt_ids")
-        tokenizer, limit = self._loaded.tokenizer, self._params.n_ctx
+        tokenizer, limit = tokenizer or self._loaded.tokenizer, self._params.n_ctx
         if prompt is not None:
             if not isinstance(prompt, str):
                 raise UsageError(f"prompt must be a str, got {type(prompt).__name__}")
@@ -132,6 +198,18 @@ class Asking:
         if len(found) > limit:
             raise UsageError(f"the prompt has {len(found)} tokens, over n_ctx={limit}; raise n_ctx")
         return found
+
+
+def _samplers(
+    params: SamplingParams, tokenizer: "Tokenizer", ids: Sequence[int]
+) -> Callable[[int], Sampler]:
+    """Return what makes samplers that draw independently of each other and of the request's."""
+
+    def make(n: int) -> Sampler:
+        seed = None if params.seed is None else (params.seed + 1 + n) % (1 << 64)
+        return Sampler(dataclasses.replace(params, seed=seed), tokenizer, ids)
+
+    return make
 
 
 def _count(name: str, value: object) -> int:

@@ -13,7 +13,7 @@ from edgeroute.runtime.units import parse_bytes
 ENV_PREFIX = "EDGEROUTE_"
 TEXTS = frozenset((
     "memory", "kv_type", "device", "policy", "prefetch", "trace", "adapter_state", "small",
-    "speculate", "depth", "depth_file",
+    "speculate", "depth", "depth_file", "steps", "steps_file", "remote",
 ))  # fmt: skip
 SPECULATE = ("auto", "off", "lookup", "self", "small")
 
@@ -47,8 +47,15 @@ class RunParams:
         adapters: LoRA adapters: a folder of them, one, or several. An empty tuple begins with
             none and lets them be added later.
         adapter_slots: adapters in memory at once; None is up to 8, as the budget allows.
-        small: a smaller model of the same vocabulary, by name or path, kept in memory beside the
-            model: it drafts, see `speculate`.
+        small: a smaller model, by name or path, kept in memory beside the model: it writes the
+            easy steps of an answer, see `steps`, or else drafts, see `speculate`.
+        steps: who writes the steps of an answer where there is a small model, or a remote one:
+            `off` the model itself; a policy such as `verify:-0.5:-4` or `glimpse:1.2`, see
+            `edgeroute.skippers.step_policies`; `auto` the policy that `edgeroute calibrate
+            --steps` chose for the pair, while it is measured to pay.
+        steps_file: what was calibrated for the pair, if not where `calibrate` put it.
+        remote: an OpenAI-compatible endpoint, `http://host:port/v1#model`, that writes the hard
+            steps while the model here writes the easy ones.
         speculate: who drafts tokens, several of which the model then verifies in one pass;
             answers stay the same, bit for bit. `auto` does so where layers stream, by whichever
             source is measured to pay; `lookup` (what followed in the text before), `self` (a
@@ -84,6 +91,9 @@ class RunParams:
     depth: str = "full"
     depth_file: str | None = None
     depth_max_kl: float | None = None
+    steps: str = "auto"
+    steps_file: str | None = None
+    remote: str | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (("threads", 1, 512), ("n_ctx", 32, 1 << 20), ("n_kv", 32, 1 << 22),
@@ -116,10 +126,31 @@ class RunParams:
             raise UsageError(f"depth_max_kl must be a number of nats from 0 to 100, got {kl!r}")
         if not isinstance(self.depth, str) or not self.depth:
             raise UsageError(f"depth must be full, auto or a plan's name, got {self.depth!r}")
+        self._check_steps()
         if self.memory is not None:
             parse_bytes(self.memory)
         if (self.policy, self.prefetch) != ("auto", "auto"):
             self._check_paging()
+
+    def _check_steps(self) -> None:
+        if self.small is not None and self.remote is not None:
+            raise UsageError("small and remote exclude each other: with remote, the model itself "
+                             "is the small one of the pair")  # fmt: skip
+        if self.steps in ("auto", "off"):
+            return
+        if self.small is None and self.remote is None:
+            raise UsageError(f"steps={self.steps!r} needs two models; name a smaller one by "
+                             "small=, or a larger one elsewhere by remote=")  # fmt: skip
+        if self.speculate == "small":
+            raise UsageError(f"the small model either drafts or writes steps: steps={self.steps!r} "
+                             "and speculate='small' exclude each other")  # fmt: skip
+        check_steps(self.steps, remote=self.remote is not None, same=True)
+
+    @property
+    def steps_on(self) -> bool:
+        """Whether two models may write the steps of an answer."""
+        pair = self.small is not None or self.remote is not None
+        return pair and self.steps != "off" and self.speculate != "small"
 
     def _check_paging(self) -> None:
         # What needs offload/ is imported only when somebody asks for it: it costs start-up.
@@ -136,6 +167,33 @@ class RunParams:
                 continue  # the file is checked against the model
             if value not in known:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_steps(spec: str, *, remote: bool, same: bool) -> None:
+    """Refuse what cannot say who writes the steps of an answer.
+
+    Args:
+        spec: `auto`, `off` or a policy.
+        remote: whether the large model is another machine's.
+        same: whether both models have one vocabulary.
+
+    Raises:
+        UsageError: it is none, or its policy cannot be followed by such a pair.
+    """
+    if spec in ("auto", "off"):
+        return
+    # What needs skippers/ is imported only when somebody asks for it: it costs start-up.
+    from edgeroute.skippers.step_policies import parse_steps
+
+    name = spec.partition(":")[0] if isinstance(spec, str) else ""
+    if name != "learned":  # its weights are checked with the steps file
+        parse_steps(spec)
+    if remote and name in ("verify", "judge", "margin"):
+        raise UsageError(f"steps={spec!r} needs the large model's own logits, which a remote one "
+                         "does not give; use glimpse, query, random or target")  # fmt: skip
+    if not same and name == "margin":
+        raise UsageError(f"steps={spec!r} changes the writer between tokens, so both models need "
+                         "one vocabulary; use verify or glimpse")  # fmt: skip
 
 
 def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = None) -> RunParams:
@@ -160,7 +218,7 @@ def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = 
         if value is not None:
             if name == "adapters":
                 value = _as_paths(value)
-            elif name in ("small", "depth_file") and isinstance(value, os.PathLike):
+            elif name in ("small", "depth_file", "steps_file") and isinstance(value, os.PathLike):
                 value = os.fspath(value)
             values[name] = value
     return RunParams(**values)  # type: ignore[arg-type]

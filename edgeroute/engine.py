@@ -159,6 +159,7 @@ class Runtime(Closing):
         experts = {} if loaded.experts is None else {"experts": loaded.experts.stats()}
         layers = {} if loaded.layers is None else {"layers": loaded.layers.stats()}
         adapters = {} if loaded.adapters is None else {"adapters": loaded.adapters.stats()}
+        routing = {} if scheduler.steps is None else {"steps": scheduler.steps.stats()}
         drafts: dict[str, object] = {
             "on": False, "why": loaded.why_no_drafts(self.params.speculate)
         } if scheduler.speculation is None else scheduler.speculation.stats()  # fmt: skip
@@ -189,6 +190,7 @@ class Runtime(Closing):
             | adapters
             | {"speculation": drafts}
             | depth
+            | routing
         )
 
     def encode(self, text: str) -> list[int]:
@@ -299,12 +301,16 @@ class Runtime(Closing):
         except BaseException as error:
             ready.set_exception(error)
             return
-        try:
-            scheduler = self._make_scheduler(loaded, meter)
+        with contextlib.closing(loaded):
+            try:
+                scheduler = self._make_scheduler(loaded, meter)
+            except BaseException as error:
+                ready.set_exception(error)
+                return
             ready.set_result((loaded, scheduler))
             self._loop(scheduler)
-        finally:
-            loaded.close()
+            if scheduler.steps is not None:
+                scheduler.steps.close()
 
     def _make_scheduler(self, loaded: "LoadedModel", meter: machine.LoadMeter) -> "Scheduler":
         from edgeroute.scheduler import Scheduler
@@ -324,6 +330,13 @@ class Runtime(Closing):
             from edgeroute.speculation import Speculation
 
             scheduler.speculation = Speculation(loaded, params, scheduler.is_eog)
+        if params.steps_on:
+            # One model alone should not wait for what two need.
+            from edgeroute.step_choice import open_routing
+
+            scheduler.steps = open_routing(
+                scheduler, loaded, params, lambda: self._inbox.put(None)
+            )
         if loaded.depth is not None:
             from edgeroute.depth import Depth
             from edgeroute.depth_guard import DepthGuard

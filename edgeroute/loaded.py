@@ -34,6 +34,8 @@ MAX_BATCH, MAX_BATCH_REPACKED, MAX_BATCH_FLOAT = 16, 3, 1
 """Sequences in one pass by default: see RunParams.max_batch."""
 FLOATS = frozenset({F32, F16, BF16})
 """Types whose products with two rows ggml tiles. Source: ggml-cpu/llamafile."""
+MAX_DRAFT = 64
+"""Tokens of a small model's steps that are checked in one pass; logits of all are held at once."""
 RESERVE_RATIO, RESERVE_MIN_BYTES = 0.05, 256 * MIB
 """Of the memory available, what stays for everything else when no budget is given."""
 
@@ -94,7 +96,10 @@ def plan_memory(
     n_kv = round_cells(params.n_kv or params.n_ctx)
     n_ubatch = min(params.n_ubatch, n_kv)
     per_token = 4 * (_n_values_ff(hparams) + 8 * hparams.n_embd) + 2 * round_cells(params.n_ctx)
-    logits = 4 * hparams.n_vocab * (params.max_batch or MAX_BATCH)
+    n_out = params.max_batch or MAX_BATCH
+    if params.steps_on and params.small is not None:
+        n_out = max(n_out, MAX_DRAFT + 1)
+    logits = 4 * hparams.n_vocab * n_out
     return MemoryPlan(
         weights=weights.plan,
         kv_bytes=n_kv * kv_shape(hparams, params, n_repeat).bytes_per_cell,
@@ -298,7 +303,10 @@ class LoadedModel:
             self.adapters = self._owned.enter_context(
                 Adapters(self.forward, self.ledger, self._adapter_plan, host)
             )
-        self.forward.reserve(min(params.n_ubatch, self.kv.n_cells), params.n_ctx)
+        checks = params.steps_on and params.small is not None
+        n_tokens = min(params.n_ubatch, self.kv.n_cells)
+        n_out = min(n_tokens, MAX_DRAFT + 1) if checks else 1
+        self.forward.reserve(n_tokens, params.n_ctx, n_out)
 
     def encode(self, text: str) -> list[int]:
         """Turn text into token ids as a plain prompt is: control tokens in it are text."""

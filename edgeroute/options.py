@@ -37,6 +37,9 @@ class Settings(TypedDict, total=False):
     depth_file: str | Path | None
     depth_max_kl: float | None
     speculate: str | None
+    steps: str | None
+    steps_file: str | Path | None
+    remote: str | None
 
 
 class Options(TypedDict, total=False):
@@ -49,7 +52,8 @@ class Options(TypedDict, total=False):
     is called with the whole answer of `auto`, and what it returns is given as feedback.
     `speculate=False` keeps this answer from being drafted, which changes its speed only.
     `depth` is `full` for an answer by the whole model, or the name of the Runtime's plan, which
-    is also what None means.
+    is also what None means. `steps` says who writes the steps of this answer, as the setting of
+    that name does for all.
     """
 
     messages: Sequence[Message] | None
@@ -75,6 +79,7 @@ class Options(TypedDict, total=False):
     score: Score | None
     speculate: bool
     depth: str | None
+    steps: str | None
 
 
 SAMPLING = frozenset(SamplingParams.__dataclass_fields__)

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from edgeroute.offload.counters import LayerCount
 from edgeroute.runtime.device import Device
@@ -22,9 +22,22 @@ if TYPE_CHECKING:
     from edgeroute.adapter_routing import Turn
     from edgeroute.depth import Depth, RoutedRequest
     from edgeroute.offload.adapter_store import Lease
+    from edgeroute.skippers.steps import Who
+    from edgeroute.step_state import StepState
 
 Outcome = Chunk | BaseException
 """What a listener hears: chunks, the last with a finish_reason; or one exception."""
+
+
+class Source(NamedTuple):
+    """What a prompt was before it was encoded."""
+
+    prompt: str | None = None
+    messages: tuple[Mapping[str, object], ...] | None = None
+
+
+NO_SOURCE: Final = Source()
+"""Of a prompt that came as token ids."""
 
 
 class EngineState(NamedTuple):
@@ -59,6 +72,17 @@ class Request:
     """What computes it, from its first cell to its last; None for the whole model."""
     speculate: bool = True
     """Whether tokens may be drafted for it."""
+    source: Source = NO_SOURCE
+    asked_steps: str | None = None
+    """How its steps are to be written; None for the Runtime's way."""
+    other_prompt_ids: list[int] = field(default_factory=list)
+    """The prompt in the other model's vocabulary, where that is another one."""
+    other_sampler: Callable[[int], Sampler] | None = None
+    """Makes what draws the other model's tokens, where `sampler` does not: the n-th one."""
+    steps: "StepState | None" = None
+    """Of an answer in steps."""
+    model: "Who | None" = None
+    """Who wrote its last token, in steps."""
     on_cancel: Callable[[], None] | None = None
     """Stops the computation that runs for this request alone."""
 
@@ -81,6 +105,11 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self.max_tokens - len(self.token_ids)
 
     @property
     def n_cells(self) -> int:
@@ -136,7 +165,7 @@ class Request:
             return
         self.pieces.append(text)
         if self.streaming:
-            self.emit(Chunk(text=text, token_ids=tuple(self.pending)))
+            self.emit(Chunk(text=text, token_ids=tuple(self.pending), model=self.model))
             self.pending.clear()
 
     def _adapter_name(self) -> str | None:
@@ -170,6 +199,7 @@ class Request:
             layers=_layer_cost(self.layers_before, engine.layers), adapters=self._adapter_stats(),
             speculation=None if self.speculated is None else self.speculated.to_dict(),
             depth=None if self.depth is None else self.depth.cost(),
+            steps=None if self.steps is None else tuple(self.steps.account.parts),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.offload.counters import LayerCount
 from edgeroute.request import EngineState, Request, stoppable
 from edgeroute.runtime.errors import EdgerouteError
+from edgeroute.runtime.graph import Span
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
     from edgeroute.speculation import Draft, Speculation
+    from edgeroute.step_routing import StepRouting
 
 Logits = npt.NDArray[np.float32]
 
@@ -58,13 +60,16 @@ class Scheduler:
         self.speculation: Speculation | None = None
         self.depth: DepthSource | None = None
         self.depth_guard: DepthGuard | None = None
+        self.steps: StepRouting | None = None
         self._compute_bytes = forward.graphs.n_bytes
         self._waiting: deque[Request] = deque()
         self._arriving: list[Request] = []  # their adapters are held, perhaps still loading
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
+        self._stepping: list[Request] = []  # two models write these, see StepRouting
         self.stalled = False
-        """Whether the last step had nothing to compute: adapters are being loaded."""
+        """Whether the last step had nothing to compute: adapters, or another machine, are waited
+        for."""
         self.n_finished = 0
         self.n_decode_steps = 0
         self.n_decode_tokens = 0
@@ -72,12 +77,17 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._waiting or self._arriving or self._prefilling or self._decoding)
+        return any(self._groups)
+
+    @property
+    def _groups(self) -> tuple[deque[Request] | list[Request], ...]:
+        """All requests, by how far they are."""
+        return (self._waiting, self._arriving, self._prefilling, self._decoding, self._stepping)
 
     @property
     def n_running(self) -> int:
         """Requests that hold cells."""
-        return len(self._prefilling) + len(self._decoding)
+        return len(self._prefilling) + len(self._decoding) + len(self._stepping)
 
     @property
     def n_waiting(self) -> int:
@@ -96,7 +106,8 @@ class Scheduler:
         if self.depth_guard is not None and self.depth_guard.overdue:
             self.depth_guard.check(in_pause=False)
         self._admit()
-        self.stalled = not self.n_running
+        here = [each for each in self._stepping if each.steps is None or each.steps.phase != "call"]
+        self.stalled = not (self._prefilling or self._decoding or here)
         if self._prefilling:
             self._prefill(self._prefilling[0])
         running = list(self._decoding)
@@ -108,6 +119,9 @@ class Scheduler:
             for first in range(0, len(alike), self._max_batch):
                 self._decode(alike[first : first + self._max_batch])
         self._decoding = [request for request in self._decoding if request.sequence is not None]
+        if self.steps is not None:
+            for request in list(self._stepping):
+                self.steps.advance(request)
 
     def use_the_pause(self) -> None:
         """Do what is better done while nobody waits."""
@@ -118,18 +132,15 @@ class Scheduler:
 
     def fail_all(self, error: BaseException) -> None:
         """End every request with `error`; nothing of theirs stays behind."""
-        for group in (self._waiting, self._arriving, self._prefilling, self._decoding):
+        for group in self._groups:
             for request in group:
                 self._fail(request, error)
-        self._waiting.clear()
-        self._arriving.clear()
-        self._prefilling.clear()
-        self._decoding.clear()
+            group.clear()
 
     # admission and leaving
 
     def _drop_interrupted(self) -> None:
-        for group in (self._waiting, self._arriving, self._prefilling, self._decoding):
+        for group in self._groups:
             for request in [each for each in group if each.interrupted()]:
                 group.remove(request)
                 self._finish(request, request.interrupted() or "cancelled")
@@ -183,8 +194,23 @@ class Scheduler:
         request.started = time.monotonic()
         request.experts_before = self._spent()
         request.layers_before = self._layer_stats()
-        self._prefilling.append(request)
+        if self.steps is not None and not self.steps.open(request):
+            self._arriving.insert(0, request)
+            request.sequence = None
+            self.prefix.keep(sequence)  # the cells that it found filled
+            return False
+        (self._prefilling if request.steps is None else self._stepping).append(request)
         return True
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request that runs by itself, with what it has."""
+        self._leave(request)
+        self._finish(request, reason)
+
+    def fail(self, request: Request, error: BaseException) -> None:
+        """End a request that runs by itself with an error."""
+        self._leave(request)
+        self._fail(request, error)
 
     def _finish(self, request: Request, reason: FinishReason, *, keep: bool = True) -> None:
         """Free what a request holds, then tell its listener."""
@@ -214,6 +240,8 @@ class Scheduler:
             self._adapters.release(request)
         if self.speculation is not None:
             self.speculation.end(request)
+        if self.steps is not None:
+            self.steps.end(request)
         sequence, request.sequence = request.sequence, None
         if sequence is not None:
             known = request.depth is None or request.depth.key is not None
@@ -331,17 +359,35 @@ class Scheduler:
         stores = (self._experts, self._layers)
         return sum(store.stalled_s for store in stores if store is not None)
 
-    def _run(self, pieces: list[Piece], requests: list[Request]) -> Logits | None:
+    def compute(
+        self, request: Request, piece: Piece, spans: tuple[Span, ...] | None = None
+    ) -> Logits | None:
+        """Compute a piece for a request that runs by itself; None when that failed or stopped."""
+        if len(piece.tokens) == 1 and spans is None:
+            self.n_decode_steps += 1
+            self.n_decode_tokens += 1
+            return self._pass([piece], [request])
+        self.threads.before_prefill()
+        with stoppable(request, self.forward.device):
+            return self._run([piece], [request], spans)
+
+    def _run(
+        self, pieces: list[Piece], requests: list[Request], spans: tuple[Span, ...] | None = None
+    ) -> Logits | None:
         """Run a batch; a failed one fails its own requests only. None when it was stopped."""
         self.forward.device.set_threads(self.threads.n_threads)
+        began = time.perf_counter()
         try:
             depth = requests[0].depth  # the same for all of them
-            if depth is None:
-                logits = self.forward.run(pieces, borrow=True)
+            if depth is None or spans is not None:
+                logits = self.forward.run(pieces, spans, borrow=True)
             else:
                 logits = depth.run(self.forward, pieces)
-            if self._adapters is not None:
+            if self._adapters is not None or self.steps is not None:
                 self._book_compute()
+            if self.steps is not None and logits is not None:
+                n_tokens = sum(len(piece.tokens) for piece in pieces)
+                self.steps.saw(n_tokens, time.perf_counter() - began)
             return logits
         except EdgerouteError as error:
             for request in requests:
@@ -350,7 +396,7 @@ class Scheduler:
             return None
 
     def _book_compute(self) -> None:
-        """Enter what a mixture of adapters made the compute buffer grow to.
+        """Enter what a mixture of adapters, or a draft's logits, made the compute buffer grow to.
 
         Raises:
             CapacityError: that is over the budget.
@@ -361,30 +407,36 @@ class Scheduler:
             self._compute_bytes = n_bytes
 
     def _leave(self, request: Request) -> None:
-        for group in (self._prefilling, self._decoding):
+        for group in (self._prefilling, self._decoding, self._stepping):
             if request in group:
                 group.remove(request)
 
     def _sample(self, request: Request, logits: Logits) -> None:
         """Choose a token, pass its text on, and end the request where it ends."""
         try:
-            token = request.sampler.sample(logits)
-            now = time.monotonic()
-            if self.is_eog(token):
-                request.add_end(token, now)
-                self._finish(request, "stop")
-                return
-            request.sampler.accept(token)
+            self.commit(request, request.sampler.sample(logits))
         except EdgerouteError as error:
-            self._fail(request, error)
+            self.fail(request, error)
+
+    def commit(self, request: Request, token: int) -> None:
+        """Make a token part of an answer, pass its text on, and end the request where it ends.
+
+        Raises:
+            GrammarError: the request's grammar does not admit it.
+        """
+        now = time.monotonic()
+        if self.is_eog(token):
+            request.add_end(token, now)
+            self.finish(request, "stop")
             return
+        request.sampler.accept(token)
         sequence = _sequence(request)
         sequence.tokens.append(token)
         request.add_token(token, now)
         if request.text.stopped:
-            self._finish(request, "stop")
+            self.finish(request, "stop")
         elif len(request.token_ids) >= request.max_tokens:
-            self._finish(request, "length")
+            self.finish(request, "length")
 
 
 def _sequence(request: Request) -> Sequence:

@@ -1,4 +1,4 @@
-"""A smaller model beside a large one: same vocabulary, same budget, all of it in memory."""
+"""A smaller model beside a large one: one budget, and all of the small one in memory."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Final
@@ -26,8 +26,11 @@ _KINDS: Final = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 def open_small(opening: Opening, params: RunParams) -> "LoadedModel":
     """Open the small model that `params` names, for the model that is being opened.
 
+    It shares the large one's vocabulary where that is the same. Another one is only of use where
+    answers are written in steps.
+
     Raises:
-        UsageError: it has another vocabulary, or experts.
+        UsageError: it has another vocabulary, and is to draft.
         CatalogueError: there is no such model.
         ModelFileError, UnsupportedModelError: its file cannot be used.
         CapacityError: it does not fit the budget; nothing stays allocated.
@@ -35,11 +38,13 @@ def open_small(opening: Opening, params: RunParams) -> "LoadedModel":
     from edgeroute.loaded import LoadedModel  # which opens a small model itself
 
     path = resolve(str(params.small))
+    stepping = params.steps_on
     mine = dataclasses.replace(
         params, small=None, speculate="off", adapters=None, adapter_slots=None, n_kv=None,
-        n_ubatch=N_UBATCH, max_batch=1, policy="auto", prefetch="auto", trace=None,
+        n_ubatch=params.n_ubatch if stepping else N_UBATCH, max_batch=1, policy="auto",
+        prefetch="auto", trace=None, steps="off", depth="full", depth_file=None,
     )  # fmt: skip
-    beside = _Beside(path, opening)
+    beside = open_beside(path, opening, must_share=not stepping)
     small = LoadedModel(path, mine, beside)
     if small.layers is not None or small.experts is not None:
         taken = format_bytes(small.ledger.budget_bytes)
@@ -56,21 +61,33 @@ def small_entries(small: "LoadedModel") -> dict[str, int]:
     return {f"small model, {entry.owner}": entry.n_bytes for entry in small.ledger.entries()}
 
 
-class _Beside(Opening):
-    """A second file with the vocabulary of the first.
+def open_beside(path: "Path", first: Opening, *, must_share: bool) -> Opening:
+    """Open a second file, with the vocabulary of the first where that is the same.
 
     Raises:
-        UsageError: it has another one.
+        UsageError: it must be the same, and is another.
+        ModelFileError: the file cannot be read.
     """
+    file = GGUFFile.open(path)
+    try:
+        why = _other_vocabulary(file, first.file)
+        if why is None:
+            return _Beside(file, first)
+        if must_share:
+            raise UsageError(why)
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return Opening(path)
 
-    def __init__(self, path: "Path", first: Opening) -> None:
+
+class _Beside(Opening):
+    """A second file with the vocabulary of the first."""
+
+    def __init__(self, file: GGUFFile, first: Opening) -> None:
         self._first = first
-        self.file = GGUFFile.open(path)
-        try:
-            _check_vocabulary(self.file, first.file)
-        except BaseException:
-            self.file.close()
-            raise
+        self.file = file
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -82,16 +99,12 @@ class _Beside(Opening):
         self.file.close()
 
 
-def _check_vocabulary(small: GGUFFile, large: GGUFFile) -> None:
-    """Refuse a small model to which token numbers mean something else.
-
-    Raises:
-        UsageError: they do.
-    """
+def _other_vocabulary(small: GGUFFile, large: GGUFFile) -> str | None:
+    """Say why token numbers mean something else to a small model; None if they do not."""
     for key in _KINDS:
         theirs, ours = (file.metadata.get_str(key, "") for file in (small, large))
         if theirs != ours:
-            raise UsageError(
+            return (
                 f"{small.path.name} cannot draft for {large.path.name}: its {key} is "
                 f"{theirs or 'missing'!r}, not {ours!r}; choose a smaller model of the same family"
             )
@@ -101,7 +114,8 @@ def _check_vocabulary(small: GGUFFile, large: GGUFFile) -> None:
     )
     n = min(len(theirs_raw), len(ours_raw))
     if not n or theirs_raw[:n] != ours_raw[:n]:
-        raise UsageError(
+        return (
             f"{small.path.name} cannot draft for {large.path.name}: they have other tokens; "
             "choose a smaller model of the same family"
         )
+    return None

@@ -68,7 +68,8 @@ class Speculation:
             self._drafters["lookup"] = LookupDrafter()
         if asked in ("auto", "self"):
             self._drafters["self"] = SelfDrafter(loaded.forward, PartOfModel(loaded), ends)
-        if asked in ("auto", "small") and loaded.small is not None:
+        drafts = loaded.small is not None and not params.steps_on  # else it writes steps
+        if asked in ("auto", "small") and loaded.small is not None and drafts:
             n_vocab = loaded.model.hparams.n_vocab
             self._small = SmallDrafter(loaded.small, n_vocab, ends)
             self._drafters["small"] = self._small

@@ -1,10 +1,11 @@
 """What a generation returns: text, tokens, and what it cost."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from edgeroute.runtime.records import TokenLogprob
+from edgeroute.skippers.steps import StepPart, Who
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
@@ -76,6 +77,10 @@ class GenerationStats:
     """Of an answer under a depth plan: plan, layers_run (whole), layers_total, compute (share of
     the weights that a token is multiplied with) and kl (nats, as calibrated)."""
 
+    steps: tuple[StepPart, ...] | None = None
+    """Of an answer in steps: who wrote what, see StepPart. Together they have all tokens of the
+    answer, one that ended it included, and all that either model evaluated for it."""
+
     @property
     def prefill_tok_s(self) -> float:
         """Prompt tokens computed (not reused) per second."""
@@ -93,6 +98,7 @@ class GenerationStats:
         adapters = {} if self.adapters is None else {"adapters": self.adapters}
         drafts = {} if self.speculation is None else {"speculation": self.speculation}
         depth = {} if self.depth is None else {"depth": self.depth}
+        steps = {} if self.steps is None else {"steps": [asdict(part) for part in self.steps]}
         return (
             {
                 "n_prompt": self.n_prompt,
@@ -112,6 +118,7 @@ class GenerationStats:
             | adapters
             | drafts
             | depth
+            | steps
         )
 
 
@@ -119,11 +126,13 @@ class GenerationStats:
 class Chunk:
     """A piece of streamed text: whole characters, nothing of a stop string.
 
-    The last chunk has a `finish_reason` and the whole `generation`.
+    The last chunk has a `finish_reason` and the whole `generation`. `model` says who of a pair
+    wrote it, where answers are written in steps.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
+    model: Who | None = None
     finish_reason: FinishReason | None = None
     generation: "Generation | None" = None
 

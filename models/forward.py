@@ -102,13 +102,13 @@ class Forward:
         """Split the whole model into one span per layer, embedding and head apart."""
         return split_steps(self.whole[0])
 
-    def reserve(self, n_tokens: int, n_kv: int) -> None:
-        """Size the compute buffer for a batch of `n_tokens` that sees `n_kv` cells.
+    def reserve(self, n_tokens: int, n_kv: int, n_out: int = 1) -> None:
+        """Size the compute buffer for `n_tokens` that see `n_kv` cells, and `n_out` logits.
 
         Raises:
             CapacityError: no memory for it.
         """
-        shape = shape_of(n_tokens, round_cells(n_kv), n_out=1)._replace(lora=self.widest_lora)
+        shape = shape_of(n_tokens, round_cells(n_kv), n_out=n_out)._replace(lora=self.widest_lora)
         self._graph(self.whole[0], shape)
         self.graphs.clear()
 

@@ -45,13 +45,13 @@ class LayeredForward(Forward):
         self._cut_for = self._pager.streamed
         self.graphs.max_graphs = SHAPES_KEPT * len(self._steps(self.whole))
 
-    def reserve(self, n_tokens: int, n_kv: int) -> None:
-        """Size the compute buffer for a batch of `n_tokens` that sees `n_kv` cells.
+    def reserve(self, n_tokens: int, n_kv: int, n_out: int = 1) -> None:
+        """Size the compute buffer for `n_tokens` that see `n_kv` cells, and `n_out` logits.
 
         Raises:
             CapacityError: no memory for it.
         """
-        shape = shape_of(n_tokens, round_cells(n_kv), n_out=1)._replace(lora=self.widest_lora)
+        shape = shape_of(n_tokens, round_cells(n_kv), n_out=n_out)._replace(lora=self.widest_lora)
         for step in self._steps(self.whole):
             self._graph(step.span, shape)
         self.graphs.clear()

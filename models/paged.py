@@ -101,9 +101,9 @@ class PagedForward(Forward):
         """Bytes of what layers hand on."""
         return self._carry.n_bytes
 
-    def reserve(self, n_tokens: int, n_kv: int) -> None:
-        """Size the compute buffer for a batch of `n_tokens` that sees `n_kv` cells."""
-        batch = shape_of(n_tokens, round_cells(n_kv), n_out=1)._replace(lora=self.widest_lora)
+    def reserve(self, n_tokens: int, n_kv: int, n_out: int = 1) -> None:
+        """Size the compute buffer for `n_tokens` that see `n_kv` cells, and `n_out` logits."""
+        batch = shape_of(n_tokens, round_cells(n_kv), n_out=n_out)._replace(lora=self.widest_lora)
         for part in self._parts:
             self._stage(part._replace(inline=False, guessed=None), batch)
         n_pairs = min(MAX_PAIRS, n_tokens * self._moe.n_expert_used)

@@ -135,6 +135,20 @@ class Sampler(Closing):
         if self._recent.maxlen:
             self._remember(token_id)
 
+    def admits(self, token_id: int) -> bool:
+        """Whether a token that was chosen elsewhere may follow: the grammar, if any, allows it."""
+        return self._grammar is None or self._grammar.allows(token_id)
+
+    def note(self, logits: F32, token_id: int) -> None:
+        """Report a token that was chosen elsewhere as if it had been drawn from these logits.
+
+        Args:
+            logits: F32 (n_vocab,), as the model gave them.
+            token_id: the token.
+        """
+        if self.params.logprobs is not None:
+            self.last_logprob = logprob(logits, token_id, self.params.logprobs)
+
     def _remember(self, token_id: int) -> None:
         if len(self._recent) == self._recent.maxlen:
             old = self._recent[0]

@@ -171,6 +171,16 @@ class Tokenizer(Closing):
         refuse_above(len(ids), max_tokens)
         return ids
 
+    def encode_more(self, text: str) -> list[int]:
+        """Encode text that continues another: nothing is put before it, no control token read.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        data = encode_utf8(text)
+        self._refuse_hopeless(data, None)
+        return self._tokenize_span(data, parse_special=False, first=False)
+
     def encode_fenced(
         self, rendered: str, fence: Fence, *, add_bos: bool, max_tokens: int | None = None
     ) -> list[int]:

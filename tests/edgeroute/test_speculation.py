@@ -500,7 +500,7 @@ def test_refusals(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     synth.make("gemma3", other)
     with pytest.raises(UsageError, match="choose a smaller model of the same family"):
-        Runtime(path, **PARAMS, small=other)
+        Runtime(path, **PARAMS, small=other, speculate="small")
     fewer = tmp_path / "fewer.gguf"
     synth.write(replace(synth.ARCHITECTURES["llama"], n_vocab=320), fewer)
     Runtime(path, **PARAMS, small=fewer).close()

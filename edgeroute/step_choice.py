@@ -1,0 +1,142 @@
+"""Which policy writes the steps of an answer: the one asked for, or what was measured to pay."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from edgeroute.config import RunParams
+from edgeroute.models.depth_file import fingerprint
+from edgeroute.remote import RemoteModel
+from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.runtime.prefix import PrefixCache
+from edgeroute.skippers.step_policies import parse_steps
+from edgeroute.skippers.step_price import ALONE, PassCost, pays
+from edgeroute.skippers.steps import StepPolicy
+from edgeroute.step_reader import StepModel
+from edgeroute.step_remote import RemoteWriter
+from edgeroute.step_routing import StepRouting
+from edgeroute.steps_file import StepsFile, find_steps_file
+
+if TYPE_CHECKING:
+    from edgeroute.loaded import LoadedModel
+    from edgeroute.scheduler import Scheduler
+
+MAX_POLICIES: Final = 64
+"""Policies whose learned state is kept; the one asked for longest ago goes first."""
+NOT_CALIBRATED: Final = (
+    "the pair is not calibrated; `edgeroute calibrate --steps SMALL LARGE` measures what routing "
+    "brings"
+)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class StepChoice:
+    """Names the policy of each request. The engine thread owns it.
+
+    Attributes:
+        default: what requests get that ask for nothing: `auto`, `off` or a policy's text.
+        file: what was calibrated for the pair, if it was.
+        costs: by model, what its passes cost now.
+    """
+
+    default: str
+    file: StepsFile | None
+    costs: Mapping[str, PassCost]
+
+    _policies: OrderedDict[str, StepPolicy] = field(default_factory=OrderedDict, init=False)
+    _why: str = field(default=NOT_CALIBRATED, init=False)
+
+    def policy(self, asked: str | None) -> StepPolicy | None:
+        """Return the policy of a request; None where one model writes all of it.
+
+        Raises:
+            UsageError: the policy needs weights that nobody has fitted.
+        """
+        spec: str | None = asked or self.default
+        if spec == "auto":
+            spec = self._calibrated()
+        return None if spec in (None, "off") else self._find(str(spec))
+
+    def _calibrated(self) -> str | None:
+        """Return the calibrated policy's text while it pays here and now; None while not."""
+        file = self.file
+        point = None if file is None or file.chosen is None else file.point(file.chosen)
+        if file is None or point is None:
+            if file is not None:
+                self._why = f"no policy reached {file.target:g} of the large model's accuracy"
+            return None
+        alone = file.point("large")
+        load, against = point.workload, ALONE if alone is None else alone.workload
+        gain = pays(load, self.costs["small"], self.costs["large"], alone=against)
+        if gain is None:  # not measured in this run yet: what calibration saw stands for it
+            gain = pays(load, file.costs["small"], file.costs["large"], alone=against)
+        self._why = "" if gain else (
+            f"{point.spec} would take longer than the large model alone at what their passes "
+            "cost now"
+        )  # fmt: skip
+        return point.spec if gain else None
+
+    def _find(self, spec: str) -> StepPolicy:
+        policy = self._policies.pop(spec, None)
+        if policy is None:
+            policy = parse_steps(spec)
+            while len(self._policies) >= MAX_POLICIES:
+                self._policies.popitem(last=False)
+        self._policies[spec] = policy
+        return policy
+
+    def stats(self) -> dict[str, object]:
+        """Return what is asked for and what that is now, as plain JSON types."""
+        spec = self._calibrated() if self.default == "auto" else self.default
+        on = spec not in (None, "off")
+        found: dict[str, object] = {"asked": self.default, "on": on, "policy": spec if on else None}
+        return found if on or not self._why else found | {"why": self._why}
+
+
+def open_routing(
+    scheduler: "Scheduler", loaded: "LoadedModel", params: RunParams, wake: Callable[[], None]
+) -> StepRouting:
+    """Make what writes answers with the two models that `params` name.
+
+    Args:
+        scheduler: runs the requests.
+        loaded: the model, and the small one if there is one.
+        params: name the pair; see RunParams.steps_on.
+        wake: called from another thread when something of a remote model arrived.
+
+    Raises:
+        UsageError, StepsFileError: the endpoint's address or the steps file cannot be used.
+    """
+    small = loaded.small
+    main = StepModel(who="small" if small is None else "large", forward=loaded.forward,
+                     prefix=scheduler.prefix, tokenizer=loaded.tokenizer,
+                     n_ubatch=params.n_ubatch)  # fmt: skip
+    if small is None:
+        remote = RemoteModel(str(params.remote), wake)
+        file = _file(remote.name, loaded.file, params)
+        writer = RemoteWriter(remote, loaded.tokenizer)
+        choice = StepChoice(default=params.steps, file=file,
+                            costs={"small": main.cost, "large": writer.cost})  # fmt: skip
+        return StepRouting(scheduler, main, writer, same=True, choice=choice)
+    prefix = PrefixCache(small.kv, params.n_ubatch)
+    other = StepModel(who="small", forward=small.forward, prefix=prefix, tokenizer=small.tokenizer,
+                      n_ubatch=params.n_ubatch)  # fmt: skip
+    file = _file(loaded.file, small.file, params)
+    choice = StepChoice(default=params.steps, file=file,
+                        costs={"small": other.cost, "large": main.cost})  # fmt: skip
+    same = small.tokenizer is loaded.tokenizer
+    return StepRouting(scheduler, main, other, same=same, choice=choice)
+
+
+def _file(large: GGUFFile | str, small: GGUFFile, params: RunParams) -> StepsFile | None:
+    """Find and read what was calibrated for a pair; a remote model goes by its name."""
+    name = large if isinstance(large, str) else large.path
+    path = find_steps_file(name, small.path, params.steps_file)
+    if path is None:
+        if params.steps.startswith("learned"):
+            raise UsageError(f"steps={params.steps!r} needs weights; {NOT_CALIBRATED}")
+        return None
+    mark = large if isinstance(large, str) else fingerprint(large)
+    return StepsFile.read(path, fingerprint(small), mark)
