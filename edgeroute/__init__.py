@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edgeroute.engine import Runtime as Runtime
     from edgeroute.engine import generate as generate
+    from edgeroute.pool import Pool as Pool
     from edgeroute.runtime.errors import EdgerouteError as EdgerouteError
     from edgeroute.stats import Chunk as Chunk
     from edgeroute.stats import Generation as Generation
@@ -20,6 +21,7 @@ else:
         "Chunk": "edgeroute.stats",
         "EdgerouteError": "edgeroute.runtime.errors",
         "Generation": "edgeroute.stats",
+        "Pool": "edgeroute.pool",
         "Runtime": "edgeroute.engine",
         "generate": "edgeroute.engine",
     }
@@ -30,4 +32,4 @@ else:
         return getattr(importlib.import_module(_HOME[name]), name)
 
 
-__all__ = ["Chunk", "EdgerouteError", "Generation", "Runtime", "__version__", "generate"]
+__all__ = ["Chunk", "EdgerouteError", "Generation", "Pool", "Runtime", "__version__", "generate"]

@@ -55,7 +55,9 @@ class RunParams:
             --steps` chose for the pair, while it is measured to pay.
         steps_file: what was calibrated for the pair, if not where `calibrate` put it.
         remote: an OpenAI-compatible endpoint, `http://host:port/v1#model`, that writes the hard
-            steps while the model here writes the easy ones.
+            steps while the model here writes the easy ones. Its key, if it wants one, is read from
+            the environment: EDGEROUTE_REMOTE_KEY.
+        remote_timeout_s: how long a remote model may be silent before the model here writes on.
         speculate: who drafts tokens, several of which the model then verifies in one pass;
             answers stay the same, bit for bit. `auto` does so where layers stream, by whichever
             source is measured to pay; `lookup` (what followed in the text before), `self` (a
@@ -94,6 +96,7 @@ class RunParams:
     steps: str = "auto"
     steps_file: str | None = None
     remote: str | None = None
+    remote_timeout_s: float = 20.0
 
     def __post_init__(self) -> None:
         for name, low, high in (("threads", 1, 512), ("n_ctx", 32, 1 << 20), ("n_kv", 32, 1 << 22),
@@ -120,10 +123,11 @@ class RunParams:
             )
         if self.speculate == "small" and self.small is None:
             raise UsageError("speculate='small' needs a small model; name one by small=")
-        kl = self.depth_max_kl
-        number = isinstance(kl, int | float) and not isinstance(kl, bool)
-        if kl is not None and not (number and 0 <= kl <= 100):
+        kl, silence_s = self.depth_max_kl, self.remote_timeout_s
+        if kl is not None and not _within(kl, 0, 100):
             raise UsageError(f"depth_max_kl must be a number of nats from 0 to 100, got {kl!r}")
+        if not _within(silence_s, 0.01, 3600):
+            raise UsageError(f"remote_timeout_s must be 0.01 to 3600 seconds, got {silence_s!r}")
         if not isinstance(self.depth, str) or not self.depth:
             raise UsageError(f"depth must be full, auto or a plan's name, got {self.depth!r}")
         self._check_steps()
@@ -224,6 +228,12 @@ def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = 
     return RunParams(**values)  # type: ignore[arg-type]
 
 
+def _within(value: object, low: float, high: float) -> bool:
+    """Tell whether a value is a number within bounds."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and low <= value <= high  # type: ignore[operator]
+
+
 def _as_paths(value: object) -> tuple[str, ...]:
     """Return paths as text; a lone one counts as a list of one."""
     each = [value] if isinstance(value, str | os.PathLike) else value
@@ -240,11 +250,12 @@ def _from_text(name: str, text: str) -> object:
         return _as_paths(text)
     if name in TEXTS:
         return text
-    if name == "depth_max_kl":
+    if name in ("depth_max_kl", "remote_timeout_s"):
         try:
             return float(text)
         except ValueError as error:
-            raise UsageError(f"{ENV_PREFIX}DEPTH_MAX_KL must be a number, got {text!r}") from error
+            name = ENV_PREFIX + name.upper()
+            raise UsageError(f"{name} must be a number, got {text!r}") from error
     if not text.strip().isdigit():
         raise UsageError(f"{ENV_PREFIX}{name.upper()} must be a whole number, got {text!r}")
     return int(text)

@@ -40,6 +40,7 @@ class Settings(TypedDict, total=False):
     steps: str | None
     steps_file: str | Path | None
     remote: str | None
+    remote_timeout_s: float | None
 
 
 class Options(TypedDict, total=False):

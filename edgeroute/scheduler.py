@@ -194,11 +194,17 @@ class Scheduler:
         request.started = time.monotonic()
         request.experts_before = self._spent()
         request.layers_before = self._layer_stats()
-        if self.steps is not None and not self.steps.open(request):
-            self._arriving.insert(0, request)
-            request.sequence = None
-            self.prefix.keep(sequence)  # the cells that it found filled
-            return False
+        if self.steps is not None:
+            try:
+                opened = self.steps.open(request)
+            except EdgerouteError as error:
+                self._fail(request, error)
+                return True
+            if not opened:
+                self._arriving.insert(0, request)
+                request.sequence = None
+                self.prefix.keep(sequence)  # the cells that it found filled
+                return False
         (self._prefilling if request.steps is None else self._stepping).append(request)
         return True
 

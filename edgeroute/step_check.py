@@ -40,6 +40,10 @@ class Verdict:
     rows: Logits | None = None
     scores: dict[int, float]
 
+    def score(self, i: int) -> float | None:
+        """Return what the check said of the step that the i-th token is in."""
+        return next((self.scores[at] for at in sorted(self.scores, reverse=True) if at <= i), None)
+
     def row(self, i: int) -> Logits | None:
         """Return the large model's logits for the i-th token."""
         return None if self.rows is None or i >= len(self.rows) else self.rows[i]

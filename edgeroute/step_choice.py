@@ -81,7 +81,8 @@ class StepChoice:
     def _find(self, spec: str) -> StepPolicy:
         policy = self._policies.pop(spec, None)
         if policy is None:
-            policy = parse_steps(spec)
+            learned = None if self.file is None else self.file.learned
+            policy = parse_steps(spec, learned)
             while len(self._policies) >= MAX_POLICIES:
                 self._policies.popitem(last=False)
         self._policies[spec] = policy
@@ -114,7 +115,7 @@ def open_routing(
                      prefix=scheduler.prefix, tokenizer=loaded.tokenizer,
                      n_ubatch=params.n_ubatch)  # fmt: skip
     if small is None:
-        remote = RemoteModel(str(params.remote), wake)
+        remote = RemoteModel(str(params.remote), wake, timeout_s=params.remote_timeout_s)
         file = _file(remote.name, loaded.file, params)
         writer = RemoteWriter(remote, loaded.tokenizer)
         choice = StepChoice(default=params.steps, file=file,

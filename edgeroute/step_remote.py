@@ -78,7 +78,10 @@ class RemoteWriter:
     def _step(self, state: StepState) -> tuple[list[int], bool]:
         """Return the tokens heard up to a step's end, and whether it ended."""
         bounds = state.bounds.copy()
-        tokens = self._tokenizer.encode_more(state.heard.decode(errors="ignore"))
+        text = state.heard.decode(errors="ignore")
+        if state.text.endswith(b"\n"):  # chat templates trim what they are to go on with
+            text = text.lstrip("\r\n")
+        tokens = self._tokenizer.encode_more(text)
         for i, token in enumerate(tokens):
             if bounds.push(self._tokenizer.piece(token)):
                 return tokens[: i + 1], True

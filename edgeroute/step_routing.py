@@ -282,15 +282,13 @@ class StepRouting:
             i = verdict.n_kept
         state.main.cut(len(state.main.tokens) - 1)  # whose logits nobody has kept
         if refused:
-            self._correct(request, state, verdict.row(i), len(verdict.tokens) - i)
+            state.account.checked(verdict.score(i), len(verdict.tokens) - i)
+            self._correct(request, state, verdict.row(i))
         elif state.phase == "check":  # the draft ended within a step
             self._begin(request, state, "small")
 
-    def _correct(
-        self, request: Request, state: StepState, logits: Logits | None, n_refused: int
-    ) -> None:
+    def _correct(self, request: Request, state: StepState, logits: Logits | None) -> None:
         """Let the large model write on where it refused a token, with the logits it has for it."""
-        state.account.checked(None, n_refused)
         check = state.run.check
         state.small_lost |= not self._direct and check is None  # its grammar went another way
         state.who, state.phase = "large", "write"

@@ -44,8 +44,8 @@ class Account:
         self._entropy = entropy
 
     def checked(self, score: float | None, n_refused: int) -> None:
-        """Note what a check said of a draft."""
-        self._score = score
+        """Note what a check said of a draft, if anything new, and tokens that it refused."""
+        self._score = self._score if score is None else score
         self._n_refused += n_refused
 
     def fell_back(self) -> None:

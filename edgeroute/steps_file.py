@@ -35,7 +35,7 @@ MAX_WEIGHTS: Final = 1 << 16
 """Numbers in one list of a learned glimpse; a hidden state is far shorter."""
 
 _REMEDY: Final = "calibrate the pair again by `edgeroute calibrate --steps SMALL LARGE`"
-_SPEC: Final = re.compile(r"[a-z][a-z0-9]{0,15}(:[-+.0-9a-z]{1,24}){0,3}")
+_SPEC: Final = re.compile(r"[a-z][a-z0-9]{0,15}(:[-+.0-9a-z]{1,24}){0,4}")
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}")
 _PLAIN: Final = re.compile(r"[^A-Za-z0-9._-]+")

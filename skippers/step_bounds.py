@@ -116,7 +116,7 @@ class StepBounds:
             self._fence = match[1]
         if self._fence or not self._said or not (is_blank or self._listed):
             return False
-        self._said = self._listed = False
+        self._said = False
         return True
 
     def _rest_blank(self) -> bool:

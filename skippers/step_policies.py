@@ -80,8 +80,11 @@ class _GlimpseRun(GlanceRun):
     def __init__(self, policy: Glimpse) -> None:
         super().__init__()
         self._policy = policy
+        self.looks = 0 < policy.nats < math.inf  # else nothing that is seen changes anything
 
     def choose(self, glance: Glance | None) -> Who:
+        if not self.looks:
+            return "small" if self._policy.nats else "large"
         it = seen(glance)
         unsure = it.top_entropy if self._policy.top else it.entropy
         return "large" if unsure >= self._policy.nats else "small"

@@ -69,19 +69,26 @@ def margin(logits: Floats) -> float:
     Raises:
         UsageError: the logits are of another shape.
     """
-    logs = _logs(logits)
-    return 0.0 if logs is None else _gap(_largest(logs, 2))
+    if not math.isfinite(_best(logits)):
+        return 0.0
+    return min(_gap(_largest(logits, 2)), -float(_LEAST_LOG))
 
 
 def _logs(logits: Floats) -> Floats | None:
     """Return logarithms of shares of the likeliest token's probability; None if there are none."""
-    if logits.ndim != 1 or logits.size < 2:
-        raise UsageError(f"logits must be F32 (n_vocab,) with at least 2, got {logits.shape}")
-    best = logits.max()  # NaN if any is
+    best = _best(logits)
     if not math.isfinite(best):
         return None
-    logs: Floats = np.maximum(np.subtract(logits, best, dtype=np.float32), _LEAST_LOG)
+    logs: Floats = np.maximum(logits - best, _LEAST_LOG)
     return logs
+
+
+def _best(logits: Floats) -> np.float32:
+    """Return the largest logit; NaN if any is."""
+    if logits.ndim != 1 or logits.size < 2:
+        raise UsageError(f"logits must be F32 (n_vocab,) with at least 2, got {logits.shape}")
+    best: np.float32 = logits.max()
+    return best
 
 
 def _entropy(logs: Floats) -> float:

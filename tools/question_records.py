@@ -9,17 +9,29 @@ Form = Literal["short", "steps"]
 """`short`: the answer follows at once, a few tokens. `steps`: reasoned in steps with a blank
 line between them and a last line `Answer: N`."""
 
-EXAMPLE_PROBLEM: Final = (
-    "A baker fills 4 trays with 12 rolls each and burns 9 rolls. He sells the rest for 2 euros "
-    "each. How many euros does he get?"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A worked problem that shows how a kind is reasoned.
+
+    Both models of the pair ignore an instruction without an example in most of their answers,
+    and one of another kind in many.
+    """
+
+    problem: str
+    steps: tuple[str, ...]
+
+
+BAKER: Final = Example(
+    problem="A baker fills 4 trays with 12 rolls each and burns 9 rolls. He sells the rest for "
+    "2 euros each. How many euros does he get?",
+    steps=(
+        "The baker fills 4 * 12 = 48 rolls.",
+        "After burning 9 there are 48 - 9 = 39 rolls.",
+        "He gets 39 * 2 = 78 euros.",
+        "Answer: 78",
+    ),
 )
-EXAMPLE_STEPS: Final = (
-    "The baker fills 4 * 12 = 48 rolls.",
-    "After burning 9 there are 48 - 9 = 39 rolls.",
-    "He gets 39 * 2 = 78 euros.",
-    "Answer: 78",
-)
-"""Both models of the pair ignore an instruction without an example in most of their answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +63,7 @@ class Question:
         answer: the one right answer.
         cue: how a sentence begins that the answer ends.
         steps: a worked solution, where the generator has one.
+        example: what a reasoned one shows first.
     """
 
     kind: str
@@ -60,6 +73,7 @@ class Question:
     answer: str
     cue: str
     steps: tuple[str, ...] = ()
+    example: Example = BAKER
 
     @property
     def prompt(self) -> str:
@@ -70,21 +84,28 @@ class Question:
         """
         if self.form == "short":
             return f"Question: {self.text}\nAnswer: {self.cue}".rstrip()
-        return f"{self.messages[0]['content']}\n\n"
+        return "".join(f"{message['content']}\n\n" for message in self.messages)
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The same as a chat."""
+        """The same as a chat; of reasoned ones the example is a turn of its own.
+
+        Within one turn with the problem, the smaller model of the pair leaves the last line out
+        in most of its answers.
+        """
         if self.form == "short":
             content = f"{self.text}\nReply with the answer only, no words around it."
-        else:
-            shown = "\n\n".join(EXAMPLE_STEPS)
-            content = (
-                "Solve the problem in short steps, one sentence each, with a blank line between "
-                "steps. Write the last line as in the example.\n\n"
-                f"Problem: {EXAMPLE_PROBLEM}\n\n{shown}\n\nProblem: {self.text}"
-            )
-        return [{"role": "user", "content": content}]
+            return [{"role": "user", "content": content}]
+        asked = (
+            "Solve the problem in short steps, one sentence each, with a blank line between "
+            "steps. Write the answer in the last line.\n\n"
+            f"Problem: {self.example.problem}"
+        )
+        return [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": "\n\n".join(self.example.steps)},
+            {"role": "user", "content": f"Problem: {self.text}"},
+        ]
 
     @property
     def stop(self) -> str:
@@ -103,12 +124,22 @@ Make = Callable[[random.Random, int], Problem]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A generator of problems, its levels counted from 1, and whether they can be reasoned."""
+    """A generator of problems.
+
+    Attributes:
+        name: of it.
+        n_levels: difficulties, counted from 1.
+        make: see Make.
+        short, stepwise: the forms that its problems can be put in.
+        example: a worked problem of the kind, for reasoned ones.
+    """
 
     name: str
     n_levels: int
     make: Make
+    short: bool = True
     stepwise: bool = False
+    example: Example = BAKER
 
 
 def pick(rng: random.Random, table: Mapping[int, tuple[Callable[[random.Random], Problem], ...]],

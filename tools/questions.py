@@ -16,6 +16,7 @@ from typing import Final, Literal, get_args
 from edgeroute.runtime.errors import UsageError
 from edgeroute.tools.question_forms import CODE, LISTS, LOGIC, UNITS
 from edgeroute.tools.question_records import Form, Kind, Question
+from edgeroute.tools.question_steps import TOTALS, TRACE
 from edgeroute.tools.question_words import WORDS
 
 __all__ = [
@@ -30,7 +31,7 @@ _SHARES: Final = (("train", 154), ("test", 205), ("final", 256))
 """First byte of a text's hash, up to which a problem is on a side: 60, 20 and 20 %."""
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
-    {kind.name: kind for kind in (WORDS, CODE, LISTS, UNITS, LOGIC)}
+    {kind.name: kind for kind in (WORDS, CODE, LISTS, UNITS, LOGIC, TRACE, TOTALS)}
 )
 MAX_QUESTIONS: Final = 100_000
 MAX_DRAWS_PER_QUESTION: Final = 200
@@ -47,7 +48,7 @@ class Draw:
 
     Attributes:
         split: the side; see `split_of`.
-        form: see `Form`; only word problems have `steps`.
+        form: see `Form`; a kind has one or both.
         levels: difficulties, from 1; None is all that a kind has.
     """
 
@@ -102,8 +103,8 @@ def _draw_one(kind: Kind, rng: random.Random, draw: Draw, seen: set[str]) -> Que
         problem = kind.make(rng, level)
         if problem.text not in seen and split_of(problem.text) == draw.split:
             return Question(kind=kind.name, level=level, form=draw.form, text=problem.text,
-                            answer=problem.answer, cue=problem.cue,
-                            steps=problem.steps)  # fmt: skip
+                            answer=problem.answer, cue=problem.cue, steps=problem.steps,
+                            example=kind.example)  # fmt: skip
     return None
 
 
@@ -112,7 +113,10 @@ def _kinds(names: Sequence[str] | None, draw: Draw) -> list[Kind]:
         raise UsageError(f"no split is called {draw.split!r}; there are {', '.join(SPLITS)}")
     if draw.form not in get_args(Form):
         raise UsageError(f"no form is called {draw.form!r}; there are {', '.join(get_args(Form))}")
-    able = {name: kind for name, kind in KINDS.items() if kind.stepwise or draw.form == "short"}
+    able = {
+        name: kind for name, kind in KINDS.items()
+        if (kind.short if draw.form == "short" else kind.stepwise)
+    }  # fmt: skip
     chosen = list(dict.fromkeys(able if names is None else names))
     for name in chosen:
         if name not in able:

@@ -343,6 +343,35 @@ def prune(keep: int, first: int | None, **options: Any) -> None:
     _finish(bench.run(_params(options), _progress, wanted), options)
 
 
+@command.command(epilog=_examples(
+    "steps", "--model qwen2.5-coder-1.5b-instruct --small qwen2.5-coder-0.5b-instruct",
+    "--model large.gguf --small small.gguf --limit 90% --policies verify:-0.3:-3:32:1,glimpse:1",
+))
+@_timed
+@click.option("--small", required=True, metavar="NAME", help="The small model of the pair.")
+@click.option("--policies", default="glimpse:0,glimpse:inf", show_default=True, metavar="LIST",
+              help="Step policies, with commas between.")  # fmt: skip
+@click.option("--limit", metavar="BYTES", help="The kernel's limit: bytes, 1GiB, or a share of "
+              "the large file such as 90%.  [default: none, both in memory]")  # fmt: skip
+@click.option("--memory", metavar="BYTES", help="edgeroute's own budget.  [default: 98% of the "
+              "limit]")  # fmt: skip
+@click.option("--questions", "n_questions", default=12, show_default=True,
+              type=click.IntRange(1, 1000), help="Questions answered in a run.")  # fmt: skip
+@click.option("--seed", default=7, show_default=True, help="Of the questions.")
+def steps(small: str, policies: str, **options: Any) -> None:
+    """Two models writing answers in steps: right answers, seconds and bytes by policy.
+
+    Each model alone is the measure. `glimpse:0` and `glimpse:inf` leave all to one of the two and
+    show what routing itself costs.
+    """
+    from edgeroute.models.pull import resolve
+    from edgeroute.tools.bench import steps as bench
+
+    given = {name: options[name] for name in ("limit", "memory", "n_questions", "seed")}
+    wanted = bench.StepsParams(small=resolve(small), policies=tuple(policies.split(",")), **given)
+    _finish(bench.run(_params(options), _progress, wanted), options)
+
+
 @command.command(epilog=_examples("parity", "", "--model gemma3-270m --nmse --positions 256"))
 @_shared
 @_tokens

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeroute.commands import calibrate_steps
 from edgeroute.commands.progress import steps_on_stderr
 from edgeroute.runtime.errors import LibraryError, UsageError
 from edgeroute.runtime.units import format_bytes
@@ -18,6 +19,8 @@ Examples:
   edgeroute calibrate qwen2.5-coder-0.5b-instruct
   edgeroute calibrate model.gguf --data notes.txt --data manual.md --max-kl 0.1
   edgeroute calibrate model.gguf --target-speed 1.15 --budget-minutes 20 --json
+  edgeroute calibrate --steps qwen2.5-coder-0.5b-instruct qwen2.5-coder-1.5b-instruct \\
+      --target-accuracy 0.95 --html steps.html
 
 \b
 Stopped with Ctrl-C, it goes on where it was when it is called again in the same way.
@@ -27,7 +30,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option(
     "--data",
     "files",
@@ -62,19 +65,39 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Fit small maps that stand in for what is left out.",
 )
 @click.option("--threads", type=click.IntRange(1, 512), help="Compute threads; default: all cores.")
-@click.option("--out", type=_FILE, help="The depth file; default: beside the model.")
+@click.option(
+    "--out", type=_FILE, help="The depth or steps file; default: beside the (large) model."
+)
+@calibrate_steps.step_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object last.")
-def command(model: str, as_json: bool, threads: int | None, **options: Any) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context, /, model: str | None, pair: tuple[str, str] | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Measure what MODEL may leave out of its layers, and what that costs in quality.
 
     MODEL is a path or a catalogue name. Each sub-block is left out alone, plans are searched,
     small stand-ins are fitted, and every plan is measured against the full model: divergence
     (KL) and perplexity on text that was kept apart, and decoding speed. The plans and this
     table go into a depth file beside the model, where `depth="auto"` finds them.
+
+    With --steps SMALL LARGE, measure instead which policy should have the small model write
+    steps of the large one's answers; it goes into a steps file, where `steps="auto"` finds it.
     """
+    calibrate_steps.check(ctx, model, pair)
+    if pair is not None:
+        calibrate_steps.calibrate_pair(pair, options, as_json=as_json)
+        return
+    assert model is not None
+    _calibrate_layers(model, options, as_json=as_json)
+
+
+def _calibrate_layers(model: str, options: dict[str, Any], *, as_json: bool) -> None:
     from edgeroute.models.pull import resolve
     from edgeroute.runtime import machine
 
+    options = {name: value for name, value in options.items() if name not in calibrate_steps.NAMES}
     if options["target_speed"] is not None and options["max_kl"] is not None:
         raise UsageError("--target-speed and --max-kl exclude each other: name the one that matters"
                          " more, and read the other off the table")  # fmt: skip
@@ -87,7 +110,7 @@ def command(model: str, as_json: bool, threads: int | None, **options: Any) -> N
             "`calibrate` writes files with the gguf package, which is missing; "
             "install edgeroute[tools]"
         ) from error
-    params = CalibrateParams(threads=threads or machine.usable_cores(), **options)
+    params = CalibrateParams(**options | {"threads": options["threads"] or machine.usable_cores()})
     with steps_on_stderr() as progress:
         report = calibrate(resolve(model), params, progress)
     _show(report, options["max_kl"], options["target_speed"])

@@ -12,6 +12,7 @@ from edgeroute.commands.chat_commands import LeaveChat
 from edgeroute.commands.chat_input import LineReader
 from edgeroute.commands.chat_session import SETTABLE, ChatSession
 from edgeroute.commands.generate_shared import (
+    answer_writer,
     check_options,
     find_model,
     has_chat_template,
@@ -19,7 +20,6 @@ from edgeroute.commands.generate_shared import (
     open_runtime,
     read_adapter,
     sampling_options,
-    writer,
 )
 from edgeroute.runtime.errors import ClosedError, EdgerouteError, TemplateError
 
@@ -27,6 +27,8 @@ _EPILOG = """\b
 Examples:
   edgeroute chat
   edgeroute chat --model qwen2.5-coder-0.5b-instruct --system "Answer in one line."
+  edgeroute chat -m qwen2.5-coder-1.5b-instruct --small qwen2.5-coder-0.5b-instruct \\
+      --steps auto --show-steps
   printf 'My name is Ada.\\nWhat is my name?\\n' | edgeroute chat --json
 """
 
@@ -59,7 +61,7 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
         session = ChatSession(
             runtime=runtime, model=given["model"] or path.stem, system=given["system"],
             options={name: given.get(name) for name in SETTABLE},
-            write=writer(err=as_json), note=_note, adapter=adapter,
+            write=answer_writer(given, err=as_json), note=_note, adapter=adapter,
         )  # fmt: skip
         errors = _converse(session, path)
     if as_json:

@@ -11,6 +11,7 @@ from edgeroute.cli import EXIT_INTERRUPTED
 from edgeroute.commands.generate_shared import (
     SAMPLING,
     Answer,
+    answer_writer,
     budget_of,
     check_options,
     file_errors,
@@ -23,7 +24,6 @@ from edgeroute.commands.generate_shared import (
     read_adapter,
     sampling_options,
     stats_line,
-    writer,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ Examples:
   edgeroute generate --raw "Once upon a time" --temperature 0.8 --seed 7
   edgeroute generate "A colour as JSON" --json-schema colour.json --max-tokens 40
   git diff | edgeroute generate --prompt-file - --system "Write a commit message."
+  edgeroute generate "What is 17 * 23?" -m qwen2.5-coder-1.5b-instruct \\
+      --small qwen2.5-coder-0.5b-instruct --steps glimpse:1.2 --show-steps
 """
 
 
@@ -65,6 +67,9 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     standard output, one line of statistics to standard error. Ctrl-C ends the answer.
     """
     check_options(given)
+    if as_json and given["show_steps"]:
+        raise click.UsageError("--show-steps marks text as it comes, and --json prints none of "
+                               "it; read stats.steps of the object")  # fmt: skip
     options = _options(given)
     options["adapter"] = read_adapter(given)
     prompt = _read_prompt(given["prompt"], given["prompt_file"])
@@ -73,7 +78,7 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
         system = given["system"]
         first = [{"role": "system", "content": system}] if system is not None else []
         options["messages"] = [*first, {"role": "user", "content": prompt}]
-    show = (lambda text: None) if as_json else writer()
+    show = (lambda text: None) if as_json else answer_writer(given)
     with open_runtime(path, given) as runtime:
         answer = listen(runtime, None if "messages" in options else prompt, options, show)
         budget_bytes = budget_of(runtime)

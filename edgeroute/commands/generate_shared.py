@@ -1,7 +1,6 @@
 """What `generate` and `chat` share: options, opening a model, one streamed answer."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from edgeroute.commands.answer_writer import StepWriter, writer
+from edgeroute.commands.steps_part import steps_part
 from edgeroute.runtime.units import format_bytes
 
 if TYPE_CHECKING:
@@ -40,8 +41,16 @@ _MODEL_OPTIONS = (
     click.option("--speculate", metavar="WHO", help="Who drafts tokens that one pass verifies, "
                  "the answer staying the same: auto (where layers stream, while it pays), off, "
                  "lookup, self or small.  [default: auto]"),
-    click.option("--small", metavar="NAME", help="A smaller model of the same vocabulary, kept "
-                 "in memory beside the model to draft for it."),
+    click.option("--small", metavar="NAME", help="A smaller model kept in memory beside the "
+                 "model: it drafts for it (see --speculate) or writes steps of answers (--steps)."),
+    click.option("--steps", metavar="WHO", help="Who writes the steps of an answer, --small or "
+                 "the model: auto (as `edgeroute calibrate --steps` chose, where it pays), off, or "
+                 "a policy such as glimpse:1.2, verify:-0.5:-4, random:0.3, small or large."),
+    click.option("--remote", metavar="URL", help="Have the large model's steps written by an "
+                 "OpenAI-compatible server, such as http://workstation:8080/v1; where it fails, "
+                 "the answer is completed here."),
+    click.option("--show-steps", is_flag=True, help="Show which model wrote what: by colour on a "
+                 "terminal (not with NO_COLOR), elsewhere by marks such as [small]."),
     click.option("--adapters", metavar="DIR", help="LoRA adapters to choose from; without it, "
                  "where --adapter is given, the library of `edgeroute adapters`."),
     click.option("--adapter", metavar="NAME", help="Adapter that answers: a name, several as "
@@ -64,7 +73,8 @@ _SAMPLING_OPTIONS = (
 )  # fmt: skip
 SETTINGS = (
     *("memory", "threads", "n_ctx", "kv_type", "device"),
-    *("policy", "prefetch", "trace", "adapters", "depth", "speculate", "small"),
+    *("policy", "prefetch", "trace", "adapters", "depth", "speculate", "small", "steps"),
+    "remote",
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 
@@ -213,9 +223,13 @@ def listen(
 def _take(answer: Answer, chunk: "Chunk", write: Callable[[str], None]) -> None:
     if chunk.text:
         answer.text += chunk.text
+        if isinstance(write, StepWriter):
+            write.turn(chunk.model)
         write(chunk.text)
     generation = chunk.generation
     if generation is not None:
+        if isinstance(write, StepWriter):
+            write.turn(None)
         answer.token_ids = list(generation.token_ids)
         answer.finish_reason, answer.seed = generation.finish_reason, generation.seed
         answer.stats = generation.stats.to_dict()
@@ -246,6 +260,8 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
         parts.append(_adapters_part(adapters))
     if depth := stats.get("depth"):
         parts.append(_depth_part(depth))
+    if steps := stats.get("steps"):
+        parts.append(steps_part(steps))
     ends = {"length": "ended at --max-tokens or --n-ctx", "cancelled": "stopped",
             "timeout": "ended by --timeout"}  # fmt: skip
     if answer.finish_reason in ends:
@@ -296,23 +312,9 @@ def budget_of(runtime: "Runtime") -> int:
     return cast(int, runtime.stats()["budget_bytes"])
 
 
-def writer(*, err: bool = False) -> Callable[[str], None]:
-    """Return a function that writes text at once, unbuffered.
-
-    On a terminal, control characters other than newline and tab are shown as a
-    replacement character: a model's text must not move the cursor or retitle the window.
-    """
-    stream = sys.stderr if err else sys.stdout
-    on_terminal = stream.isatty()
-
-    def write(text: str) -> None:
-        stream.write(text.translate(_HARMLESS) if on_terminal else text)
-        stream.flush()
-
-    return write
-
-
-_HARMLESS = {i: "�" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
+def answer_writer(given: dict[str, Any], *, err: bool = False) -> Callable[[str], None]:
+    """Return what writes answers: with the models' colours where --show-steps asks for them."""
+    return StepWriter(err=err) if given["show_steps"] else writer(err=err)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from edgeroute.tools.answerer import open_answerer
 from edgeroute.tools.questions import (
     KINDS,
     Draw,
+    Form,
     Question,
     is_right,
     is_settled,
@@ -37,6 +38,7 @@ from edgeroute.tools.questions import (
 )
 
 N = 400
+SHORT = {"words", "code", "lists", "units", "logic"}
 
 # --- answers, worked out by other means ---------------------------------------------------
 
@@ -151,13 +153,39 @@ def logic_answer(text: str) -> str:
     return answer
 
 
+def trace_answer(text: str) -> str:
+    """Run it."""
+    head, program = text.split("\n", 1)
+    values: dict[str, int] = {}
+    exec(program, {}, values)
+    return str(values[head.split()[5]])
+
+
+def totals_answer(text: str) -> str:
+    listed = re.search(r"\[([\d, ]+)\]", text)
+    assert listed is not None, text
+    values = [int(value) for value in listed[1].split(", ")]
+    for asked in text.split("In this order: ")[1].split(", then "):
+        number = int(found[0]) if (found := re.findall(r"\d+", asked)) else 0
+        if asked.startswith("remove"):
+            values.remove(max(values) if "largest" in asked else min(values))
+        elif asked.startswith("double") or asked.endswith("to every number"):
+            values = [value * 2 if asked.startswith("double") else value + number
+                      for value in values]  # fmt: skip
+    return str(sum(values))
+
+
 ORACLES = {"words": words_answer, "code": code_answer, "lists": lists_answer,
-           "units": units_answer, "logic": logic_answer}  # fmt: skip
+           "units": units_answer, "logic": logic_answer, "trace": trace_answer,
+           "totals": totals_answer}  # fmt: skip
+FORMS: dict[str, Form] = {
+    name: "short" if kind.short else "steps" for name, kind in KINDS.items()
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_answers_are_right(kind: str) -> None:
-    questions = make_questions(N, 11, [kind])
+    questions = make_questions(N, 11, [kind], Draw(form=FORMS[kind]))
     assert {question.level for question in questions} == set(range(1, KINDS[kind].n_levels + 1))
     for question in questions:
         assert question.answer == ORACLES[kind](question.text), question.text
@@ -171,6 +199,31 @@ def test_worked_steps_are_right_and_end_in_the_answer() -> None:
             assert len(sums) == 1, step
             assert eval(sums[0][0]) == int(sums[0][1]), step
         assert sums[0][1] == question.answer
+
+
+def test_examples_are_right_and_of_their_kind() -> None:
+    for name, kind in KINDS.items():
+        if not kind.stepwise:
+            continue
+        (question,) = make_questions(1, 1, [name], Draw(form="steps"))
+        shown, own = kind.example.problem, question.text
+        assert kind.example.steps[-1].startswith("Answer: ")
+        if not kind.short:
+            answer = kind.example.steps[-1].removeprefix("Answer: ")
+            assert answer == ORACLES[name](shown)
+            assert shown.split()[0] == own.split()[0]
+        assert shown in question.messages[0]["content"]
+
+
+def test_worked_sums_of_every_stepwise_kind_are_right() -> None:
+    n_sums = 0
+    for question in make_questions(N, 5, None, Draw(form="steps")):
+        assert question.answer in question.steps[-1]
+        for step in question.steps:
+            for left, right in re.findall(r"(\d+(?: (?:[-+*%/]|//) \d+)+) = (\d+)", step):
+                assert eval(left) == int(right), step
+                n_sums += 1
+    assert n_sums > N
 
 
 # --- drawing ------------------------------------------------------------------------------
@@ -201,19 +254,22 @@ def test_enough_questions_of_each_side_and_form() -> None:
         steps = make_questions(300, 1, draw=Draw(split=split, form="steps", levels=(2, 3, 4)))
         assert len({question.text for question in steps}) == 300
         short = make_questions(300, 1, draw=Draw(split=split, levels=(1, 2)))
-        assert {question.kind for question in short} == set(KINDS)
+        assert {question.kind for question in short} == SHORT
         assert len({question.text for question in short}) == 300
 
 
 def test_kinds_are_balanced() -> None:
     questions = make_questions(50, 9)
-    assert [sum(q.kind == kind for q in questions) for kind in KINDS] == [10] * len(KINDS)
+    assert [sum(q.kind == kind for q in questions) for kind in KINDS] == [
+        10 * (kind in SHORT) for kind in KINDS
+    ]
 
 
 def test_hopeless_wishes_are_refused() -> None:
     for arguments in (
         (0, 1), (10, 1, ["cooking"]), (10, 1, []), (10, 1, None, Draw(levels=(9,))),
         (10, 1, None, Draw(levels=())), (10, 1, ["logic"], Draw(form="steps")),
+        (10, 1, ["trace"]),
         (10, 1, None, Draw(split="exam")), (10, 1, None, Draw(form="verse")),  # type: ignore[arg-type]
         (5000, 1, ["units"], Draw(levels=(1,))),
     ):  # fmt: skip
@@ -283,8 +339,11 @@ def test_prompts_show_the_form() -> None:
     (short,) = make_questions(1, 1, ["words"])
     assert short.prompt == f"Question: {short.text}\nAnswer: {short.cue}"
     (steps,) = make_questions(1, 1, ["words"], Draw(form="steps"))
-    shown = steps.messages[0]["content"]
-    assert shown.endswith(f"Problem: {steps.text}") and "\n\nAnswer: 78\n\n" in shown
+    asked, shown, problem = steps.messages
+    assert asked["content"].endswith(steps.example.problem)
+    assert shown == {"role": "assistant", "content": "\n\n".join(steps.example.steps)}
+    assert problem == {"role": "user", "content": f"Problem: {steps.text}"}
+    assert steps.prompt.endswith(f"\n\nAnswer: 78\n\nProblem: {steps.text}\n\n")
     assert key_of(short) != key_of(steps)
 
 

@@ -1,0 +1,616 @@
+"""Calibrating step routing: phases and figures with a fake pair, and once with tiny models."""
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from edgeroute.cli import cli
+from edgeroute.runtime.errors import UsageError
+from edgeroute.skippers.step_learned import FEATURES, LearnedGlimpse
+from edgeroute.skippers.step_policies import parse_steps
+from edgeroute.skippers.step_price import PassCost, Workload
+from edgeroute.skippers.steps import Glance, StepPart, Who
+from edgeroute.steps_file import Point, StepsFile
+from edgeroute.tools import synth
+from edgeroute.tools.step_calibrate import (
+    JUDGE,
+    MIN_TASKS,
+    VERIFY,
+    CalibrateStepsParams,
+    calibrate_steps,
+    choose,
+    point_of,
+    thresholds,
+    workload_of,
+)
+from edgeroute.tools.step_glances import from_json, open_watcher, to_json
+from edgeroute.tools.step_learn import halves_of, learn, projection_of
+from edgeroute.tools.step_pair import Answered, ModelFiles, Pair, Result, Watch
+from edgeroute.tools.step_report import StepsReport, nice_end, to_html, to_table
+from edgeroute.tools.step_tasks import Task, digest, own_tasks, read_tasks
+
+TASKS = [Task(prompt=f"task {i}", answer=str(i), form="exact") for i in range(24)]
+PRICE = {
+    "small": PassCost(base_s=0.01, token_s=0.001),
+    "large": PassCost(base_s=0.2, token_s=0.002),
+}
+
+
+def quiet(_phase: str, _done: int, _total: int) -> None:
+    """Say nothing."""
+
+
+# a pair whose answers are known: the small model cannot do odd tasks, and every second step is
+# one of which it is unsure
+
+
+@dataclass
+class FakePair:
+    models: "FakeModels"
+    file: StepsFile
+
+    def answer(self, task: Task, steps: str, seed: int) -> Answered:
+        self.models.asked.append((task.prompt or "", steps))
+        if self.models.stop_at == len(self.models.asked):
+            raise KeyboardInterrupt
+        run = parse_steps(steps, self.file.learned).begin(seed)
+        number = int((task.prompt or "").split()[1])
+        parts: list[StepPart] = []
+        for glance in glances(number):
+            who: Who = "small" if run.check else run.choose(glance if run.looks else None)
+            part = StepPart(index=glance.index, model=who, n_tokens=10, read_small=12,
+                            read_large=10 if who == "large" else 0)  # fmt: skip
+            run.note(part)
+            parts.append(part)
+        by_large = {part.index for part in parts if part.model == "large"}
+        right = number % 2 == 0 or bool(by_large & {1, 3}) or run.check is not None
+        seconds = sum(0.5 if part.model == "large" else 0.1 for part in parts)
+        return Answered(text=task.answer if right else "wrong", seconds=seconds,
+                        parts=tuple(parts), large_passes=10 * len(by_large) + 1)  # fmt: skip
+
+    def costs(self) -> dict[Who, PassCost]:
+        return {"small": PRICE["small"], "large": PRICE["large"]}
+
+
+def glances(number: int) -> list[Glance]:
+    """Four steps; an odd task's second and fourth are unsure."""
+    rng = np.random.default_rng(number)
+    found = []
+    for i in range(4):
+        unsure = number % 2 == 1 and i % 2 == 1
+        entropy = (2.0 if unsure else 0.2) + 0.1 * float(rng.random())
+        found.append(Glance(index=i, position=10 * i, entropy=entropy, top_entropy=0.8 * entropy,
+                            margin=3 - entropy,
+                            hidden=rng.standard_normal(8).astype(np.float32)))  # fmt: skip
+    return found
+
+
+@dataclass
+class FakeModels:
+    names: dict[Who, str] = field(default_factory=lambda: {"small": "s<b>", "large": "l"})
+    fingerprints: dict[Who, str] = field(
+        default_factory=lambda: {"small": "5" * 64, "large": "a" * 64}
+    )
+    settings: dict[str, object] = field(default_factory=dict)
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    opened: list[StepsFile] = field(default_factory=list)
+    stop_at: int = 0
+
+    @contextlib.contextmanager
+    def open(self, steps_file: Path) -> Iterator[Pair]:
+        file = StepsFile.read(steps_file, self.fingerprints["small"], self.fingerprints["large"])
+        self.opened.append(file)
+        yield FakePair(self, file)
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Watch]:
+        yield lambda task, answer: glances(int((task.prompt or "").split()[1]))
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> CalibrateStepsParams:
+    return CalibrateStepsParams(out=tmp_path / "pair.steps.json", budget_minutes=60.0)
+
+
+@pytest.fixture
+def report(params: CalibrateStepsParams) -> StepsReport:
+    return calibrate_steps(FakeModels(), TASKS, params, quiet)
+
+
+def by_spec(report: StepsReport) -> dict[str, Point]:
+    return {point.spec: point for point in report.file.points}
+
+
+def test_every_policy_is_measured_on_the_same_tasks(report: StepsReport) -> None:
+    found = by_spec(report)
+    names = [spec.split(":")[0] for spec in found]
+    assert {"small", "large", "verify", "judge", "glimpse", "query", "learned", "random"} == {
+        *names
+    }
+    assert JUDGE in found and set(VERIFY) <= found.keys()
+    assert {point.n for point in found.values()} == {len(TASKS)}
+    for point in found.values():
+        assert point.low <= point.accuracy <= point.high
+
+
+def test_figures_are_those_of_the_answers(report: StepsReport) -> None:
+    found = by_spec(report)
+    small, large = found["small"], found["large"]
+    assert (small.accuracy, small.large_share, small.seconds) == (0.5, 0, pytest.approx(0.4))
+    assert (large.accuracy, large.large_share, large.seconds) == (1, 1, pytest.approx(2.0))
+    assert report.file.small_accuracy == 0.5 and report.file.large_accuracy == 1
+    assert report.file.costs == PRICE and report.file.tasks == digest(TASKS)
+    highest = max((spec for spec in found if spec.startswith("glimpse:")),
+                  key=lambda spec: float(spec.split(":")[1]))  # fmt: skip
+    assert found[highest].accuracy == 1  # only the unsure steps of odd tasks: a quarter of all
+    assert 0 < found[highest].large_share <= 0.3
+
+
+def test_random_routing_stands_beside_each_glimpse_at_its_share(report: StepsReport) -> None:
+    found = by_spec(report)
+    shares = {round(point.large_share, 2) for spec, point in found.items() if "glimpse:" in spec}
+    controls = {float(spec.split(":")[1]) for spec in found if spec.startswith("random")}
+    assert controls == {float(f"{share:.2g}") for share in shares if 0 < share < 1}
+
+
+def test_the_quickest_good_policy_is_chosen_and_is_in_the_file(
+    report: StepsReport, params: CalibrateStepsParams
+) -> None:
+    file = StepsFile.read(params.out, "5" * 64, "a" * 64)
+    assert file == report.file
+    assert file.chosen in {*VERIFY, JUDGE}  # checks cost the fake pair nothing
+    assert not params.out.with_name(params.out.name + ".work").exists()
+
+
+def test_what_is_learned_is_measured_on_tasks_it_was_not_fitted_to(
+    params: CalibrateStepsParams,
+) -> None:
+    models = FakeModels()
+    report = calibrate_steps(models, TASKS, params, quiet)
+    opened = [file.learned for file in models.opened]
+    assert [weights is None for weights in opened] == [True, False, False, True]
+    assert opened[1] != opened[2]  # of either half
+    assert report.file.learned is not None
+    LearnedGlimpse.from_dict(report.file.learned)
+    learned = [spec for spec in by_spec(report) if spec.startswith("learned")]
+    assert len(learned) == 1
+    assert sum(spec == learned[0] for _, spec in models.asked) == len(TASKS)
+
+
+def test_stopped_anywhere_it_goes_on_and_finds_the_same(
+    report: StepsReport, tmp_path: Path
+) -> None:
+    out = tmp_path / "again.steps.json"
+    models = FakeModels()
+    n_all = 0
+    for stop_at in (5, 70, 200, 0):
+        models.stop_at, models.asked = stop_at, []
+        params = CalibrateStepsParams(out=out, budget_minutes=60.0)
+        if stop_at:
+            with pytest.raises(KeyboardInterrupt):
+                calibrate_steps(models, TASKS, params, quiet)
+            assert not out.exists()
+            n_all += len(models.asked) - 1  # the last one is asked again
+        else:
+            again = calibrate_steps(models, TASKS, params, quiet)
+            n_all += len(models.asked)
+    assert again.file == report.file
+    assert n_all == len(TASKS) * len(report.file.points)  # nothing was measured twice
+
+
+def test_a_policy_that_the_pair_cannot_follow_is_left_out(
+    params: CalibrateStepsParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = FakePair.answer
+
+    def refuse(pair: FakePair, task: Task, steps: str, seed: int) -> Answered:
+        if steps in (JUDGE, refused):
+            raise UsageError("no digits")
+        return answer(pair, task, steps, seed)
+
+    refused = JUDGE
+    monkeypatch.setattr(FakePair, "answer", refuse)
+    report = calibrate_steps(FakeModels(), TASKS, params, quiet)
+    assert JUDGE not in by_spec(report) and f"{JUDGE} is left out: no digits" in report.notes
+    refused = "large"
+    with pytest.raises(UsageError, match="no digits"):
+        calibrate_steps(FakeModels(), TASKS[1:], params, quiet)
+
+
+def test_other_settings_begin_anew(params: CalibrateStepsParams) -> None:
+    """Seconds measured under one memory budget say nothing of another."""
+    models = FakeModels(stop_at=40)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_steps(models, TASKS, params, quiet)
+    models = FakeModels(settings={"memory": "1GiB"})
+    report = calibrate_steps(models, TASKS, params, quiet)
+    assert len(models.asked) == len(TASKS) * len(report.file.points)
+
+
+def test_without_time_a_few_tasks_are_answered_by_all_policies(tmp_path: Path) -> None:
+    params = CalibrateStepsParams(out=tmp_path / "x.steps.json", budget_minutes=1e-9)
+    report = calibrate_steps(FakeModels(), TASKS, params, quiet)
+    assert {point.n for point in report.file.points} == {MIN_TASKS}
+    assert any(f"time for {MIN_TASKS} of {len(TASKS)} tasks" in note for note in report.notes)
+    assert not any(spec.startswith("random") for spec in by_spec(report))
+    assert any("random routing had answered 0" in note for note in report.notes)
+
+
+def test_too_few_tasks_and_bad_settings_are_refused(params: CalibrateStepsParams) -> None:
+    with pytest.raises(UsageError, match="at least 8"):
+        calibrate_steps(FakeModels(), TASKS[:7], params, quiet)
+    for change in ({"target": 0.0}, {"target": 1.1}, {"target": math.nan}, {"budget_minutes": 0.0}):
+        with pytest.raises(UsageError):
+            replace(params, **change)
+
+
+# figures
+
+
+def result(*parts: StepPart, right: bool = True, passes: int = 0) -> Result:
+    return Result(right=right, text="", seconds=1.0, parts=parts, large_passes=passes)
+
+
+def test_a_workload_tells_reading_from_writing() -> None:
+    """The large model alone: 50 tokens of prompt in one pass, then 19 of one token each."""
+    alone = result(
+        StepPart(index=0, model="large", n_tokens=12, read_large=61),
+        StepPart(index=1, model="large", n_tokens=8, read_large=8),
+        passes=20,
+    )
+    assert workload_of([alone]) == Workload(large_written=19, large_passes=1, large_read=50)
+    # The small one writes 10; the large one reads prompt and step in a pass and writes 5.
+    both = result(
+        StepPart(index=0, model="small", n_tokens=10, read_small=59),
+        StepPart(index=1, model="large", n_tokens=5, read_small=1, read_large=64),
+        passes=5,
+    )
+    assert workload_of([both]) == Workload(
+        small_written=10, small_read=50, large_written=4, large_passes=1, large_read=60
+    )
+    # A draft of 10, of which 6 stay; the large model writes on from the row that refused.
+    checked = result(
+        StepPart(index=0, model="small", n_tokens=6, n_refused=4, read_small=60, read_large=60),
+        StepPart(index=0, model="large", n_tokens=3, read_large=2),
+        passes=3,
+    )
+    assert workload_of([checked]) == Workload(
+        small_written=10, small_read=50, large_written=2, large_passes=1, large_read=60
+    )
+    mean = workload_of([alone, both])
+    assert mean.large_written == 11.5 and mean.small_read == 25
+
+
+def test_a_point_counts_answers_and_tokens() -> None:
+    parts = (StepPart(index=0, model="small", n_tokens=30), StepPart(index=1, model="large",
+                                                                     n_tokens=10))  # fmt: skip
+    point = point_of("glimpse:1", [result(*parts), result(*parts, right=False)])
+    assert (point.n, point.accuracy, point.large_share, point.seconds) == (2, 0.5, 0.25, 1.0)
+    assert 0 < point.low < 0.5 < point.high < 1
+
+
+POINT = Point(spec="large", n=10, accuracy=0.8, low=0.5, high=0.9, large_share=1.0, seconds=4.0,
+              workload=Workload(large_written=10.0))  # fmt: skip
+
+
+def test_the_quickest_that_keeps_the_accuracy_is_chosen() -> None:
+    points = [
+        POINT,
+        replace(POINT, spec="small", accuracy=0.3, seconds=1.0),
+        replace(POINT, spec="random:0.5", accuracy=0.9, seconds=0.5),
+        replace(POINT, spec="glimpse:1", accuracy=0.77, seconds=3.0),
+        replace(POINT, spec="verify:-1:-5", accuracy=0.76, seconds=2.0),
+    ]
+    assert choose(points, 0.95) is points[4]
+    assert choose(points, 0.96) is points[3]
+    assert choose(points, 0.97) is None  # neither the control nor the large model itself
+    assert choose(points, 0.3) is points[1]
+    nothing = [replace(point, accuracy=0.0, low=0.0) for point in points]
+    assert choose(nothing, 0.95) is None  # tasks that the large model cannot do tell nothing
+
+
+def test_thresholds_rise_and_are_never_0() -> None:
+    assert thresholds([0.0] * 9 + [3.0], (0.4, 0.6, 1.0)) == [0.001, 3.0]
+    assert thresholds([1.0, 2.0, 3.0], (0.5,)) == [2.0]
+
+
+# learning
+
+
+def outcomes(
+    n: int, rng: np.random.Generator, *, hidden: bool
+) -> tuple[list[list[Glance]], list[bool]]:
+    """Tasks that the small model spoils where its hidden state says so, or else its entropy."""
+    seen, labels = [], []
+    for _ in range(n):
+        spoilt = bool(rng.random() < 0.5)
+        state = rng.standard_normal(8).astype(np.float32)
+        state[2] = 6.0 if spoilt else -6.0
+        entropy = float(rng.random()) + (0.0 if hidden else 2.0 * spoilt)
+        seen.append([Glance(index=0, position=0, entropy=entropy, top_entropy=entropy, margin=1.0,
+                            hidden=state)] * 2)  # fmt: skip
+        labels.append(spoilt)
+    return seen, labels
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_it_learns_from_whatever_tells(hidden: bool) -> None:
+    rng = np.random.default_rng(3)
+    lesson = learn(*outcomes(60, rng, hidden=hidden))
+    assert not isinstance(lesson, str)
+    glimpse = LearnedGlimpse.from_dict(lesson.weights)
+    if hidden:
+        assert glimpse.wants_hidden
+    seen, labels = outcomes(40, rng, hidden=hidden)
+    chances = [glimpse.probability(each[0]) for each in seen]
+    assert all((chance > 0.5) == label for chance, label in zip(chances, labels, strict=True))
+    parse_steps(lesson.spec, lesson.weights)
+
+
+def test_halves_hold_every_task_once_each_label_and_each_kind() -> None:
+    """Generators of questions take turns: even tasks would all be of other kinds than odd ones."""
+    labels = [i % 5 == 0 for i in range(60)]
+    halves = halves_of(labels)
+    assert sorted([*halves[0], *halves[1]]) == list(range(60))
+    for half in halves:
+        assert len(half) == 30 and sum(labels[i] for i in half) == 6
+        assert 5 < sum(i % 2 for i in half) < 25
+
+
+def test_each_half_is_routed_by_what_the_other_one_taught() -> None:
+    """In the first half unsure steps spoil answers, in the second sure ones do."""
+    rng = np.random.default_rng(5)
+    labels = [i % 2 == 0 for i in range(60)]
+    first, second = halves_of(labels)
+    seen = []
+    for i, label in enumerate(labels):
+        entropy = float(rng.random()) + 2.0 * (label == (i in first))
+        seen.append([Glance(index=0, position=0, entropy=entropy, top_entropy=entropy, margin=1.0)])
+    lesson = learn(seen, labels)
+    assert not isinstance(lesson, str)
+    for half, weights, spoils in ((first, 0, "sure"), (second, 1, "unsure")):
+        glimpse = LearnedGlimpse.from_dict(lesson.halves[weights])
+        sure = min((seen[i][0] for i in half), key=lambda glance: glance.entropy)
+        unsure = max((seen[i][0] for i in half), key=lambda glance: glance.entropy)
+        worse = "sure" if glimpse.probability(sure) > glimpse.probability(unsure) else "unsure"
+        assert worse == spoils
+
+
+def test_without_both_outcomes_it_says_why() -> None:
+    seen, labels = outcomes(20, np.random.default_rng(1), hidden=True)
+    why = learn(seen, [False] * len(labels))
+    assert isinstance(why, str) and "only the large model has right" in why
+
+
+def test_hidden_states_that_are_missing_or_wide_are_left_out() -> None:
+    seen, _ = outcomes(20, np.random.default_rng(1), hidden=True)
+    flat = [each[0] for each in seen]
+    found = projection_of(flat)
+    assert found is not None and found.shape == (8, 2)
+    assert np.allclose(found.T @ found, np.eye(2), atol=1e-5)
+    assert projection_of([replace(flat[0], hidden=None), *flat[1:]]) is None
+    assert projection_of(flat[:5]) is None
+    wide = [replace(each, hidden=np.ones(1 << 17, np.float32)) for each in flat]
+    assert projection_of(wide) is None
+
+
+# the report
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing(report: StepsReport) -> None:
+    page = to_html(report)
+    body = re.sub(r"<(meta)([^>]*)>", r"<\1\2/>", page.removeprefix("<!DOCTYPE html>\n"))
+    root = ElementTree.fromstring(body)
+    marks = [mark for mark in root.iter() if mark.tag.endswith("circle")]
+    chosen = 2  # rings, one in each panel
+    assert len(marks) == 2 * len(report.file.points) + chosen
+    for mark in root.iter():
+        assert not any("://" in value and "w3.org" not in value for value in mark.attrib.values())
+        assert mark.tag.split("}")[-1] not in ("script", "link", "img", "iframe")
+    places = [float(mark.attrib["cx"]) for mark in marks] + [float(m.attrib["cy"]) for m in marks]
+    assert all(0 <= place <= 620 for place in places)
+
+
+def test_names_are_escaped(report: StepsReport) -> None:
+    page = to_html(report)
+    assert "s<b>" not in page and "s&lt;b&gt;" in page
+    note = "<script>alert(1)</script>"
+    assert note not in to_html(replace(report, notes=(note,), large=note))
+
+
+def test_the_table_has_every_policy(report: StepsReport) -> None:
+    table = to_table(report)
+    assert table.row_count == len(report.file.points)
+    assert table.columns[0].header == "policy"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "large_s", "words"),
+    [
+        ("glimpse:1", 4.0, "quickest that reaches 0.95 of .* steps='glimpse:1', 3.00 s an answer"),
+        ("glimpse:1", 2.9, "routing loses on this machine: .* 3.00 s .* 2.90 s"),
+        (None, 4.0, "no policy reaches 0.95 of the large model's accuracy .0.760.: steps stay off"),
+    ],
+)
+def test_the_verdict_says_what_to_do(
+    report: StepsReport, chosen: str | None, large_s: float, words: str
+) -> None:
+    points = (replace(POINT, seconds=large_s), replace(POINT, spec="glimpse:1", seconds=3.0))
+    file = replace(report.file, points=points, chosen=chosen, large_accuracy=0.8)
+    assert re.match(words, replace(report, file=file).verdict)
+
+
+def test_its_figures_are_plain_json(report: StepsReport) -> None:
+    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert len(found["points"]) == len(report.file.points)
+    predicted = {point["spec"]: point["predicted_s"] for point in found["points"]}
+    assert predicted["large"] > predicted["small"] > 0
+    unknown = replace(report.file, costs={"small": PassCost(), "large": PassCost()})
+    assert replace(report, file=unknown).predicted_s(report.file.points[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "end"), [(0.0, 1), (0.7, 1), (1.0, 1), (3.1, 5), (51, 100), (0.04, 0.05)]
+)
+def test_axes_end_at_round_numbers(value: float, end: float) -> None:
+    assert nice_end(value) == pytest.approx(end)
+
+
+# tasks
+
+
+def test_tasks_are_read_and_judged(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"prompt": "2 + 2 =", "answer": "4", "form": "contains", "max_tokens": 5},
+        {"messages": [{"role": "user", "content": "2 + 2?"}], "answer": "4"},
+        {"prompt": "say yes", "answer": "yes", "form": "exact"},
+    ]
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    some, last, exact = read_tasks(path, 10)
+    assert len(read_tasks(path, 2)) == 2
+    assert some.max_tokens == 5 and last.messages == ({"role": "user", "content": "2 + 2?"},)
+    assert some.is_right("it is 14") and not some.is_right("5")
+    assert last.is_right("2 + 2\n\nAnswer: 4.\n") and last.is_right("so\n4")
+    assert not last.is_right("4\nno") and not last.is_right("") and not last.is_right("Answer: 14")
+    assert exact.is_right(" yes\n") and not exact.is_right("yes.")
+    assert digest([some, last]) != digest([last, some])
+
+
+def test_our_own_tasks_are_reasoned_questions() -> None:
+    tasks = own_tasks(12)
+    assert len({task.question.text for task in tasks if task.question}) == 12
+    task = tasks[0]
+    assert task.messages is not None and task.is_right(f"So.\n\nAnswer: {task.answer}")
+    assert not task.is_right(f"So.\n\n{task.answer}")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[]", "line 1 of tasks.jsonl is no JSON object"),
+        ("{", "is not JSON"),
+        ('{"prompt": "a", "answer": "b", "more": 1}', "unknown key 'more'"),
+        ('{"answer": "b"}', "has neither of messages and prompt"),
+        ('{"prompt": "a", "messages": [], "answer": "b"}', "has both of messages and prompt"),
+        ('{"messages": [], "answer": "b"}', "line 1 of tasks.jsonl: messages must be"),
+        ('{"prompt": "a", "answer": 4}', "answer of line 1 .* got '4'"),
+        ('{"prompt": " ", "answer": "b"}', "prompt of line 1 .* not all blank"),
+        ('{"prompt": "a", "answer": "b", "form": ["x"]}', "form of line 1"),
+        ('{"prompt": "a", "answer": "b", "max_tokens": true}', "max_tokens of line 1"),
+        ('{"prompt": "a", "answer": "b", "max_tokens": 99999}', "1 to 16384"),
+        ('{"prompt": "\\ud800", "answer": "b"}', "half a character"),
+        ("", "holds no tasks"),
+        (" " * (1 << 20) + "x", "more than 1048576 bytes"),
+        ("[" * 5000, "too deeply|not JSON"),
+    ],
+)  # fmt: skip
+def test_lines_that_are_no_tasks_are_refused(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UsageError, match=words):
+        read_tasks(path, 10)
+
+
+def test_a_file_of_tasks_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_tasks(tmp_path / "no.jsonl", 10)
+
+
+def test_glances_survive_the_journal() -> None:
+    for each in glances(3), [replace(glances(3)[0], hidden=None)]:
+        found = from_json(json.loads(json.dumps(to_json(each))))
+        for old, new in zip(each, found, strict=True):
+            assert (old.index, old.position, old.entropy) == (new.index, new.position, new.entropy)
+            assert (old.hidden is None and new.hidden is None) or np.array_equal(
+                np.asarray(old.hidden), np.asarray(new.hidden)
+            )
+
+
+# the real engine
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two random models of one vocabulary."""
+    folder = tmp_path_factory.mktemp("pair")
+    for name, n_layer in (("little", 1), ("big", 3)):
+        spec = replace(synth.ARCHITECTURES["llama"], n_layer=n_layer)
+        synth.write(spec, folder / f"{name}.gguf")
+    return folder / "little.gguf", folder / "big.gguf"
+
+
+def test_watching_an_answer_is_what_reading_it_gives(pair: tuple[Path, Path]) -> None:
+    text = "One two three four five six seven.\n\nEight nine ten eleven twelve thirteen.\n\nEnd"
+    task = Task(prompt="Count, please:", answer="x")
+    with open_watcher(pair[0], threads=1) as watcher:
+        found = watcher.watch(task, text)
+        again = watcher.watch(task, text)  # from what is read already
+        assert len(found) == len(again) > 1 and found[0].position == 0
+        assert [each.index for each in found] == list(range(len(found)))
+        for one, other in zip(found, again, strict=True):
+            assert one.entropy == pytest.approx(other.entropy, rel=1e-3)
+            assert one.hidden is not None and one.hidden.shape == (watcher.n_embd,)
+        assert watcher.watch(task, "")[0].entropy == pytest.approx(found[0].entropy, rel=1e-3)
+
+
+@pytest.mark.parametrize("looks_inside", [False, True])
+def test_an_opened_pair_follows_what_its_steps_file_learned(
+    pair: tuple[Path, Path], tmp_path: Path, looks_inside: bool
+) -> None:
+    """Without the weights of its file the policy is refused; with a bias alone, one model writes."""
+    models = ModelFiles(small=pair[0], large=pair[1], threads=1)
+    prints, n = models.fingerprints, len(FEATURES)
+    with open_watcher(pair[0], threads=1) as watcher:
+        projection = np.ones((watcher.n_embd, 2), np.float32) if looks_inside else None
+    n += 2 * looks_inside
+    task = Task(prompt="Hello", answer="x", max_tokens=20)
+    for bias, writer in ((-30.0, "small"), (30.0, "large")):
+        glimpse = LearnedGlimpse(weights=np.zeros(n), bias=bias, mean=np.zeros(n),
+                                 scale=np.ones(n), projection=projection)  # fmt: skip
+        file = StepsFile(
+            small=prints["small"], large=prints["large"], points=(), small_accuracy=0.0,
+            large_accuracy=0.0, chosen=None, target=1.0, learned=glimpse.to_dict(),
+            costs={"small": PassCost(), "large": PassCost()}, date="2026-01-31", tasks="0" * 64,
+        )  # fmt: skip
+        file.write(tmp_path / "half.steps.json")
+        with models.open(tmp_path / "half.steps.json") as opened:
+            found = opened.answer(task, "learned:0.5", 0)
+            assert {part.model for part in found.parts} == {writer}
+            assert (found.large_passes > 0) == (writer == "large")
+            assert found.parts[0].read_small > 0  # which looked
+            assert all(cost.known for cost in opened.costs().values())
+
+
+def test_the_command_calibrates_a_pair(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    tasks, page, out = tmp_path / "t.jsonl", tmp_path / "p.html", tmp_path / "pair.steps.json"
+    tasks.write_text("".join(
+        json.dumps({"prompt": f"Item {i}:", "answer": "e", "form": "contains", "max_tokens": 24})
+        + "\n" for i in range(9)
+    ))  # fmt: skip
+    arguments = ["calibrate", "--steps", str(pair[0]), str(pair[1]), "--tasks", str(tasks),
+                 "--threads", "1", "--html", str(page), "--out", str(out), "--json",
+                 "--target-accuracy", "0.5"]  # fmt: skip
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    points = {point["spec"]: point for point in found["points"]}
+    assert points["small"]["large_share"] == 0 and points["large"]["large_share"] == 1
+    assert all(point["n"] == 9 and point["predicted_s"] > 0 for point in points.values())
+    assert found["verdict"] in done.stdout and out.is_file() and "<svg" in page.read_text()
+    # What was written is what the engine takes.
+    flags = ("-m", str(pair[1]), "--small", str(pair[0]), "--raw", "-n", "20", "--threads", "1")
+    answer = CliRunner().invoke(cli, ["generate", "Item 3:", *flags, "--steps", "random:0.5",
+                                      "--show-steps", "--seed", "1"])  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    assert re.match(r"\[(small|large)\] ", answer.stdout) and "; steps: " in answer.stderr
