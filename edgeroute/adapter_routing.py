@@ -195,6 +195,10 @@ class AdapterRouting:
         if self._n_unsaved >= SAVE_EVERY:
             self.save()
 
+    def awaits(self, request_id: str) -> bool:
+        """Tell whether an answer's feedback would be learned from."""
+        return request_id in self._remembered
+
     def save(self) -> None:
         """Write what was learned since the last time."""
         if self._setup.state is not None and self._n_unsaved:

@@ -65,13 +65,21 @@ class Runtime(Closing):
         self._asking = Asking(self._loaded, self.params)
 
     def feedback(self, generation_id: str, reward: float) -> None:
-        """Tell what an answer of `adapter="auto"` was worth: 0 useless, 1 perfect.
+        """Tell what an answer was worth: 0 useless, 1 perfect.
+
+        `adapter="auto"` learns from it, and so does `steps="accuracy:..."`.
 
         Raises:
             UsageError: no such answer, its feedback was given before, or another reward.
         """
-        adapters = self._asking.adapters()
-        self._on_engine(lambda: adapters.routing.feedback(generation_id, reward))
+        routing, adapters = self._scheduler.steps, self._loaded.adapters
+
+        def learn() -> None:
+            taken = routing is not None and routing.choice.feedback(generation_id, reward)
+            if not taken or (adapters is not None and adapters.routing.awaits(generation_id)):
+                self._asking.adapters().routing.feedback(generation_id, reward)
+
+        self._on_engine(learn)
 
     def add_adapter(self, path: str | Path) -> str:
         """Check an adapter and put it into the library, also while requests run.

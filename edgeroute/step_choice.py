@@ -13,6 +13,7 @@ from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.skippers.step_policies import parse_steps
 from edgeroute.skippers.step_price import ALONE, PassCost, pays
+from edgeroute.skippers.step_targets import TargetAccuracy
 from edgeroute.skippers.steps import StepPolicy
 from edgeroute.step_reader import StepModel
 from edgeroute.step_remote import RemoteWriter
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from edgeroute.loaded import LoadedModel
     from edgeroute.scheduler import Scheduler
 
+MAX_SERVED: Final = 4096
+"""Answers that feedback may still come for."""
 MAX_POLICIES: Final = 64
 """Policies whose learned state is kept; the one asked for longest ago goes first."""
 NOT_CALIBRATED: Final = (
@@ -45,6 +48,10 @@ class StepChoice:
     file: StepsFile | None
     costs: Mapping[str, PassCost]
 
+    _served: OrderedDict[str, tuple[TargetAccuracy, int]] = field(
+        default_factory=OrderedDict, init=False
+    )
+    """The last answers of policies that learn from feedback: by id, who decided with what seed."""
     _policies: OrderedDict[str, StepPolicy] = field(default_factory=OrderedDict, init=False)
     _why: str = field(default=NOT_CALIBRATED, init=False)
 
@@ -87,6 +94,24 @@ class StepChoice:
                 self._policies.popitem(last=False)
         self._policies[spec] = policy
         return policy
+
+    def serve(self, generation_id: str, policy: StepPolicy, seed: int) -> None:
+        """Remember who decided an answer, if that learns from feedback."""
+        if isinstance(policy, TargetAccuracy):
+            self._served[generation_id] = (policy, seed)
+            while len(self._served) > MAX_SERVED:
+                self._served.popitem(last=False)
+
+    def feedback(self, generation_id: str, reward: float) -> bool:
+        """Tell a policy what its answer was worth, 0 to 1; False if none of them wants to know.
+
+        Raises:
+            UsageError: the reward is out of range.
+        """
+        policy, seed = self._served.get(generation_id, (None, 0))
+        taken = policy is not None and policy.feedback(seed, reward)
+        self._served.pop(generation_id, None)
+        return taken
 
     def stats(self) -> dict[str, object]:
         """Return what is asked for and what that is now, as plain JSON types."""

@@ -1,20 +1,20 @@
-"""Steps written by a remote model: asked for in text, taken over in the answer's own tokens."""
+"""Steps written by a remote model: asked for in text, taken over in the answer's own tokens.
+
+A call goes on over a step's end: while the small model here looks at the next step, the remote one
+writes it already. If the small one is to write it, the call is stopped.
+"""
 
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgeroute.remote import RemoteModel, RemotePrompt
 from edgeroute.request import Request
 from edgeroute.runtime.tokenizer import Tokenizer
-from edgeroute.skippers.step_bounds import MAX_TOKENS
 from edgeroute.skippers.step_price import PassCost
 from edgeroute.step_state import StepState
 
 if TYPE_CHECKING:
     from edgeroute.runtime.records import SamplingParams
-
-SPARE_TOKENS: Final = 16
-"""Asked for beyond the longest step, so that its end is seen and not cut off."""
 
 
 class Told(NamedTuple):
@@ -40,7 +40,9 @@ class RemoteWriter:
         self.cost = PassCost()
 
     def ask(self, request: Request, state: StepState) -> bool:
-        """Begin a step; False while the endpoint is left alone after a failure."""
+        """Begin a step, or let a call go on; False while the endpoint is left alone."""
+        if state.call is not None:
+            return True
         if not self._model.available:
             return False
         params: SamplingParams = request.sampler.params
@@ -48,10 +50,9 @@ class RemoteWriter:
             prompt=request.source.prompt, messages=request.source.messages,
             answer=state.text.decode(errors="replace"),
         )  # fmt: skip
-        state.heard.clear()
         state.asked = time.perf_counter()
         state.call = self._model.write(
-            prompt, max_tokens=min(request.n_left, MAX_TOKENS + SPARE_TOKENS),
+            prompt, max_tokens=request.n_left,
             temperature=params.temperature, top_p=params.top_p, seed=request.sampler.seed,
         )  # fmt: skip
         return True
@@ -62,33 +63,39 @@ class RemoteWriter:
         assert call is not None
         done = call.done  # before the text is taken: what came with the end must not be missed
         state.heard += call.poll()
-        tokens, whole = self._step(state)
+        tokens, whole, n_bytes = self._step(state)
         if not whole and not done:
             return None
-        call.stop()
-        state.call = None
+        now = time.perf_counter()
         if tokens and call.failure is None:  # latency and all, as a share of each token
-            self.cost.observe(1, (time.perf_counter() - state.asked) / len(tokens))
+            self.cost.observe(1, (now - state.asked) / len(tokens))
+        state.asked = now
+        del state.heard[:n_bytes]
         if whole:
             return Told(tokens[: request.n_left], ended=False, failed=False)
+        self.end(state)
         ended = call.finish == "stop"
         failed = call.failure is not None or not (tokens or ended)
         return Told([] if failed else tokens[: request.n_left], ended=ended, failed=failed)
 
-    def _step(self, state: StepState) -> tuple[list[int], bool]:
-        """Return the tokens heard up to a step's end, and whether it ended."""
+    def _step(self, state: StepState) -> tuple[list[int], bool, int]:
+        """Return the tokens heard up to a step's end, whether it ended, and its bytes."""
         bounds = state.bounds.copy()
         text = state.heard.decode(errors="ignore")
+        n_bytes = 0
         if state.text.endswith(b"\n"):  # chat templates trim what they are to go on with
-            text = text.lstrip("\r\n")
-        tokens = self._tokenizer.encode_more(text)
+            n_bytes = len(text) - len(text.lstrip("\r\n"))
+        tokens = self._tokenizer.encode_more(text[n_bytes:])
         for i, token in enumerate(tokens):
-            if bounds.push(self._tokenizer.piece(token)):
-                return tokens[: i + 1], True
-        return tokens, False
+            piece = self._tokenizer.piece(token)
+            n_bytes += len(piece)
+            if bounds.push(piece):
+                return tokens[: i + 1], True, n_bytes
+        return tokens, False, n_bytes
 
     def end(self, state: StepState) -> None:
-        """Stop what was asked for an answer that ended."""
+        """Stop what was asked for, where others write on or the answer ended."""
+        state.heard.clear()
         if state.call is not None:
             state.call.stop()
             state.call = None

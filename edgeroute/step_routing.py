@@ -50,7 +50,7 @@ class StepRouting:
         self._other = other if isinstance(other, StepModel) else None
         self._remote = other if isinstance(other, RemoteWriter) else None
         self._same = same
-        self._choice = choice
+        self.choice = choice
         self.new_bounds: Callable[[], StepBounds] = StepBounds
         """Makes what finds the ends of an answer's steps."""
         self._checker = Checker(main, same=same)
@@ -67,7 +67,7 @@ class StepRouting:
         Returns:
             False while others hold those cells; ask again when one ends.
         """
-        policy = self._choice.policy(request.asked_steps)
+        policy = self.choice.policy(request.asked_steps)
         sequence = request.sequence
         if policy is None or sequence is None:
             return True
@@ -77,6 +77,7 @@ class StepRouting:
         n_prompt = len(request.prompt_ids)
         main = Reader(self._main, sequence, n_prompt, self._compute_main(request), request.lora)
         request.steps = self._state(request, policy, main, other)
+        self.choice.serve(request.id, policy, request.sampler.seed)
         return True
 
     def _open_other(self, request: Request) -> Follower | None:
@@ -129,8 +130,8 @@ class StepRouting:
     def stats(self) -> dict[str, object]:
         """Return what each model evaluated and what its passes cost, as plain JSON types."""
         models = [self._main] if self._other is None else [self._main, self._other]
-        found = self._choice.stats() | {
-            "costs": {who: cost.to_dict() for who, cost in self._choice.costs.items()},
+        found = self.choice.stats() | {
+            "costs": {who: cost.to_dict() for who, cost in self.choice.costs.items()},
             "read": {model.who: model.n_read for model in models},
             "passes": {model.who: model.n_passes for model in models},
         }
@@ -184,6 +185,8 @@ class StepRouting:
                 return
             state.account.fell_back()
             who = "small"
+        if self._remote is not None:
+            self._remote.end(state)
         state.who = who
         if who == "small" and (state.run.check is not None or not self._direct):
             state.draft = Draft(bounds=state.bounds.copy())
@@ -310,6 +313,7 @@ class StepRouting:
             return
         for token in told.tokens:
             if not request.sampler.admits(token):
+                self._remote.end(state)
                 self._begin_here(request, state)
                 return
             self.commit(request, state, token, "large")

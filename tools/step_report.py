@@ -121,7 +121,9 @@ def to_table(report: StepsReport) -> "Table":
     from rich.table import Table
 
     n = max(point.n for point in report.file.points)
-    table = Table(title=f"{report.small} with {report.large}: {n} tasks", show_edge=False)
+    title = (f"{report.small} with {report.large}: {n} tasks, share of tokens by the large model, "
+             "seconds of an answer")  # fmt: skip
+    table = Table(title=title, show_edge=False)
     for name in _HEADS:
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for point in _in_order(report):
@@ -129,7 +131,7 @@ def to_table(report: StepsReport) -> "Table":
     return table
 
 
-_HEADS: Final = ("policy", "accuracy", "95 %", "large tokens", "predicted s", "measured s")
+_HEADS: Final = ("policy", "accuracy", "95 %", "large", "predicted", "measured")
 
 
 def _in_order(report: StepsReport) -> list[Point]:
@@ -139,7 +141,7 @@ def _in_order(report: StepsReport) -> list[Point]:
 def _cells(report: StepsReport, point: Point) -> tuple[str, ...]:
     predicted = report.predicted_s(point)
     return (
-        point.spec, f"{point.accuracy:.3f}", f"{point.low:.3f} to {point.high:.3f}",
+        point.spec, f"{point.accuracy:.3f}", f"{point.low:.2f} to {point.high:.2f}",
         f"{point.large_share:.0%}", "-" if predicted is None else f"{predicted:.2f}",
         f"{point.seconds:.2f}",
     )  # fmt: skip
@@ -189,8 +191,10 @@ def to_html(report: StepsReport) -> str:
 </div>
 <h2>Policies</h2>
 {_html_table(report)}
-<p>Bars are 95 % intervals (Wilson). Hollow points are random routing, the control. The dashed
-line is the accuracy that was asked for. Measured on {html.escape(report.file.date)}.</p>
+<p>Large: share of tokens by the large model. Predicted and measured: seconds of an answer, the
+former from what passes of each model cost. Bars are 95 % intervals (Wilson). Hollow points are
+random routing, the control. The dashed line is the accuracy that was asked for. Measured on
+{html.escape(report.file.date)}.</p>
 <ul>{notes}</ul>
 </body>
 </html>

@@ -1,11 +1,10 @@
 """Step policies that were tried in the study and that the engine does not have.
 
-`fix:MEAN:LEAST:FIX[:DEFER]` is a `verify` after which the large model writes FIX tokens and the
-small one goes on. `exact[:DEFER]` refuses every token that the large model would not have
-written itself, and has it put that one in its place: plain speculative decoding by steps, the
-control of all checked policies. `handover:MEAN:LEAST` leaves the rest of the answer to the large
-model from the first refused token on. `offset:NATS` compares entropies with those that steps of
-the same place have on average.
+`exact[:DEFER]` refuses every token that the large model would not have written itself, and has it
+put that one in its place: plain speculative decoding by steps, the control of all checked
+policies. `handover:MEAN:LEAST` leaves the rest of the answer to the large model from the first
+refused token on. `offset:NATS` compares entropies with those that steps of the same place have
+on average.
 """
 
 from collections.abc import Sequence
@@ -95,7 +94,7 @@ def parse_tried(text: str) -> StepPolicy:
         UsageError: there is no such policy, or its numbers are not those that it takes.
     """
     name, *rest = text.split(":")
-    takes = {"fix": (3, 4), "exact": (0, 1), "handover": (2, 2), "offset": (1, 1)}
+    takes = {"exact": (0, 1), "handover": (2, 2), "offset": (1, 1)}
     if name not in takes:
         return parse_steps(text)
     try:
@@ -109,9 +108,5 @@ def parse_tried(text: str) -> StepPolicy:
         return _Tried(spec=text, least=numbers[0])
     if name == "handover":
         return _Tried(spec=text, check=Verify(mean=numbers[0], least=numbers[1]), sticks=True)
-    if name == "fix":
-        mean, least, fix, *rest_of = numbers
-        check = Verify(mean=mean, least=least, fix=int(fix), defer=int(sum(rest_of)))
-        return _Tried(spec=text, check=check)
     defer = int(numbers[0]) if numbers else 0
     return _Tried(spec=text, check=Exact(mean=0, least=0, defer=defer, fix=1))

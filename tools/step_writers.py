@@ -25,6 +25,7 @@ from edgeroute.runtime.kv_cache import KvCache, Region
 from edgeroute.runtime.template import encode_chat
 from edgeroute.skippers.step_bounds import StepBounds
 from edgeroute.skippers.step_signals import top_entropy
+from edgeroute.step_check import JUDGE_PROMPT
 from edgeroute.tools.questions import Question
 from edgeroute.tools.step_play import MAX_TOKENS
 from edgeroute.tools.step_tree import Ask, Node
@@ -36,11 +37,6 @@ COPY_TOKENS: Final = 32
 """Tokens from which on it pays to copy cells of another answer."""
 TEMPERATURE, TOP_P = 0.6, 0.95
 """Of random answers. Source: algorithms 4, the setting of both publications."""
-JUDGE_PROMPT: Final = (
-    "\n\nHow correct and useful is the last step above, from 0 (wrong) to 9 (certainly right)? "
-    "Mark: "
-)
-
 _Needs = tuple[list[int], int]
 """Tokens to have in the cells, and of how many of the last the logits are wanted."""
 _Work = Generator[_Needs, npt.NDArray[np.float32], Node]

@@ -23,7 +23,7 @@ SAMPLED: list[dict[str, Any]] = [
 POLICIES = [
     "small", "large", "random:0.5", "glimpse:5.0", "glimpse20:2.5", "query:5.0", "judge:4.5",
     "verify:-9:-12", "verify:-5.5:-6.2", "verify:-5.5:-6.2:12", "verify:-5.5:-6.2:0:1",
-    "target:0.4",
+    "target:0.4", "pace:0.01", "accuracy:0.8",
 ]  # fmt: skip
 N_TOKENS = 40
 SCHEMA = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}}},
@@ -109,7 +109,7 @@ def test_answers_are_the_same_again_and_sums_come_out_even(
         runtime.generate(PROMPTS[0], max_tokens=N_TOKENS, steps=spec, prefix="off",
                          **({"seed": 1} | options)) for _ in range(2)
     )  # fmt: skip
-    if not spec.startswith("target"):  # which learns
+    if spec.partition(":")[0] not in ("target", "pace", "accuracy"):  # which learns
         assert first.token_ids == again.token_ids
     for generation in (first, again):
         check_sums(generation)
@@ -259,6 +259,17 @@ def test_token_level_escalation_changes_the_writer_within_a_step(pair: Runtime) 
     check_sums(found)
     parts = found.stats.steps or ()
     assert {part.model for part in parts} == {"small", "large"}
+
+
+def test_feedback_teaches_a_policy_that_holds_an_accuracy(pair: Runtime) -> None:
+    spec = "accuracy:0.9"
+    found = pair.generate(PROMPTS[0], max_tokens=12, steps=spec)
+    with pytest.raises(UsageError, match="from 0 to 1"):
+        pair.feedback(found.id, 2.0)
+    pair.feedback(found.id, 1.0)
+    for told in (found.id, pair.generate(PROMPTS[0], max_tokens=4, steps="small").id):
+        with pytest.raises(UsageError):
+            pair.feedback(told, 1.0)
 
 
 def test_a_small_model_that_runs_out_of_room_leaves_the_rest_to_the_large_one(

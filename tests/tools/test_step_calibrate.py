@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -37,7 +36,7 @@ from edgeroute.tools.step_glances import from_json, open_watcher, to_json
 from edgeroute.tools.step_learn import halves_of, learn, projection_of
 from edgeroute.tools.step_pair import Answered, ModelFiles, Pair, Result, Watch
 from edgeroute.tools.step_report import StepsReport, nice_end, to_html, to_table
-from edgeroute.tools.step_tasks import Task, digest, own_tasks, read_tasks
+from edgeroute.tools.step_tasks import Task, digest
 
 TASKS = [Task(prompt=f"task {i}", answer=str(i), form="exact") for i in range(24)]
 PRICE = {
@@ -466,65 +465,7 @@ def test_axes_end_at_round_numbers(value: float, end: float) -> None:
     assert nice_end(value) == pytest.approx(end)
 
 
-# tasks
-
-
-def test_tasks_are_read_and_judged(tmp_path: Path) -> None:
-    path = tmp_path / "tasks.jsonl"
-    lines: list[dict[str, Any]] = [
-        {"prompt": "2 + 2 =", "answer": "4", "form": "contains", "max_tokens": 5},
-        {"messages": [{"role": "user", "content": "2 + 2?"}], "answer": "4"},
-        {"prompt": "say yes", "answer": "yes", "form": "exact"},
-    ]
-    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
-    some, last, exact = read_tasks(path, 10)
-    assert len(read_tasks(path, 2)) == 2
-    assert some.max_tokens == 5 and last.messages == ({"role": "user", "content": "2 + 2?"},)
-    assert some.is_right("it is 14") and not some.is_right("5")
-    assert last.is_right("2 + 2\n\nAnswer: 4.\n") and last.is_right("so\n4")
-    assert not last.is_right("4\nno") and not last.is_right("") and not last.is_right("Answer: 14")
-    assert exact.is_right(" yes\n") and not exact.is_right("yes.")
-    assert digest([some, last]) != digest([last, some])
-
-
-def test_our_own_tasks_are_reasoned_questions() -> None:
-    tasks = own_tasks(12)
-    assert len({task.question.text for task in tasks if task.question}) == 12
-    task = tasks[0]
-    assert task.messages is not None and task.is_right(f"So.\n\nAnswer: {task.answer}")
-    assert not task.is_right(f"So.\n\n{task.answer}")
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("[]", "line 1 of tasks.jsonl is no JSON object"),
-        ("{", "is not JSON"),
-        ('{"prompt": "a", "answer": "b", "more": 1}', "unknown key 'more'"),
-        ('{"answer": "b"}', "has neither of messages and prompt"),
-        ('{"prompt": "a", "messages": [], "answer": "b"}', "has both of messages and prompt"),
-        ('{"messages": [], "answer": "b"}', "line 1 of tasks.jsonl: messages must be"),
-        ('{"prompt": "a", "answer": 4}', "answer of line 1 .* got '4'"),
-        ('{"prompt": " ", "answer": "b"}', "prompt of line 1 .* not all blank"),
-        ('{"prompt": "a", "answer": "b", "form": ["x"]}', "form of line 1"),
-        ('{"prompt": "a", "answer": "b", "max_tokens": true}', "max_tokens of line 1"),
-        ('{"prompt": "a", "answer": "b", "max_tokens": 99999}', "1 to 16384"),
-        ('{"prompt": "\\ud800", "answer": "b"}', "half a character"),
-        ("", "holds no tasks"),
-        (" " * (1 << 20) + "x", "more than 1048576 bytes"),
-        ("[" * 5000, "too deeply|not JSON"),
-    ],
-)  # fmt: skip
-def test_lines_that_are_no_tasks_are_refused(tmp_path: Path, line: str, words: str) -> None:
-    path = tmp_path / "tasks.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(UsageError, match=words):
-        read_tasks(path, 10)
-
-
-def test_a_file_of_tasks_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
-        read_tasks(tmp_path / "no.jsonl", 10)
+# the journal and the real engine
 
 
 def test_glances_survive_the_journal() -> None:
@@ -535,9 +476,6 @@ def test_glances_survive_the_journal() -> None:
             assert (old.hidden is None and new.hidden is None) or np.array_equal(
                 np.asarray(old.hidden), np.asarray(new.hidden)
             )
-
-
-# the real engine
 
 
 @pytest.fixture(scope="module")
@@ -568,7 +506,7 @@ def test_watching_an_answer_is_what_reading_it_gives(pair: tuple[Path, Path]) ->
 def test_an_opened_pair_follows_what_its_steps_file_learned(
     pair: tuple[Path, Path], tmp_path: Path, looks_inside: bool
 ) -> None:
-    """Without the weights of its file the policy is refused; with a bias alone, one model writes."""
+    """Without the file's weights it would be refused; with nothing but a bias one model writes."""
     models = ModelFiles(small=pair[0], large=pair[1], threads=1)
     prints, n = models.fingerprints, len(FEATURES)
     with open_watcher(pair[0], threads=1) as watcher:
@@ -595,8 +533,8 @@ def test_an_opened_pair_follows_what_its_steps_file_learned(
 def test_the_command_calibrates_a_pair(pair: tuple[Path, Path], tmp_path: Path) -> None:
     tasks, page, out = tmp_path / "t.jsonl", tmp_path / "p.html", tmp_path / "pair.steps.json"
     tasks.write_text("".join(
-        json.dumps({"prompt": f"Item {i}:", "answer": "e", "form": "contains", "max_tokens": 24})
-        + "\n" for i in range(9)
+        json.dumps({"prompt": f"Item {i}:", "answer": "e", "form": "contains", "max_tokens": 16})
+        + "\n" for i in range(8)
     ))  # fmt: skip
     arguments = ["calibrate", "--steps", str(pair[0]), str(pair[1]), "--tasks", str(tasks),
                  "--threads", "1", "--html", str(page), "--out", str(out), "--json",
@@ -606,7 +544,7 @@ def test_the_command_calibrates_a_pair(pair: tuple[Path, Path], tmp_path: Path) 
     found = json.loads(done.stdout.splitlines()[-1])
     points = {point["spec"]: point for point in found["points"]}
     assert points["small"]["large_share"] == 0 and points["large"]["large_share"] == 1
-    assert all(point["n"] == 9 and point["predicted_s"] > 0 for point in points.values())
+    assert all(point["n"] == 8 and point["predicted_s"] > 0 for point in points.values())
     assert found["verdict"] in done.stdout and out.is_file() and "<svg" in page.read_text()
     # What was written is what the engine takes.
     flags = ("-m", str(pair[1]), "--small", str(pair[0]), "--raw", "-n", "20", "--threads", "1")

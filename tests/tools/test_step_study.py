@@ -22,6 +22,7 @@ from edgeroute.tools.step_compare import Costs, gather, pairs, parse_costs, rows
 from edgeroute.tools.step_play import MAX_TOKENS, Passes, Played, play, replay
 from edgeroute.tools.step_study import Study, Task
 from edgeroute.tools.step_tree import Ask, Asked, Journal, Node, open_journal, read_journals
+from edgeroute.tools.step_tried import parse_tried
 from edgeroute.tools.step_writers import StepWriter, open_writer, signals
 from edgeroute.tools.synth import make
 
@@ -48,7 +49,9 @@ def answered(ask: Ask) -> Node:
     if ask.want == "glance":
         return Node(entropy=(float(STEPS.index(at)),), top_entropy=(0.5,), margin=(1.0,))
     if ask.want == "score":
-        return Node(logprob=tuple(-9.0 if chr(t) == "t" else -0.1 for t in ask.draft))
+        own = [letter.upper() if letter == "t" else letter for letter in map(chr, ask.draft)]
+        return Node(tokens=letters("".join(own)), pieces=tuple(own),
+                    logprob=tuple(-9.0 if chr(t) == "t" else -0.1 for t in ask.draft))  # fmt: skip
     if ask.want == "judge":
         return Node(mark=3.0 if ord("t") in ask.draft else 8.0, n_read=20)
     text = SMALL if ask.who == "small" else LARGE
@@ -62,7 +65,7 @@ def answered(ask: Ask) -> Node:
 
 
 def played(spec: str, draw: int = 0) -> Played:
-    steps = play(ASKED, parse_steps(spec), draw=draw)
+    steps = play(ASKED, parse_tried(spec), draw=draw)
     try:
         ask = next(steps)
         while True:
@@ -122,6 +125,27 @@ def test_deferred_checks_read_several_steps_at_once() -> None:
     found = played("verify:-5:-5:11")
     assert found.text == "one TWO.\n\nTHREE FOUR.\n\nfive."
     assert found.parts[0].n_refused == 19
+
+
+def test_a_check_may_correct_one_token_only() -> None:
+    """The check has told the large model's own token: its correction costs no pass."""
+    found = played("verify:-5:-5:0:1")
+    assert found.text == "one Two.\n\nThree four.\n\nfive."
+    assert [(p.index, p.model, p.n_tokens, p.n_refused) for p in found.parts] == [
+        (0, "small", 4, 6), (0, "large", 1, 0), (0, "small", 5, 0),
+        (1, "large", 1, 13), (1, "small", 12, 0), (2, "small", 5, 0),
+    ]  # fmt: skip
+    assert found.sizes["large"] == Counter({40: 1, 6: 1, 13: 2, 5: 1})
+    assert played("exact").sizes["large"].total() == found.sizes["large"].total()
+    assert played("verify:-5:-5:0:3").text == "one TWO.\n\nTHRee four.\n\nfive."
+
+
+def test_the_rest_is_handed_over() -> None:
+    assert played("handover:-5:-5").text == "one " + LARGE[4:]
+    assert played("offset:1.1").text == SMALL[:23] + LARGE[23:]
+    for text in ("handover:-5", "exact:x", "offset:inf", "offset"):
+        with pytest.raises(UsageError):
+            parse_tried(text)
 
 
 def test_a_judge_rewrites_whole_steps() -> None:

@@ -9,7 +9,7 @@ and `glimpse:inf` writes what one model alone does, so that what routing itself 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from edgeroute.engine import Runtime, Settings
 from edgeroute.runtime.errors import EdgerouteError, UsageError
@@ -85,22 +85,25 @@ class Answer:
     read_large: int
 
 
+class Run(NamedTuple):
+    """What one process answered, and what its Runtime said of layers, steps and memory after."""
+
+    answers: list[Answer]
+    stats: dict[str, Any]
+
+
 class Answerer:
     """A Runtime that answers questions, one after the other."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self._runtime = Runtime(path, **settings)
 
-    def answer(self, questions: Sequence[Question]) -> tuple[list[Answer], dict[str, Any]]:
-        """Answer greedily; a short answer goes first that is not counted.
-
-        Returns:
-            Answers, and what the Runtime says of layers, steps and memory after them.
-        """
+    def answer(self, questions: Sequence[Question]) -> Run:
+        """Answer greedily; a short answer goes first that is not counted."""
         self._one(questions[0], 3)
         found = [self._one(question, question.max_tokens) for question in questions]
         stats = self._runtime.stats()
-        return found, {name: stats.get(name) for name in ("layers", "steps", "memory_bytes")}
+        return Run(found, {name: stats.get(name) for name in ("layers", "steps", "memory_bytes")})
 
     def _one(self, question: Question, n_tokens: int) -> Answer:
         found = self._runtime.generate(
@@ -160,18 +163,18 @@ class _Bench:
             settings |= {"small": str(self.wanted.small), "steps": name}
         return settings | dict(self.wanted.settings)
 
-    def _live(self, name: str) -> tuple[list[Answer], dict[str, Any]]:
+    def _live(self, name: str) -> Run:
         path = self.wanted.small if name == SMALL else self.params.path
         settings = self._settings(name)
         if self.limit_bytes is None:
             with Worker(Answerer, path, settings) as worker:
-                return _answers(worker.call("answer", self.questions))
+                return _run_of(worker.call("answer", self.questions))
         for each in (self.params.path, self.wanted.small):
             self.note = drop_page_cache(each).note
         with MemoryLimit(self.limit_bytes) as limit:
             try:
                 with Worker(*limit.factory(Answerer, path, settings)) as worker:
-                    return _answers(worker.call("answer", self.questions))
+                    return _run_of(worker.call("answer", self.questions))
             except EdgerouteError as error:
                 if limit.n_killed:
                     raise EdgerouteError(
@@ -267,6 +270,6 @@ def _criteria(
     return found
 
 
-def _answers(found: object) -> tuple[list[Answer], dict[str, Any]]:
-    answers, stats = found  # type: ignore[misc]
-    return answers, stats
+def _run_of(found: object) -> Run:
+    assert isinstance(found, Run)
+    return found
