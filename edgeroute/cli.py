@@ -22,6 +22,7 @@ from edgeroute.runtime.errors import (
     EdgerouteError,
     LibraryError,
     ModelFileError,
+    StepsFileError,
     TemplateError,
     UnsupportedModelError,
     UsageError,
@@ -44,6 +45,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (ModelFileError, EXIT_REFUSED),
     (AdapterFileError, EXIT_REFUSED),
     (DepthFileError, EXIT_REFUSED),
+    (StepsFileError, EXIT_REFUSED),
     (UnsupportedModelError, EXIT_REFUSED),
     (TemplateError, EXIT_REFUSED),
     (CatalogueError, EXIT_REFUSED),
@@ -61,7 +63,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "Measure this machine and say what is missing.",
     "plan": "Tell whether a model fits, before loading it.",
     "convert": "Rewrite models for this engine.",
-    "calibrate": "Measure what a model may leave out.",
+    "calibrate": "Measure what a model may leave out, or a pair of models.",
     "bench": "Measure speed on this machine.",
 }
 """Subcommands, each a module of `edgeroute.commands` that defines `command`."""

@@ -17,7 +17,7 @@ from typing import Final, Self
 
 import platformdirs
 
-from edgeroute.runtime.errors import DepthFileError, EdgerouteError, UsageError
+from edgeroute.runtime.errors import DepthFileError, StepsFileError, UsageError
 from edgeroute.runtime.gguf_metadata import quote
 from edgeroute.skippers.plan import parse_json
 from edgeroute.skippers.step_learned import LearnedGlimpse
@@ -44,10 +44,6 @@ _COST: Final = tuple(field.name for field in fields(PassCost))
 
 Learned = Mapping[str, object]
 """Weights of a learned glimpse as skippers/step_learned writes them: numbers, texts, lists."""
-
-
-class StepsFileError(EdgerouteError):
-    """A steps file is malformed, or was made for another pair of models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,10 @@ class DepthFileError(EdgerouteError):
     """A depth file, or a plan in it, is malformed or does not fit the model."""
 
 
+class StepsFileError(EdgerouteError):
+    """A steps file is malformed, or was made for another pair of models."""
+
+
 class UnsupportedModelError(EdgerouteError):
     """A well-formed model needs something this version cannot run."""
 

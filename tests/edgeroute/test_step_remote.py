@@ -52,10 +52,8 @@ def test_the_remote_model_writes_steps_and_the_local_one_reads_them(
         assert found.text.startswith("".join(STEP) * 2)
         assert {who for who, _ in writers(found)} == {"large"}
         assert found.finish_reason == "length" and found.stats.n_generated == 150
-        prompts = [str(seen.body.get("prompt")) for seen in server.seen if seen.body]
-        assert prompts[1] == "Say it: " + "".join(STEP), "the next step continues the answer"
         stats: Any = runtime.stats()["steps"]
-        assert stats["remote"]["n_calls"] == len(found.stats.steps or ())
+        assert len(found.stats.steps or ()) > 1 == stats["remote"]["n_calls"]
 
 
 def test_steps_of_both_make_one_answer(path: Path, server: RemoteServer) -> None:
@@ -64,6 +62,8 @@ def test_steps_of_both_make_one_answer(path: Path, server: RemoteServer) -> None
         again = runtime.generate("Say it: ", max_tokens=200, steps="random:0.5", seed=3)
     assert {who for who, _ in writers(found)} == {"small", "large"}
     assert found.token_ids == again.token_ids
+    prompts = [str(seen.body.get("prompt")) for seen in server.seen if seen.body]
+    assert len(prompts) > 2 and all(("Say it: " + found.text).startswith(each) for each in prompts)
     assert sum(part.n_tokens for part in found.stats.steps or ()) == 200
 
 
@@ -80,17 +80,11 @@ def test_always_small_asks_nobody(path: Path, server: RemoteServer) -> None:
 @pytest.mark.parametrize("good", [0, 1])
 @pytest.mark.parametrize("after", [0, 5])
 def test_an_answer_is_completed_here_and_says_so(
-    path: Path, fault: str, after: int, good: int
+    path: Path, server: RemoteServer, fault: str, after: int, good: int
 ) -> None:
     """Whether the first step or a later one fails, before or after its first words."""
-    calls = itertools.count()
-
-    def answer(body: dict[str, Any]) -> Iterator[str]:
-        if next(calls) == good:
-            getattr(server, fault)(after)
-        return itertools.cycle(STEP)
-
-    with RemoteServer(answer) as server, open_pair(path, server) as runtime:
+    getattr(server, fault)(good * len(STEP) + after)
+    with open_pair(path, server) as runtime:
         found = runtime.generate("Say it: ", max_tokens=120, steps="large")
         stats: Any = runtime.stats()["steps"]
     assert found.finish_reason == "length" and found.stats.n_generated == 120

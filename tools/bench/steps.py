@@ -21,6 +21,7 @@ from edgeroute.tools.bench.experts import ExpertsParams
 from edgeroute.tools.bench.layers import BUDGET_RATIO, N_UBATCH
 from edgeroute.tools.bench.limit import MemoryLimit, drop_page_cache
 from edgeroute.tools.bench.pairs import Series
+from edgeroute.tools.bench.remote_large import RemoteLarge
 from edgeroute.tools.bench.report import BenchParams, Criterion, Report, spread
 from edgeroute.tools.bench.workers import Worker
 from edgeroute.tools.questions import Draw, Question, is_right, make_questions
@@ -46,6 +47,8 @@ class StepsParams:
         limit: the kernel's limit: bytes, text such as `1GiB`, or a share of the large file
             (`90%`); None for none, and both in memory.
         memory: edgeroute's own budget; None is 0.98 of the limit.
+        latency_s: where it is given, the large model is behind an endpoint with this latency,
+            and the small one asks it for steps.
         n_questions, kinds, seed: what is asked, see tools/questions.
         settings: of every Runtime beyond that.
     """
@@ -54,6 +57,7 @@ class StepsParams:
     policies: tuple[str, ...]
     limit: str | int | None = None
     memory: str | int | None = None
+    latency_s: float | None = None
     n_questions: int = 12
     kinds: tuple[str, ...] | None = None
     seed: int = 7
@@ -64,6 +68,8 @@ class StepsParams:
             parse_steps(spec)
         if not self.policies:
             raise UsageError("no policy was given; name at least one, as glimpse:1.2")
+        if self.latency_s is not None and self.limit is not None:
+            raise UsageError("a remote large model takes no memory here; leave --limit out")
 
     def limit_bytes(self, path: Path) -> int | None:
         """The limit for this large model."""
@@ -159,13 +165,24 @@ class _Bench:
         }  # fmt: skip
         if self.limit_bytes is not None:  # the kernels of what streams, also where all fits
             settings["repack_experts"] = False
-        if name not in (LARGE, SMALL):
+        if name == SMALL or (name == LARGE and self.wanted.latency_s is None):
+            return settings | dict(self.wanted.settings)
+        if self.wanted.latency_s is None:
             settings |= {"small": str(self.wanted.small), "steps": name}
+        else:
+            settings["steps"] = "large" if name == LARGE else name
         return settings | dict(self.wanted.settings)
 
     def _live(self, name: str) -> Run:
-        path = self.wanted.small if name == SMALL else self.params.path
-        settings = self._settings(name)
+        latency_s, settings = self.wanted.latency_s, self._settings(name)
+        small = name == SMALL or latency_s is not None
+        path = self.wanted.small if small else self.params.path
+        if latency_s is not None and name != SMALL:
+            far = {"n_ctx": N_CTX, "n_ubatch": N_UBATCH, "threads": self.params.threads}
+            with Worker(RemoteLarge, self.params.path, far, latency_s) as server:
+                settings["remote"] = server.call("address")
+                with Worker(Answerer, path, settings) as worker:
+                    return _run_of(worker.call("answer", self.questions))
         if self.limit_bytes is None:
             with Worker(Answerer, path, settings) as worker:
                 return _run_of(worker.call("answer", self.questions))
@@ -249,7 +266,8 @@ def _criteria(
     bench: _Bench, seconds: Mapping[str, Series], times: Mapping[str, Series]
 ) -> list[Criterion]:
     found: list[Criterion] = []
-    for spec, alone in TWINS.items():
+    twins = {} if bench.wanted.latency_s is not None else TWINS
+    for spec, alone in twins.items():
         if spec in seconds:
             speed = _ratio(seconds[alone], seconds[spec])
             found.append(Criterion(what=f"speed of {spec} over {alone}", value=speed.median,
