@@ -129,6 +129,9 @@ class Checker:
         self, state: StepState, tokens: list[int], least: float, *, ended: bool
     ) -> Verdict | None:
         text = tokens[:-1] if ended else tokens
+        n_cells = len(state.main.tokens) + len(text) + len(self._question)
+        if n_cells > state.main.sequence.region.n_cells:  # too near the answer's end to ask
+            return Verdict(tokens=tokens, n_kept=0, scores={})
         logits = state.main.read([*text, *self._question], n_out=1)
         if logits is None:
             return None

@@ -151,11 +151,14 @@ class StepRouting:
 
     def _choose(self, request: Request, state: StepState) -> None:
         self._follow(request, state)
-        if state.run.looks and not state.small_lost:
+        if not state.run.looks:
+            self._begin(request, state, state.run.choose(None))
+        elif state.small_lost:  # nobody is there to look
+            state.account.fell_back()
+            self._begin(request, state, "large")
+        else:
             state.phase = "look"
             self._look(request, state)
-        else:
-            self._begin(request, state, state.run.choose(None))
 
     def _look(self, request: Request, state: StepState) -> None:
         """Have the small model look at the step's first token; if it writes, that is drawn."""
@@ -217,7 +220,7 @@ class StepRouting:
         if request.sequence is None or state.phase != "write" or state.fix_left is None:
             return
         state.fix_left -= 1
-        if not state.fix_left:
+        if state.fix_left <= 0 and (self._same or state.bounds.whole):
             state.fix_left = None
             self._begin(request, state, "small")
 
@@ -411,6 +414,8 @@ class StepRouting:
             _spent(request, piece, seconds)
             if logits is not None:
                 model.cost.observe(len(piece.tokens), seconds)
+                if len(piece.tokens) == 1:
+                    self._scheduler.threads.observe(-1, seconds)
             return logits
 
         return compute

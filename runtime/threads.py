@@ -56,7 +56,11 @@ class ThreadPolicy:
         self._others = 0.0
 
     def observe(self, n_tokens: int, seconds: float) -> None:
-        """Learn from one decode step of `n_tokens` at the current number of threads."""
+        """Learn from one decode step of `n_tokens` at the current number of threads.
+
+        Steps of a second model count as of a negative number of tokens: they are compared with
+        each other only.
+        """
         if self._fixed:
             return
         self._read_load()

@@ -20,6 +20,11 @@ def steps_part(parts: Sequence[dict[str, Any]]) -> str:
         text += f", {refused} drafted tokens refused"
     read = {who: sum(part[f"read_{who}"] for part in parts) for who in ("small", "large")}
     text += f", read: {read['small']} tokens by the small model, {read['large']} by the large one"
-    if fallen := len({part["index"] for part in parts if part["reason"] == "fallback"}):
-        text += f", {fallen} by the small model because the remote one failed"
+    fallen = {who: len({part["index"] for part in parts
+                        if part["reason"] == "fallback" and part["model"] == who})
+              for who in ("small", "large")}  # fmt: skip
+    if fallen["small"]:
+        text += f", {fallen['small']} by the small model because the remote one failed"
+    if fallen["large"]:
+        text += f", {fallen['large']} by the large model because the small one could not follow"
     return text
