@@ -236,11 +236,12 @@ class LoadedModel:
             CapacityError: that does not fit either; it names the smaller of the budgets that
                 the whole and the part would need.
         """
-        whole = self.plan
+        whole, small = self.plan, sum(self._small_bytes().values())
         try:
             (self._load_paged if self.model.hparams.moe else self._load_layered)(params)
         except CapacityError as error:
-            if error.smallest_bytes is not None and error.smallest_bytes >= whole.total_bytes:
+            least = error.smallest_bytes
+            if least is not None and least >= whole.total_bytes + small:
                 self.ledger.reserve(whole.wants())
             raise
 
@@ -256,8 +257,10 @@ class LoadedModel:
         base = source.other_weights()
         own.callback(base.close)
         self.plan = self._plan(base, params)
-        paged = plan_paged(source, self.plan.wants(), self.ledger.free_bytes)
-        self.ledger.reserve(paged.wants())
+        small = self._small_bytes()
+        paged = plan_paged(source, self.plan.wants() | small, self.ledger.budget_bytes)
+        wants = paged.wants()
+        self.ledger.reserve({owner: n for owner, n in wants.items() if owner not in small})
         base.load()
         self._make_pool(params)
         self.experts = open_store(own, source, base, paged)
@@ -277,7 +280,7 @@ class LoadedModel:
                              beside_bytes=self._beside_bytes)  # fmt: skip
         with contextlib.closing(source.base(source.units())) as small:
             fixed = self._plan(small, params).wants()
-        layered = plan_layers(source, fixed, self.ledger.free_bytes)
+        layered = plan_layers(source, fixed | self._small_bytes(), self.ledger.budget_bytes)
         base = source.base(layered.streamed)
         own.callback(base.close)
         self.plan = self._plan(base, params)
@@ -286,6 +289,10 @@ class LoadedModel:
         self._make_pool(params)
         self.layers, self.forward = open_layers(own, source, base, layered, self.kv)
         self._reserve_compute(params)
+
+    def _small_bytes(self) -> dict[str, int]:
+        """Return what the small model has taken, as one part of what is planned."""
+        return {} if self.small is None else {"the small model": self.ledger.used_bytes}
 
     def _make_pool(self, params: RunParams) -> None:
         shape = kv_shape(self.model.hparams, params, self._n_repeat)
