@@ -192,7 +192,7 @@ def check_steps(spec: str, *, remote: bool, same: bool) -> None:
     name = spec.partition(":")[0] if isinstance(spec, str) else ""
     if name != "learned":  # its weights are checked with the steps file
         parse_steps(spec)
-    if remote and name in ("verify", "judge", "margin"):
+    if remote and name in ("verify", "agree", "judge", "margin"):
         raise UsageError(f"steps={spec!r} needs the large model's own logits, which a remote one "
                          "does not give; use glimpse, query, random or target")  # fmt: skip
     if not same and name == "margin":

@@ -10,7 +10,7 @@ from edgeroute.request import Request
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.sampler import log_softmax
 from edgeroute.runtime.tokenizer import Tokenizer
-from edgeroute.skippers.steps import Verify
+from edgeroute.skippers.steps import Agree, Verify
 from edgeroute.step_reader import Logits, StepModel
 from edgeroute.step_state import Draft, StepState
 
@@ -85,7 +85,7 @@ class Checker:
         if check is None or not tokens:
             return Verdict(tokens=tokens, n_kept=len(tokens), scores={})
         starts = list(np.cumsum([0, *map(len, steps[:-1])]))
-        if isinstance(check, Verify):
+        if isinstance(check, Verify | Agree):
             return self._verify(request, state, tokens, [int(start) for start in starts])
         return self._mark(state, tokens, check.least, ended=draft.ended)
 
@@ -106,23 +106,26 @@ class Checker:
         self, request: Request, state: StepState, tokens: list[int], starts: list[int]
     ) -> Verdict | None:
         check = state.run.check
-        assert isinstance(check, Verify)
+        assert isinstance(check, Verify | Agree)
         last_counts = len(tokens) < request.n_left and not self._main.tokenizer.is_eog(tokens[-1])
         fed = tokens if last_counts else tokens[:-1]  # nothing is asked about what follows an end
         rows = state.main.read(fed)
         if rows is None:
             return None
         rows = rows[: len(tokens)]
-        logprobs = np.array(
-            [log_softmax(row)[token] for row, token in zip(rows, tokens, strict=True)], np.float32
-        )
+        logprobs, best = np.empty((2, len(tokens)), np.float32)
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            logs = log_softmax(row)
+            logprobs[i], best[i] = logs[token], logs.max()
         starts = [start for start in starts if start < len(tokens)]
         ends = [*starts[1:], len(tokens)]
         scores = {
             start: round(float(logprobs[start:end].mean()), 6)
             for start, end in zip(starts, ends, strict=True)
+            if end > start  # a step without text is none in the large model's vocabulary
         }
-        n_kept = check.n_kept(logprobs, tuple(ends[:-1]))
+        n_kept = (check.n_kept(logprobs, best) if isinstance(check, Agree)
+                  else check.n_kept(logprobs, tuple(ends[:-1])))  # fmt: skip
         return Verdict(tokens=tokens, n_kept=n_kept, n_fed=len(fed), rows=rows, scores=scores)
 
     def _mark(

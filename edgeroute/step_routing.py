@@ -16,7 +16,7 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.request import Request, stoppable
 from edgeroute.runtime.errors import EdgerouteError, GrammarError
 from edgeroute.runtime.graph import Span
-from edgeroute.runtime.sampler import Sampler
+from edgeroute.runtime.sampler import Sampler, log_softmax
 from edgeroute.skippers.step_bounds import StepBounds
 from edgeroute.skippers.step_signals import glance
 from edgeroute.skippers.steps import StepPart, StepPolicy, Who
@@ -259,10 +259,16 @@ class StepRouting:
                 sampler.accept(token)
             ends = draft.bounds.push(vocabulary.piece(token))
         check = state.run.check
+        sure = getattr(check, "sure", 0.0)
+        unsure = (
+            sure > 0
+            and (self._same or draft.bounds.whole)
+            and float(np.exp(log_softmax(logits)[token])) < sure
+        )
         enough = draft.n_tokens >= getattr(check, "defer", 0)
         left = min(MAX_DRAFT, self._main.n_ubatch - 1, request.n_left)
         full = draft.n_tokens >= left and (self._same or draft.bounds.whole)
-        if draft.ended or full or (ends and enough) or not follower.reader.has_room:
+        if draft.ended or full or unsure or (ends and enough) or not follower.reader.has_room:
             state.phase = "check"
         elif ends:
             draft.steps.append([])

@@ -18,6 +18,7 @@ from edgeroute.skippers.step_runs import GlanceRun, PlainRun, number_text, seen
 from edgeroute.skippers.step_signals import margin
 from edgeroute.skippers.step_targets import TargetAccuracy, TargetPace, TargetShare
 from edgeroute.skippers.steps import (
+    Agree,
     Check,
     Floats,
     Glance,
@@ -188,10 +189,13 @@ class Draft:
         if isinstance(self.how, Judge):
             return f"judge:{number_text(self.how.least)}"
         how = self.how
-        numbers = [how.mean, how.least, how.defer, how.fix]
-        while len(numbers) > 2 and not numbers[-1]:
-            numbers.pop()
-        return ":".join(["verify", *map(number_text, numbers)])
+        if isinstance(how, Agree):
+            name, needed, usual = "agree", [how.gap], [(how.defer, 0), (how.fix, 1), (how.sure, 0)]
+        else:
+            name, needed, usual = "verify", [how.mean, how.least], [(how.defer, 0), (how.fix, 0)]
+        while usual and usual[-1][0] == usual[-1][1]:
+            usual.pop()
+        return ":".join([name, *map(number_text, [*needed, *(value for value, _ in usual)])])
 
     def begin(self, seed: int) -> StepRun:
         """Return the decisions for one answer."""
@@ -241,6 +245,17 @@ _FORMS: Final[Mapping[str, _Form]] = {
         ),
         n_optional=2,
     ),
+    "agree": _Form(
+        "agree:0:48",
+        lambda n, _: Draft(how=_agree(*n)),
+        (
+            _Number("gap in nats", 0.0, math.inf),
+            _Number("number of tokens to defer by", 0, MAX_DEFER, whole=True),
+            _Number("number of tokens to correct", 0, MAX_DEFER, whole=True),
+            _Number("probability of the small model", 0.0, 1.0),
+        ),
+        n_optional=3,
+    ),
     "judge": _Form(
         "judge:7", lambda n, _: Draft(how=Judge(least=n[0])), (_Number("mark", 0.0, 9.0),)
     ),
@@ -267,6 +282,10 @@ _FORMS: Final[Mapping[str, _Form]] = {
 }
 
 _NUMBER: Final = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?|\.[0-9]+|inf)")
+
+
+def _agree(gap: float, defer: float = 0, fix: float = 1, sure: float = 0.0) -> Agree:
+    return Agree(gap=gap, defer=int(defer), fix=int(fix), sure=sure)
 
 
 def _whole(numbers: Sequence[float], names: Sequence[str]) -> dict[str, int]:

@@ -117,6 +117,36 @@ class Verify:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Agree:
+    """Drafted tokens stay while the large model would have written nearly the same.
+
+    With a gap of 0 a greedy answer is the large model's own: what is refused is what it would
+    not have written, and that is put in its place.
+
+    Attributes:
+        gap: nats by which the large model's own choice may be likelier than a drafted token.
+        defer, fix: as in Verify.
+        sure: probability below which the small model ends its draft with a token, to have it
+            looked at before more is built on it; 0 never does.
+    """
+
+    gap: float
+    defer: int = 0
+    fix: int = 1
+    sure: float = 0.0
+
+    def n_kept(self, logprobs: Floats, best: Floats) -> int:
+        """Return how many leading tokens stay.
+
+        Args:
+            logprobs: F32 (n,), of the drafted tokens under the large model, in nats.
+            best: F32 (n,), of its own choices in their places.
+        """
+        far = np.flatnonzero(~(best - logprobs <= self.gap))  # a NaN is far
+        return int(far[0]) if len(far) else len(logprobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
     """The large model marks a drafted step from 0 to 9 and writes it anew below a mark.
 
@@ -127,7 +157,7 @@ class Judge:
     least: float = 7.0
 
 
-Check = Verify | Judge
+Check = Verify | Agree | Judge
 
 
 class StepRun(Protocol):

@@ -5,6 +5,7 @@ missing are left out for all. Seconds are modelled from what single passes cost,
 policies share were computed once.
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,7 @@ class Row:
         policy: text of it.
         n: questions.
         accuracy, low, high: share of right answers and its 95 % interval.
+        near: share of answers whose last number is right, whatever their form.
         share: of all tokens, those of the large model.
         tokens: of an answer.
         small_written, large_written: tokens that a model computed one at a time.
@@ -90,6 +92,7 @@ class Row:
     accuracy: float
     low: float
     high: float
+    near: float
     share: float
     tokens: float
     small_written: float
@@ -131,8 +134,16 @@ Table = dict[str, list[list[Played]]]
 
 def gather(
     journal: Journal, policies: Sequence[str], *, sample: int | None = None, draws: int = 1,
+    near: bool = False,
 ) -> Table:  # fmt: skip
     """Play policies on all questions whose nodes are there for every one of them.
+
+    Args:
+        journal: where answers come from.
+        policies: texts, see `parse_tried`.
+        sample: see Ask.
+        draws: how many of a policy's random choices.
+        near: whether an answer is right if its last number is, whatever its form.
 
     Raises:
         UsageError: there is no such question.
@@ -143,7 +154,8 @@ def gather(
         found: dict[str, list[Played]] = {}
         for text in policies:
             answers = [replay(journal, asked, parse_tried(text), sample, i) for i in range(draws)]
-            whole = [answer for answer in answers if answer is not None]
+            whole = [dataclasses.replace(answer, right=answer.near) if near else answer
+                     for answer in answers if answer is not None]  # fmt: skip
             if not whole:
                 missing[text] += 1
                 break
@@ -220,7 +232,8 @@ def _row(
     above = {} if gain is None else dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True))
     return Row(
         policy=spec, n=n, accuracy=round(n_right / n, 4), low=round(low, 4), high=round(high, 4),
-        share=round(n_large / max(1, n_tokens), 4), tokens=round(n_tokens / len(every), 2),
+        near=mean(lambda played: played.near), share=round(n_large / max(1, n_tokens), 4),
+        tokens=round(n_tokens / len(every), 2),
         small_written=passes("small", False), small_read=passes("small", True),
         large_written=passes("large", False), large_read=passes("large", True),
         refused=mean(lambda played: played.n_refused),
@@ -281,8 +294,8 @@ def _interval(
 def show(found: Sequence[Row]) -> str:
     """Return rows as a table to read."""
     names = list(found[0].seconds)
-    head = ["policy", "accuracy", "95 %", "large", "tokens", "small 1+n", "large 1+n", "passes",
-            "refused", *(f"{name} s" for name in names), "over random"]  # fmt: skip
+    head = ["policy", "accuracy", "95 %", "near", "large", "tokens", "small 1+n", "large 1+n",
+            "passes", "refused", *(f"{name} s" for name in names), "over random"]  # fmt: skip
     lines = [head]
     for row in found:
         gain = ""
@@ -290,7 +303,7 @@ def show(found: Sequence[Row]) -> str:
             gain = f"{row.gain:+.3f} [{row.gain_low:+.3f},{row.gain_high:+.3f}]"
         lines.append([
             row.policy, f"{row.accuracy:.3f}", f"[{row.low:.3f},{row.high:.3f}]",
-            f"{row.share:.3f}", f"{row.tokens:.1f}",
+            f"{row.near:.3f}", f"{row.share:.3f}", f"{row.tokens:.1f}",
             f"{row.small_written:.1f}+{row.small_read:.1f}",
             f"{row.large_written:.1f}+{row.large_read:.1f}", f"{row.passes:.1f}",
             f"{row.refused:.1f}", *(f"{row.seconds[name]:.2f}" for name in names), gain,
@@ -330,6 +343,7 @@ def parse_costs(text: str) -> Costs:
 @click.option("--costs", multiple=True,
               help="NAME=SMALL,SMALL_READ,LARGE,LARGE_TOKEN[,CALL] in seconds.")  # fmt: skip
 @click.option("--kind", default=None, help="Questions of one kind only.")
+@click.option("--near", is_flag=True, help="Let an answer be right if its last number is.")
 @click.option("--sample", default=None, type=int, help="Which random answer.")
 @click.option("--draws", default=1, show_default=True, help="Random choices of each policy.")
 @click.option("--seed", default=0, show_default=True, help="Of the resampling.")
@@ -348,6 +362,7 @@ class _Options:
     paired: tuple[str, ...]
     costs: tuple[str, ...]
     kind: str | None
+    near: bool
     sample: int | None
     draws: int
     seed: int
@@ -358,7 +373,8 @@ def _main(options: _Options) -> None:
     if options.kind is not None:
         journal.asked = {key: asked for key, asked in journal.asked.items()
                          if asked.kind == options.kind}  # fmt: skip
-    table = gather(journal, options.policies, sample=options.sample, draws=options.draws)
+    table = gather(journal, options.policies, sample=options.sample, draws=options.draws,
+                   near=options.near)  # fmt: skip
     settings = tuple(parse_costs(text) for text in options.costs) or SETTINGS
     found = rows(table, settings, seed=options.seed)
     asked = [(first, second) for first, _, second in (t.partition(",") for t in options.paired)]

@@ -5,6 +5,7 @@ them in a journal or has a model compute them. The passes of both models are cou
 with two caches makes them: each model reads what it lacks when it is needed, in one pass.
 """
 
+import re
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ import numpy as np
 
 from edgeroute.skippers.step_bounds import StepBounds
 from edgeroute.skippers.steps import (
+    Agree,
     Floats,
     Glance,
+    Judge,
     StepPart,
     StepPolicy,
     StepRun,
@@ -24,10 +27,11 @@ from edgeroute.skippers.steps import (
 )
 from edgeroute.tools.questions import is_right
 from edgeroute.tools.step_tree import Ask, Asked, Journal, Node
-from edgeroute.tools.step_tried import Exact
 
 MAX_TOKENS: Final = 200
 """Tokens of an answer, at most; worked ones take half as many."""
+
+_NUMBER: Final = re.compile(r"-?\d+(?:\.\d+)?")
 
 Play = Generator[Ask, Node, "Played"]
 
@@ -67,7 +71,8 @@ class Played:
 
     Attributes:
         text: of it.
-        right: whether it is.
+        right: whether it is, in the form that was asked for.
+        near: whether its last number is the right one, whatever the form.
         parts: who wrote what.
         sizes: for each model how often it made a pass over so many tokens.
         n_calls: how often the large model was asked for something, a step or a check.
@@ -75,6 +80,7 @@ class Played:
 
     text: str
     right: bool
+    near: bool
     parts: tuple[StepPart, ...]
     sizes: dict[Who, Counter[int]]
     n_calls: int
@@ -146,13 +152,15 @@ class _Player:
             who = "small" if self._inside else (yield from self._choose(()))
             if who == "large" or self._run.check is None:
                 yield from self._write(who)
-            elif isinstance(self._run.check, Verify):
-                yield from self._verified(self._run.check)
-            else:
+            elif isinstance(self._run.check, Judge):
                 yield from self._judged(self._run.check.least)
+            else:
+                yield from self._verified(self._run.check)
         text = "".join(self._pieces).encode("latin-1").decode("utf-8", errors="replace")
+        numbers = _NUMBER.findall(text)
         return Played(
-            text=text, right=is_right(self._asked.question, text), parts=tuple(self._parts),
+            text=text, right=is_right(self._asked.question, text),
+            near=numbers[-1:] == [self._asked.answer], parts=tuple(self._parts),
             sizes={who: passes.sizes for who, passes in self._passes.items()},
             n_calls=self._n_calls,
         )  # fmt: skip
@@ -224,26 +232,26 @@ class _Player:
                 return i, other
         return len(node.tokens), who
 
-    def _verified(self, check: Verify) -> Generator[Ask, Node, None]:
+    def _verified(self, check: Verify | Agree) -> Generator[Ask, Node, None]:
         """Let the small model draft, and the large one keep what it would have said itself."""
-        drafts = [(yield from self._ask("small", "write"))]
+        drafts = [_sure(check, (yield from self._ask("small", "write")))]
         draft = list(drafts[0].tokens)
         ends: list[int] = []
         looked = [self._entropy]
-        while len(draft) < check.defer and not drafts[-1].ended:
+        while len(draft) < check.defer and not (drafts[-1].ended or drafts[-1].stopped):
             if (yield from self._choose(draft, len(drafts))) == "large":
                 break
             looked.append(self._entropy)
             ends.append(len(draft))
-            drafts.append((yield from self._ask("small", "write", behind=draft)))
+            drafts.append(_sure(check, (yield from self._ask("small", "write", behind=draft))))
             draft += drafts[-1].tokens
         start = len(self._tokens)
         self._spend("small", start, len(draft))
         score = yield from self._ask("large", "score", draft)
         self._reach("large", start + len(draft))
         logprobs = np.array(score.logprob, np.float32)
-        if isinstance(check, Exact):
-            n_kept = check.n_agreed(draft, score.tokens)
+        if isinstance(check, Agree):
+            n_kept = check.n_kept(logprobs, np.array(score.best, np.float32))
         else:
             n_kept = check.n_kept(logprobs, tuple(ends))
         for passes in self._passes.values():
@@ -260,6 +268,7 @@ class _Player:
             n, self._entropy = len(node.tokens), entropy
             mean = float(logprobs[done : done + n].mean())
             kept = min(n, n_kept - done)
+            self._refused = 0, mean
             if kept == n:
                 self._keep("small", node, n, score=mean)
                 done += n
@@ -271,7 +280,7 @@ class _Player:
             return True
         return False
 
-    def _correct(self, check: Verify, score: Node, i: int) -> Generator[Ask, Node, None]:
+    def _correct(self, check: Verify | Agree, score: Node, i: int) -> Generator[Ask, Node, None]:
         """Let the large model write on from a refused token, as many tokens as the check says."""
         if check.fix == 1 and self._sample is None:  # the check has told it
             node = Node(tokens=score.tokens[i : i + 1], pieces=score.pieces[i : i + 1],
@@ -303,6 +312,17 @@ def _one_of(score: Node, i: int) -> Node:
     """Return what the large model would have written at a place of a draft."""
     tokens, pieces = score.tokens[i : i + 1], score.pieces[i : i + 1]
     return Node(tokens=tokens, pieces=pieces, ended=pieces == ("",))
+
+
+def _sure(check: Verify | Agree, node: Node) -> Node:
+    """Return what is drafted of a step: no more than a token of which its writer is unsure."""
+    if not isinstance(check, Agree) or not check.sure:
+        return node
+    weak = np.flatnonzero(np.array(node.logprob) < np.log(check.sure))
+    n = int(weak[0]) + 1 if len(weak) else len(node.tokens)
+    if n == len(node.tokens):
+        return node
+    return Node(tokens=node.tokens[:n], pieces=node.pieces[:n], stopped=True)
 
 
 def _like(margin: float) -> Floats:

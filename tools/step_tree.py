@@ -61,9 +61,11 @@ class Node:
         pieces: text of each of these tokens, a character per byte; none of one that ends the
             answer.
         ended: whether the answer ends with the last token.
+        stopped: whether a draft ended within its step, since its writer was unsure.
         entropy, top_entropy, margin: of the distribution that each written token was drawn from,
             over all and over the 20 likeliest, in nats; of a glance one each.
         logprob: of each written or drafted token, in nats.
+        best: of a score, the log-probability of what it would have written in each place.
         mark: the expected mark of a judge, 0 to 9.
         n_read: tokens of the judge's own text.
     """
@@ -71,10 +73,12 @@ class Node:
     tokens: tuple[int, ...] = ()
     pieces: tuple[str, ...] = ()
     ended: bool = False
+    stopped: bool = False
     entropy: tuple[float, ...] = ()
     top_entropy: tuple[float, ...] = ()
     margin: tuple[float, ...] = ()
     logprob: tuple[float, ...] = ()
+    best: tuple[float, ...] = ()
     mark: float = 0.0
     n_read: int = 0
 

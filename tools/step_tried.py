@@ -1,13 +1,12 @@
 """Step policies that were tried in the study and that the engine does not have.
 
-`exact[:DEFER]` refuses every token that the large model would not have written itself, and has it
-put that one in its place: plain speculative decoding by steps, the control of all checked
+`exact[:DEFER[:SURE]]` refuses every token that the large model would not have written itself, and
+has it put that one in its place: plain speculative decoding by steps, the control of all checked
 policies. `handover:MEAN:LEAST` leaves the rest of the answer to the large model from the first
 refused token on. `offset:NATS` compares entropies with those that steps of the same place have
 on average.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +15,7 @@ import numpy as np
 from edgeroute.runtime.errors import UsageError
 from edgeroute.skippers.step_policies import parse_steps
 from edgeroute.skippers.steps import (
+    Agree,
     Check,
     Floats,
     Glance,
@@ -28,16 +28,6 @@ from edgeroute.skippers.steps import (
 
 USUAL_ENTROPIES: Final = (2.37, 1.13, 0.82, 1.01, 0.35)
 """Nats, by a step's place; the last is that of all behind. Source: experiments-steps, Study A."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exact(Verify):
-    """A check that refuses what the large model would not have written itself."""
-
-    def n_agreed(self, draft: Sequence[int], own: Sequence[int]) -> int:
-        """Return how many leading tokens stay; `own` are the large model's choices."""
-        differ = np.flatnonzero(np.array(draft) != np.array(own[: len(draft)]))
-        return int(differ[0]) if len(differ) else len(draft)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,7 +84,7 @@ def parse_tried(text: str) -> StepPolicy:
         UsageError: there is no such policy, or its numbers are not those that it takes.
     """
     name, *rest = text.split(":")
-    takes = {"exact": (0, 1), "handover": (2, 2), "offset": (1, 1)}
+    takes = {"exact": (0, 2), "handover": (2, 2), "offset": (1, 1)}
     if name not in takes:
         return parse_steps(text)
     try:
@@ -108,5 +98,5 @@ def parse_tried(text: str) -> StepPolicy:
         return _Tried(spec=text, least=numbers[0])
     if name == "handover":
         return _Tried(spec=text, check=Verify(mean=numbers[0], least=numbers[1]), sticks=True)
-    defer = int(numbers[0]) if numbers else 0
-    return _Tried(spec=text, check=Exact(mean=0, least=0, defer=defer, fix=1))
+    defer, sure = [*numbers, 0.0, 0.0][:2]
+    return _Tried(spec=text, check=Agree(gap=0, defer=int(defer), sure=sure))

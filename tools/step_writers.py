@@ -195,7 +195,7 @@ class StepWriter:
             ended = not pieces[-1] or n_before + 1 >= MAX_TOKENS or question.stop.encode() in text
             if ended or bounds.push(pieces[-1].encode("latin-1")):
                 break
-        columns = [tuple(round(value, 4) for value in column) for column in zip(*seen, strict=True)]
+        columns = [rounded(column) for column in zip(*seen, strict=True)]
         return Node(
             tokens=tuple(written), pieces=tuple(pieces),
             ended=ended, entropy=columns[0], top_entropy=(round(top, 4),), margin=columns[1],
@@ -207,12 +207,13 @@ class StepWriter:
         logits = yield [*before, *draft], len(draft) + 1
         own = [int(row.argmax()) for row in logits]
         seen = [signals(row, token) for row, token in zip(logits, [*draft, own[-1]], strict=True)]
+        best = [logprob + float(row[top] - row[token]) for row, top, token, (_, _, logprob)
+                in zip(logits, own, draft, seen, strict=False)]  # fmt: skip
         entropies, margins, logprobs = zip(*seen, strict=True)
         return Node(
             tokens=tuple(own), pieces=tuple(self._piece(token) for token in own),
-            logprob=tuple(round(value, 4) for value in logprobs[:-1]),
-            entropy=tuple(round(value, 4) for value in entropies),
-            margin=tuple(round(value, 4) for value in margins),
+            logprob=rounded(logprobs[:-1]), best=rounded(best), entropy=rounded(entropies),
+            margin=rounded(margins),
         )  # fmt: skip
 
     def _piece(self, token: int) -> str:
@@ -245,6 +246,11 @@ def _judge(before: list[int], tail: list[int], digits: list[int]) -> _Work:
     weights = np.exp(marks - marks.max())
     mark = float(weights @ np.arange(10) / weights.sum())
     return Node(mark=round(mark, 4), n_read=len(tail))
+
+
+def rounded(values: Sequence[float]) -> tuple[float, ...]:
+    """Return values as a journal keeps them."""
+    return tuple(round(value, 4) for value in values)
 
 
 def signals(logits: npt.NDArray[np.float32], token: int) -> tuple[float, float, float]:

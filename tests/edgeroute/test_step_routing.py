@@ -23,7 +23,7 @@ SAMPLED: list[dict[str, Any]] = [
 POLICIES = [
     "small", "large", "random:0.5", "glimpse:5.0", "glimpse20:2.5", "query:5.0", "judge:4.5",
     "verify:-9:-12", "verify:-5.5:-6.2", "verify:-5.5:-6.2:12", "verify:-5.5:-6.2:0:1",
-    "target:0.4", "pace:0.01", "accuracy:0.8",
+    "agree:0:20", "agree:0.1:0:2:0.004", "target:0.4", "pace:0.01", "accuracy:0.8",
 ]  # fmt: skip
 N_TOKENS = 40
 SCHEMA = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}}},
@@ -156,6 +156,23 @@ def test_what_a_check_keeps_is_above_its_limits(pair: Runtime) -> None:
         seen.add(part.model)
         at += part.n_tokens
     assert seen == {"small", "large"}, "the limits do not tell these models' tokens apart"
+
+
+def test_agreeing_to_a_draft_without_a_gap_gives_the_large_model_s_answer(pair: Runtime) -> None:
+    """Whatever the draft's length: what it would not have written itself is refused."""
+    expected = pair.generate(PROMPTS[0], max_tokens=N_TOKENS, steps="large", logprobs=1)
+    gaps = [drawn.top[0][1] for drawn in expected.logprobs]
+    assert len(gaps) == N_TOKENS
+    for spec in ("agree:0", "agree:0:30", "agree:0:30:1:0.004"):
+        found = pair.generate(PROMPTS[0], max_tokens=N_TOKENS, steps=spec, logprobs=1, prefix="off")
+        same = [a == b for a, b in zip(found.token_ids, expected.token_ids, strict=True)]
+        first = same.index(False) if False in same else N_TOKENS
+        # Passes of another width have other last bits: only a near tie may come out otherwise.
+        assert (
+            first == N_TOKENS
+            or abs(found.logprobs[first].logprob - expected.logprobs[first].logprob) < 1e-3
+        )
+        assert {part.model for part in found.stats.steps or ()} == {"small", "large"}
 
 
 def test_a_correction_of_one_token_leaves_more_to_the_small_model(pair: Runtime) -> None:

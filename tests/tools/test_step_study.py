@@ -50,7 +50,8 @@ def answered(ask: Ask) -> Node:
         return Node(entropy=(float(STEPS.index(at)),), top_entropy=(0.5,), margin=(1.0,))
     if ask.want == "score":
         own = [letter.upper() if letter == "t" else letter for letter in map(chr, ask.draft)]
-        return Node(tokens=letters("".join(own)), pieces=tuple(own),
+        own += LARGE[at + len(own) :][:1]
+        return Node(tokens=letters("".join(own)), pieces=tuple(own), best=(-0.1,) * len(ask.draft),
                     logprob=tuple(-9.0 if chr(t) == "t" else -0.1 for t in ask.draft))  # fmt: skip
     if ask.want == "judge":
         return Node(mark=3.0 if ord("t") in ask.draft else 8.0, n_read=20)
@@ -59,7 +60,8 @@ def answered(ask: Ask) -> Node:
     n = end - at
     return Node(
         tokens=letters(text[at:end]), pieces=tuple(text[at:end]), ended=end == STEPS[-1],
-        entropy=(1.0,) * n, top_entropy=(0.5,), logprob=(-0.1,) * n,
+        entropy=(1.0,) * n, top_entropy=(0.5,),
+        logprob=tuple(-1.0 if letter == "t" else -0.1 for letter in text[at:end]),
         margin=tuple(0.1 if letter in "tE" else 5.0 for letter in text[at:end]),
     )  # fmt: skip
 
@@ -138,6 +140,16 @@ def test_a_check_may_correct_one_token_only() -> None:
     assert found.sizes["large"] == Counter({40: 1, 6: 1, 13: 2, 5: 1})
     assert played("exact").sizes["large"].total() == found.sizes["large"].total()
     assert played("verify:-5:-5:0:3").text == "one TWO.\n\nTHRee four.\n\nfive."
+
+
+def test_drafts_end_with_a_token_of_which_the_small_model_is_unsure() -> None:
+    found = played("exact:0:0.5")
+    assert found.text == played("exact").text
+    assert [(p.index, p.model, p.n_tokens, p.n_refused) for p in found.parts] == [
+        (0, "small", 4, 1), (0, "large", 1, 0), (0, "small", 5, 0),
+        (1, "large", 1, 1), (1, "small", 12, 0), (2, "small", 5, 0),
+    ]  # fmt: skip
+    assert found.sizes["large"] == Counter({35: 1, 6: 1, 1: 1, 13: 1, 5: 1})
 
 
 def test_the_rest_is_handed_over() -> None:
@@ -234,7 +246,7 @@ def made(right: bool, n_large: int) -> Played:
     parts = (StepPart(index=0, model="small", n_tokens=10 - n_large),
              StepPart(index=0, model="large", n_tokens=n_large))  # fmt: skip
     sizes: dict[Who, Counter[int]] = {"small": Counter({1: 10, 4: 2}), "large": Counter({3: 2})}
-    return Played(text="", right=right, parts=parts, sizes=sizes, n_calls=2)
+    return Played(text="", right=right, near=True, parts=parts, sizes=sizes, n_calls=2)
 
 
 def test_rows_and_what_lies_above_random() -> None:
@@ -252,7 +264,7 @@ def test_rows_and_what_lies_above_random() -> None:
     assert row.gain == pytest.approx(0.15) and row.gain_low is not None and row.gain_low > 0.03
     even = found["even:1"]
     assert even.gain == 0 and even.gain_low is not None and even.gain_low < 0
-    assert found["small"].gain is None
+    assert found["small"].gain is None and found["small"].near == 1
     assert row.seconds == {"x": 10 + 4 + 2 * (2 + 0.75) + 20}
     assert (row.small_written, row.small_read, row.passes, row.large_read) == (10, 8, 2, 6)
     (pair,) = pairs(table, [("good:1", "random:0.5")])
@@ -335,6 +347,7 @@ def test_writing_looking_and_reading_agree(pair: dict[Who, Path]) -> None:
         assert looked.entropy[0] == pytest.approx(node.entropy[0], abs=0.1)
         score = one(writer, Ask(who="small", want="score", tokens=(), draft=node.tokens))
         assert score.logprob == pytest.approx(node.logprob, abs=0.2)
+        assert score.best == pytest.approx(node.logprob, abs=0.2)  # its own likeliest tokens
         half = len(node.tokens) // 2
         rest = one(writer, Ask(who="small", want="write", tokens=node.tokens[:half]))
         close = [i for i, gap in enumerate(node.margin) if gap < 1e-3]  # may fall either way

@@ -219,7 +219,7 @@ def run(params: BenchParams, progress: pairs.Progress, wanted: StepsParams) -> R
     return Report(
         bench="steps", params=bench.params,
         columns=("written by", "right", "95 %", "large tokens", "s an answer", "time of large",
-                 "refused", "read by large", "MB a token"),
+                 "refused", "read by large", "MB a token", "as large"),
         rows=tuple(_row(name, bench, seconds[name], times[name]) for name in seconds),
         results=[_result(name, bench, seconds[name], times[name]) for name in seconds],
         criteria=tuple(_criteria(bench, seconds, times)),
@@ -241,7 +241,7 @@ def _row(name: str, bench: _Bench, seconds: Series, time: Series) -> tuple[str, 
         name, f"{found['n_right']} of {found['n']}", f"{low:.2f} to {high:.2f}",
         f"{found['large_share']:.0%}", spread(seconds, 2), spread(time, 3),
         f"{found['n_refused']}", f"{found['read_large']}",
-        f"{found['bytes_per_token'] / 1e6:.1f}",
+        f"{found['bytes_per_token'] / 1e6:.1f}", f"{found['n_equal']} of {found['n']}",
     )  # fmt: skip
 
 
@@ -251,8 +251,10 @@ def _result(name: str, bench: _Bench, seconds: Series, time: Series) -> dict[str
     n_large = n_tokens if name == LARGE else sum(answer.n_large for answer in answers)
     layers = stats.get("layers") or {}
     per_run = n_tokens / len(seconds.values)
+    both = zip(answers, bench.answers[LARGE], strict=True)
     return {
         "policy": name, "n": len(answers), "n_right": sum(answer.right for answer in answers),
+        "n_equal": sum(ours.tokens == theirs.tokens for ours, theirs in both),
         "n_tokens": n_tokens, "large_share": n_large / max(1, n_tokens),
         "n_refused": sum(answer.n_refused for answer in answers),
         "read_small": sum(answer.read_small for answer in answers),
