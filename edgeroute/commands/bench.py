@@ -357,6 +357,8 @@ def prune(keep: int, first: int | None, **options: Any) -> None:
               "limit]")  # fmt: skip
 @click.option("--questions", "n_questions", default=12, show_default=True,
               type=click.IntRange(1, 1000), help="Questions answered in a run.")  # fmt: skip
+@click.option("--disk-rate", metavar="BYTES", help="Read at most so many bytes a second, as from "
+              "a slower disk: 300MB.")  # fmt: skip
 @click.option("--remote-latency", "latency_ms", type=click.FloatRange(0, 60_000), metavar="MS",
               help="Put the large model behind an endpoint of this latency.")  # fmt: skip
 @click.option("--seed", default=7, show_default=True, help="Of the questions.")
@@ -369,7 +371,8 @@ def steps(small: str, policies: str, latency_ms: float | None, **options: Any) -
     from edgeroute.models.pull import resolve
     from edgeroute.tools.bench import steps as bench
 
-    given = {name: options[name] for name in ("limit", "memory", "n_questions", "seed")}
+    names = ("limit", "memory", "n_questions", "seed", "disk_rate")
+    given = {name: options[name] for name in names}
     given["latency_s"] = None if latency_ms is None else latency_ms / 1e3
     wanted = bench.StepsParams(small=resolve(small), policies=tuple(policies.split(",")), **given)
     _finish(bench.run(_params(options), _progress, wanted), options)

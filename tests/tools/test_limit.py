@@ -11,6 +11,7 @@ import pytest
 
 from edgeroute.runtime.errors import EdgerouteError, UsageError
 from edgeroute.runtime.units import MIB
+from edgeroute.tools.bench import disk_rate
 from edgeroute.tools.bench import limit as limits
 from edgeroute.tools.bench.limit import MemoryLimit, cached_ratio, drop_page_cache
 from edgeroute.tools.bench.workers import Worker
@@ -133,7 +134,7 @@ def test_dropping_the_page_cache_of_a_file(big_file: Path) -> None:
 
 
 def test_without_control_groups_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_candidates", lambda: iter(()))
+    monkeypatch.setattr(limits, "own_groups", lambda controller: iter(()))
     with pytest.raises(UsageError, match="this system has none for memory"):
         MemoryLimit(LIMIT)
     with pytest.raises(UsageError, match="at least 1 MiB"):
@@ -148,8 +149,35 @@ def test_a_group_that_cannot_be_limited_is_not_left(
     def refuse(self: Path, text: str) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(limits, "_candidates", lambda: iter([(limits._V1, tmp_path)]))
+    monkeypatch.setattr(limits, "own_groups", lambda controller: iter([(False, tmp_path)]))
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(UsageError, match=r"Permission denied\); run as root"):
         MemoryLimit(LIMIT)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_slower_disk_is_a_group_with_a_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ordinary folders stand for groups of both versions."""
+    monkeypatch.setattr(disk_rate, "_disk_of", lambda path: "8:0")
+    for v2, name, text in (
+        (False, "blkio.throttle.read_bps_device", "8:0 300000000"),
+        (True, "io.max", "8:0 rbps=300000000"),
+    ):
+        monkeypatch.setattr(disk_rate, "own_groups", lambda _, v2=v2: iter([(v2, tmp_path)]))
+        rate = disk_rate.DiskRate(tmp_path, 300_000_000)
+        assert (rate.folder / name).read_text() == text
+        (rate.folder / name).unlink()  # as the kernel's own files go with their group
+        rate.close()
+        rate.close()
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(disk_rate, "own_groups", lambda _: iter(()))
+    with pytest.raises(UsageError, match="none for disks"):
+        disk_rate.DiskRate(tmp_path, 300_000_000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of disks are Linux's")
+def test_a_file_on_no_disk_is_refused() -> None:
+    with pytest.raises(UsageError, match="on no disk"):
+        disk_rate.DiskRate(Path("/proc/self/status"), 1 << 20)

@@ -60,8 +60,9 @@ class MemoryLimit(Closing):
             raise UsageError(f"a memory limit must be at least 1 MiB, got {n_bytes} bytes")
         self.n_bytes = n_bytes
         reasons = []
-        for version, folder in _candidates():
-            _sweep(folder)
+        for v2, folder in own_groups("memory"):
+            version = _V2 if v2 else _V1
+            sweep(folder)
             try:
                 self.folder = _make(version, folder, n_bytes)
             except OSError as error:
@@ -81,7 +82,7 @@ class MemoryLimit(Closing):
         Example: `Worker(*limit.factory(Theirs, path, params))`.
         """
         # Pickled once more, so that the engine's modules are imported after joining.
-        return _join_and_make, str(self.folder), pickle.dumps((factory, args))
+        return join_and_make, str(self.folder), pickle.dumps((factory, args))
 
     @property
     def peak_bytes(self) -> int | None:
@@ -104,28 +105,43 @@ class MemoryLimit(Closing):
         Raises:
             OSError: it cannot be removed.
         """
-        deadline = time.monotonic() + _REMOVE_S
-        while self.folder.exists():
-            for pid in _read(self.folder / "cgroup.procs").split():
-                with contextlib.suppress(ProcessLookupError):  # it ended by itself
-                    os.kill(int(pid), signal.SIGKILL)
-            try:
-                self.folder.rmdir()
-            except OSError:  # a killed process leaves a moment later
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+        remove_group(self.folder)
 
 
-def _join_and_make(folder: str, pickled: bytes) -> Any:
+def remove_group(folder: Path) -> None:
+    """End what still runs inside a group and remove it, if it is still there.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    deadline = time.monotonic() + _REMOVE_S
+    while folder.exists():
+        for pid in _read(folder / "cgroup.procs").split():
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            folder.rmdir()
+        except OSError:  # a killed process leaves a moment later
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def join_and_make(folder: str, pickled: bytes) -> Any:
     """Enter the group, then import and make the engine; runs in the worker."""
     (Path(folder) / "cgroup.procs").write_text(str(os.getpid()))
     factory, args = pickle.loads(pickled)
     return factory(*args)
 
 
-def _candidates() -> Iterator[tuple[_Version, Path]]:
+def own_groups(controller: str) -> Iterator[tuple[bool, Path]]:
     """Yield folders in which a group may be made: our own first, then its ancestors.
+
+    Args:
+        controller: of version 1, such as `memory`.
+
+    Yields:
+        Whether a folder is of version 2, and the folder.
 
     Source: Linux Documentation/admin-guide, cgroup-v1/memory and cgroup-v2.
     """
@@ -133,15 +149,15 @@ def _candidates() -> Iterator[tuple[_Version, Path]]:
         return
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         number, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            version, mount = _V1, _MOUNT / "memory"
+        if controller in controllers.split(","):
+            v2, mount = False, _MOUNT / controller
         elif number == "0" and (_MOUNT / "cgroup.controllers").exists():
-            version, mount = _V2, _MOUNT
+            v2, mount = True, _MOUNT
         else:
             continue
         folder = mount / path.lstrip("/")
         while folder.is_dir():
-            yield version, folder
+            yield v2, folder
             if folder == mount:
                 break
             folder = folder.parent
@@ -151,8 +167,7 @@ def _make(version: _Version, parent: Path, n_bytes: int) -> Path:
     """Make a group and set its limit; leave nothing behind on OSError."""
     if version is _V2 and "memory" not in _read(parent / "cgroup.subtree_control").split():
         (parent / "cgroup.subtree_control").write_text("+memory")
-    folder = parent / f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
-    folder.mkdir()
+    folder = new_group(parent)
     try:
         (folder / version.limit).write_text(str(n_bytes))
         if (folder / version.swap).exists():
@@ -163,7 +178,14 @@ def _make(version: _Version, parent: Path, n_bytes: int) -> Path:
     return folder
 
 
-def _sweep(parent: Path) -> None:
+def new_group(parent: Path) -> Path:
+    """Make an empty group whose name says whose it is."""
+    folder = parent / f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
+    folder.mkdir()
+    return folder
+
+
+def sweep(parent: Path) -> None:
     """Remove groups of benchmarks that were killed before they could do it."""
     for folder in parent.glob(f"{PREFIX}-*"):
         pid = folder.name.removeprefix(f"{PREFIX}-").partition("-")[0]

@@ -6,6 +6,7 @@ small model takes is missing for the large one's layers, which then stream. The 
 and `glimpse:inf` writes what one model alone does, so that what routing itself costs is seen.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from edgeroute.runtime.units import format_bytes, parse_bytes
 from edgeroute.skippers.step_policies import parse_steps
 from edgeroute.tools.accuracy import wilson
 from edgeroute.tools.bench import pairs
+from edgeroute.tools.bench.disk_rate import DiskRate
 from edgeroute.tools.bench.experts import ExpertsParams
 from edgeroute.tools.bench.layers import BUDGET_RATIO, N_UBATCH
 from edgeroute.tools.bench.limit import MemoryLimit, drop_page_cache
@@ -47,6 +49,8 @@ class StepsParams:
         limit: the kernel's limit: bytes, text such as `1GiB`, or a share of the large file
             (`90%`); None for none, and both in memory.
         memory: edgeroute's own budget; None is 0.98 of the limit.
+        disk_rate: bytes per second that are read from the disk, to play a slower one; None for as
+            fast as it is.
         latency_s: where it is given, the large model is behind an endpoint with this latency,
             and the small one asks it for steps.
         n_questions, kinds, seed: what is asked, see tools/questions.
@@ -57,6 +61,7 @@ class StepsParams:
     policies: tuple[str, ...]
     limit: str | int | None = None
     memory: str | int | None = None
+    disk_rate: str | int | None = None
     latency_s: float | None = None
     n_questions: int = 12
     kinds: tuple[str, ...] | None = None
@@ -68,6 +73,8 @@ class StepsParams:
             parse_steps(spec)
         if not self.policies:
             raise UsageError("no policy was given; name at least one, as glimpse:1.2")
+        if self.disk_rate is not None and self.limit is None:
+            raise UsageError("where all is in memory no disk is read; give --limit, too")
         if self.latency_s is not None and self.limit is not None:
             raise UsageError("a remote large model takes no memory here; leave --limit out")
 
@@ -188,9 +195,14 @@ class _Bench:
                 return _run_of(worker.call("answer", self.questions))
         for each in (self.params.path, self.wanted.small):
             self.note = drop_page_cache(each).note
-        with MemoryLimit(self.limit_bytes) as limit:
+        with contextlib.ExitStack() as own:
+            limit = own.enter_context(MemoryLimit(self.limit_bytes))
+            made = limit.factory(Answerer, path, settings)
+            if self.wanted.disk_rate is not None:
+                rate = DiskRate(path, parse_bytes(self.wanted.disk_rate))
+                made = own.enter_context(rate).factory(*made)
             try:
-                with Worker(*limit.factory(Answerer, path, settings)) as worker:
+                with Worker(*made) as worker:
                     return _run_of(worker.call("answer", self.questions))
             except EdgerouteError as error:
                 if limit.n_killed:
