@@ -39,8 +39,8 @@ ALONE_PART, CONTROL_PART = 0.25, 0.2
 """Shares of the time for the models alone, before, and for random routing, after the others."""
 QUANTILES: Final = (0.4, 0.6, 0.8)
 """Of the entropies that the small model saw, at which thresholds are tried."""
-VERIFY: Final = ("verify:-0.3:-3", "verify:-0.6:-5", "verify:-0.6:-5:48")
-"""Strict, lenient, and lenient with several steps looked at together."""
+VERIFY: Final = ("agree:0:48:1:0.5", "agree:0.5:48:1:0.4", "verify:-0.3:-1:0:1", "verify:-0.6:-5:48")
+"""From what changes nothing in a greedy answer to lenient checks of several steps together."""
 JUDGE: Final = "judge:7"
 LEAST_NATS: Final = 0.001
 """A threshold of 0 would give every step to the large model."""

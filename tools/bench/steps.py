@@ -87,11 +87,15 @@ class StepsParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One answer: its tokens, whether it is right, its seconds, and who wrote what."""
+    """One answer: its tokens, whether it is right, its seconds, and who wrote what.
+
+    `n_written` and `n_large` count the tokens that ended it, and are 0 of one model alone.
+    """
 
     tokens: tuple[int, ...]
     right: bool
     seconds: float
+    n_written: int
     n_large: int
     n_refused: int
     read_small: int
@@ -126,6 +130,7 @@ class Answerer:
         return Answer(
             tokens=found.token_ids, right=is_right(question, found.text),
             seconds=found.stats.ttft_s + found.stats.decode_s,
+            n_written=sum(part.n_tokens for part in parts),
             n_large=sum(part.n_tokens for part in parts if part.model == "large"),
             n_refused=sum(part.n_refused for part in parts),
             read_small=sum(part.read_small for part in parts),
@@ -260,14 +265,15 @@ def _row(name: str, bench: _Bench, seconds: Series, time: Series) -> tuple[str, 
 def _result(name: str, bench: _Bench, seconds: Series, time: Series) -> dict[str, Any]:
     answers, stats = bench.answers[name], bench.stats[name]
     n_tokens = sum(len(answer.tokens) for answer in answers)
-    n_large = n_tokens if name == LARGE else sum(answer.n_large for answer in answers)
+    n_written = sum(answer.n_written for answer in answers)
+    large_share = sum(answer.n_large for answer in answers) / max(1, n_written)
     layers = stats.get("layers") or {}
     per_run = n_tokens / len(seconds.values)
     both = zip(answers, bench.answers[LARGE], strict=True)
     return {
         "policy": name, "n": len(answers), "n_right": sum(answer.right for answer in answers),
         "n_equal": sum(ours.tokens == theirs.tokens for ours, theirs in both),
-        "n_tokens": n_tokens, "large_share": n_large / max(1, n_tokens),
+        "n_tokens": n_tokens, "large_share": large_share if n_written else float(name == LARGE),
         "n_refused": sum(answer.n_refused for answer in answers),
         "read_small": sum(answer.read_small for answer in answers),
         "read_large": sum(answer.read_large for answer in answers),
