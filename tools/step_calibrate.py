@@ -39,7 +39,12 @@ ALONE_PART, CONTROL_PART = 0.25, 0.2
 """Shares of the time for the models alone, before, and for random routing, after the others."""
 QUANTILES: Final = (0.4, 0.6, 0.8)
 """Of the entropies that the small model saw, at which thresholds are tried."""
-VERIFY: Final = ("agree:0:48:1:0.5", "agree:0.5:48:1:0.4", "verify:-0.3:-1:0:1", "verify:-0.6:-5:48")
+CHECKED: Final = (
+    "agree:0:48:1:0.5",
+    "agree:0.5:48:1:0.4",
+    "verify:-0.3:-1:0:1",
+    "verify:-0.6:-5:48",
+)
 """From what changes nothing in a greedy answer to lenient checks of several steps together."""
 JUDGE: Final = "judge:7"
 LEAST_NATS: Final = 0.001
@@ -256,7 +261,7 @@ class _Run:
         """Return what is to be measured, from what the small model saw."""
         everything = [glance.entropy for each in seen for glance in each]
         first = [each[0].entropy for each in seen if each]
-        specs = [*VERIFY, JUDGE]
+        specs = [*CHECKED, JUDGE]
         if everything:
             specs += [f"glimpse:{nats:g}" for nats in thresholds(everything, QUANTILES)]
             specs += [f"query:{nats:g}" for nats in thresholds(first, [0.5])]

@@ -22,9 +22,9 @@ from edgeroute.skippers.steps import Glance, StepPart, Who
 from edgeroute.steps_file import Point, StepsFile
 from edgeroute.tools import synth
 from edgeroute.tools.step_calibrate import (
+    CHECKED,
     JUDGE,
     MIN_TASKS,
-    VERIFY,
     CalibrateStepsParams,
     calibrate_steps,
     choose,
@@ -133,10 +133,9 @@ def by_spec(report: StepsReport) -> dict[str, Point]:
 def test_every_policy_is_measured_on_the_same_tasks(report: StepsReport) -> None:
     found = by_spec(report)
     names = [spec.split(":")[0] for spec in found]
-    assert {"small", "large", "verify", "judge", "glimpse", "query", "learned", "random"} == {
-        *names
-    }
-    assert JUDGE in found and set(VERIFY) <= found.keys()
+    alone, looking = {"small", "large", "random"}, {"glimpse", "query", "learned"}
+    assert {*names} == alone | looking | {"agree", "verify", "judge"}
+    assert JUDGE in found and set(CHECKED) <= found.keys()
     assert {point.n for point in found.values()} == {len(TASKS)}
     for point in found.values():
         assert point.low <= point.accuracy <= point.high
@@ -167,7 +166,7 @@ def test_the_quickest_good_policy_is_chosen_and_is_in_the_file(
 ) -> None:
     file = StepsFile.read(params.out, "5" * 64, "a" * 64)
     assert file == report.file
-    assert file.chosen in {*VERIFY, JUDGE}  # checks cost the fake pair nothing
+    assert file.chosen in {*CHECKED, JUDGE}  # checks cost the fake pair nothing
     assert not params.out.with_name(params.out.name + ".work").exists()
 
 
