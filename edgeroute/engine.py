@@ -342,9 +342,7 @@ class Runtime(Closing):
             # One model alone should not wait for what two need.
             from edgeroute.step_choice import open_routing
 
-            scheduler.steps = open_routing(
-                scheduler, loaded, params, lambda: self._inbox.put(None)
-            )
+            scheduler.steps = open_routing(scheduler, loaded, params, lambda: self._inbox.put(None))
         if loaded.depth is not None:
             from edgeroute.depth import Depth
             from edgeroute.depth_guard import DepthGuard

@@ -343,10 +343,13 @@ def prune(keep: int, first: int | None, **options: Any) -> None:
     _finish(bench.run(_params(options), _progress, wanted), options)
 
 
-@command.command(epilog=_examples(
-    "steps", "--model qwen2.5-coder-1.5b-instruct --small qwen2.5-coder-0.5b-instruct",
-    "--model large.gguf --small small.gguf --limit 90% --policies verify:-0.3:-3:32:1,glimpse:1",
-))
+@command.command(
+    epilog=_examples(
+        "steps",
+        "--model qwen2.5-coder-1.5b-instruct --small qwen2.5-coder-0.5b-instruct",
+        "--model large.gguf --small small.gguf --limit 90% --policies verify:-0.3:-3:32:1,glimpse:1",
+    )
+)
 @_timed
 @click.option("--small", required=True, metavar="NAME", help="The small model of the pair.")
 @click.option("--policies", default="glimpse:0,glimpse:inf", show_default=True, metavar="LIST",
