@@ -347,7 +347,7 @@ def prune(keep: int, first: int | None, **options: Any) -> None:
     epilog=_examples(
         "steps",
         "--model qwen2.5-coder-1.5b-instruct --small qwen2.5-coder-0.5b-instruct",
-        "--model large.gguf --small small.gguf --limit 90% --policies verify:-0.3:-3:32:1,glimpse:1",
+        "--model large.gguf --small small.gguf --limit 90% --policies agree:0:48:1:0.5",
     )
 )
 @_timed
