@@ -6,7 +6,6 @@ catches up in one batch, and only when it is asked for something.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +23,6 @@ Logits = npt.NDArray[np.float32]
 Compute = Callable[[Piece, bool], Logits | None]
 """Runs one piece, and keeps the last layer's output if asked to; None when that was stopped, or
 failed and ended its request."""
-
-NARROW: Final = 8
-"""Tokens up to which a pass counts as decoding for the threads' policy."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -5,23 +5,21 @@ beside it follows, see `edgeroute.step_reader`. A token counts once it is commit
 drafted and refused was never seen by the sampler, the grammar or the listener.
 """
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeroute.loaded import MAX_DRAFT
-from edgeroute.models.forward import Forward, Piece
-from edgeroute.request import Request, stoppable
+from edgeroute.request import Request
 from edgeroute.runtime.errors import EdgerouteError, GrammarError
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.sampler import Sampler, log_softmax
 from edgeroute.skippers.step_bounds import StepBounds
 from edgeroute.skippers.step_signals import glance
 from edgeroute.skippers.steps import StepPart, StepPolicy, Who
 from edgeroute.step_check import Checker
-from edgeroute.step_reader import NARROW, Compute, Follower, Logits, Reader, StepModel
+from edgeroute.step_compute import main_compute, other_compute
+from edgeroute.step_reader import Follower, Logits, Reader, StepModel
 from edgeroute.step_remote import RemoteWriter
 from edgeroute.step_state import Account, Draft, Phase, StepState
 
@@ -75,7 +73,13 @@ class StepRouting:
         if other is None and self._other is not None:
             return False
         n_prompt = len(request.prompt_ids)
-        main = Reader(self._main, sequence, n_prompt, self._compute_main(request), request.lora)
+        main = Reader(
+            self._main,
+            sequence,
+            n_prompt,
+            main_compute(self._scheduler, self._main, request),
+            request.lora,
+        )
         request.steps = self._state(request, policy, main, other)
         self.choice.serve(request.id, policy, request.sampler.seed)
         return True
@@ -90,7 +94,9 @@ class StepRouting:
         sequence = model.prefix.open(prompt, n_cells, request.prefix)
         if sequence is None:
             return None
-        reader = Reader(model, sequence, len(prompt), self._compute_other(request, model))
+        reader = Reader(
+            model, sequence, len(prompt), other_compute(self._scheduler, model, request)
+        )
         return Follower(reader, same=self._same)
 
     def _state(
@@ -393,49 +399,6 @@ class StepRouting:
     def _note(self, state: StepState, part: StepPart | None) -> None:
         if part is not None:
             state.run.note(part)
-
-    def _compute_main(self, request: Request) -> Compute:
-        def compute(piece: Piece, hidden: bool) -> Logits | None:
-            began = time.perf_counter()
-            spans = _halves(self._main.forward) if hidden else None
-            logits = self._scheduler.compute(request, piece, spans)
-            _spent(request, piece, time.perf_counter() - began)
-            return logits
-
-        return compute
-
-    def _compute_other(self, request: Request, model: StepModel) -> Compute:
-        forward, device = model.forward, model.forward.device
-
-        def compute(piece: Piece, hidden: bool) -> Logits | None:
-            device.set_threads(self._scheduler.threads.n_threads)
-            began = time.perf_counter()
-            spans = _halves(forward) if hidden else None
-            if len(piece.tokens) <= NARROW:
-                logits = forward.run([piece], spans, borrow=True)
-            else:
-                with stoppable(request, device):
-                    logits = forward.run([piece], spans, borrow=True)
-            seconds = time.perf_counter() - began
-            _spent(request, piece, seconds)
-            if logits is not None:
-                model.cost.observe(len(piece.tokens), seconds)
-                if len(piece.tokens) == 1:
-                    self._scheduler.threads.observe(-1, seconds)
-            return logits
-
-        return compute
-
-
-def _spent(request: Request, piece: Piece, seconds: float) -> None:
-    if piece.pos < len(request.prompt_ids):
-        request.prefill_s += seconds
-
-
-def _halves(forward: Forward) -> tuple[Span, ...]:
-    """Split the whole model before its head, so that the last layer's output can be read."""
-    body, head = forward.whole[0]._replace(output=False), Span((), embed=False, output=True)
-    return body, head
 
 
 def _fit(logits: Logits, n_vocab: int) -> Logits:

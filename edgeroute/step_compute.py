@@ -1,0 +1,63 @@
+"""Passes of the two models for an answer in steps, and what they take."""
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from edgeroute.models.forward import Forward, Piece
+from edgeroute.request import Request, stoppable
+from edgeroute.runtime.graph import Span
+from edgeroute.step_reader import Compute, Logits, StepModel
+
+if TYPE_CHECKING:
+    from edgeroute.scheduler import Scheduler
+
+BRIEF: Final = 8
+"""Tokens of a pass that is over before a cancel could stop it within."""
+
+
+def main_compute(scheduler: "Scheduler", model: StepModel, request: Request) -> Compute:
+    """Return what runs pieces on the model that an answer belongs to."""
+
+    def compute(piece: Piece, hidden: bool) -> Logits | None:
+        began = time.perf_counter()
+        spans = _halves(model.forward) if hidden else None
+        logits = scheduler.compute(request, piece, spans)
+        _spent(request, piece, time.perf_counter() - began)
+        return logits
+
+    return compute
+
+
+def other_compute(scheduler: "Scheduler", model: StepModel, request: Request) -> Compute:
+    """Return what runs pieces on the model beside it, with as many threads."""
+    forward, device = model.forward, model.forward.device
+
+    def compute(piece: Piece, hidden: bool) -> Logits | None:
+        device.set_threads(scheduler.threads.n_threads)
+        began = time.perf_counter()
+        spans = _halves(forward) if hidden else None
+        if len(piece.tokens) <= BRIEF:
+            logits = forward.run([piece], spans, borrow=True)
+        else:
+            with stoppable(request, device):
+                logits = forward.run([piece], spans, borrow=True)
+        seconds = time.perf_counter() - began
+        _spent(request, piece, seconds)
+        if logits is not None:
+            model.cost.observe(len(piece.tokens), seconds)
+            if len(piece.tokens) == 1:
+                scheduler.threads.observe(-1, seconds)
+        return logits
+
+    return compute
+
+
+def _spent(request: Request, piece: Piece, seconds: float) -> None:
+    if piece.pos < len(request.prompt_ids):
+        request.prefill_s += seconds
+
+
+def _halves(forward: Forward) -> tuple[Span, ...]:
+    """Split the whole model before its head, so that the last layer's output can be read."""
+    body, head = forward.whole[0]._replace(output=False), Span((), embed=False, output=True)
+    return body, head
