@@ -124,8 +124,8 @@ class Asking:
                     "or remote=, and neither steps='off' nor speculate='small'"
                 )
             return "off"
-        if asked is not None:
-            check_steps(asked, remote=self._params.remote is not None, same=self._same)
+        # Also the Runtime's own: what vocabularies the pair has was not known before it was loaded.
+        check_steps(spec, remote=self._params.remote is not None, same=self._same)
         return spec
 
     @property

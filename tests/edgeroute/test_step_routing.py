@@ -348,6 +348,11 @@ def test_settings_that_contradict_each_other_are_refused(paths: dict[str, Path])
             Runtime(paths["large"], **(PARAMS | settings))  # type: ignore[arg-type]
     with Runtime(paths["large"], **PARAMS) as alone, pytest.raises(UsageError, match="two models"):
         alone.generate("x", steps="small")
+    with (
+        Runtime(paths["large"], small=paths["other"], **PARAMS, steps="margin:1:2") as strangers,
+        pytest.raises(UsageError, match="one vocabulary"),
+    ):
+        strangers.generate("x")
     wrong = [5, 6, 7]
     with (
         Runtime(paths["large"], small=paths["other"], **PARAMS) as strangers,
