@@ -6,15 +6,14 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypedDict
+from typing import Literal, TypedDict
 
 from edgeroute.pool_shelf import Lease
 from edgeroute.request import Outcome
-from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError
 from edgeroute.skippers.pool_choice import Why
-from edgeroute.stats import Chunk, Generation
-from edgeroute.stream import Stream
+from edgeroute.stats import Generation
+from edgeroute.stream import Chunks, Stream
 
 Reason = Why | Literal["asked for", "refused before"]
 
@@ -100,7 +99,7 @@ class PoolGeneration(Generation):
     pool: Route
 
 
-class PoolStream(Closing):
+class PoolStream(Chunks):
     """Iterator over the chunks of one answer; the last has its whole PoolGeneration.
 
     The model is in use until its engine has written the answer, however slowly that is read: so
@@ -112,38 +111,16 @@ class PoolStream(Closing):
     def __init__(
         self, stream: Stream, lease: Lease, finish: Callable[[Generation], PoolGeneration]
     ) -> None:
+        inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        super().__init__(inbox)
         self._stream = stream
-        self._inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._done = False
-        parts = (stream, lease, finish, self._inbox)
+        parts = (stream, lease, finish, inbox)
         threading.Thread(target=_pass_on, args=parts, name="edgeroute-pool", daemon=True).start()
 
     @property
     def id(self) -> str:
         """Id of the generation."""
         return self._stream.id
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Chunk:
-        """Wait for the next chunk.
-
-        Raises:
-            EdgerouteError: the request failed; nothing more comes.
-        """
-        while not self._done:
-            try:
-                # A wait without limit could not be interrupted on Windows.
-                outcome = self._inbox.get(timeout=0.5)
-            except queue.Empty:
-                continue
-            if isinstance(outcome, BaseException):
-                self._done = True
-                raise outcome
-            self._done = outcome.finish_reason is not None
-            return outcome
-        raise StopIteration
 
     def cancel(self) -> None:
         """Ask the model to end the answer, within one token or one operation of a prefill."""

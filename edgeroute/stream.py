@@ -8,22 +8,12 @@ from edgeroute.runtime.closing import Closing
 from edgeroute.stats import Chunk
 
 
-class Stream(Closing):
-    """Iterator over the chunks of one answer; the last has its whole Generation.
+class Chunks(Closing):
+    """Chunks of one answer, taken from where its engine puts them."""
 
-    `cancel` asks for the end: what was produced, with its statistics, still comes.
-    `close`, leaving a `with` block, or dropping the object cancels and listens no longer.
-    """
-
-    def __init__(self, request: Request, inbox: "queue.SimpleQueue[Outcome]") -> None:
-        self._request = request
+    def __init__(self, inbox: "queue.SimpleQueue[Outcome]") -> None:
         self._inbox = inbox
         self._done = False
-
-    @property
-    def id(self) -> str:
-        """Id of the generation."""
-        return self._request.id
 
     def __iter__(self) -> Self:
         return self
@@ -46,6 +36,23 @@ class Stream(Closing):
             self._done = outcome.finish_reason is not None
             return outcome
         raise StopIteration
+
+
+class Stream(Chunks):
+    """Iterator over the chunks of one answer; the last has its whole Generation.
+
+    `cancel` asks for the end: what was produced, with its statistics, still comes.
+    `close`, leaving a `with` block, or dropping the object cancels and listens no longer.
+    """
+
+    def __init__(self, request: Request, inbox: "queue.SimpleQueue[Outcome]") -> None:
+        super().__init__(inbox)
+        self._request = request
+
+    @property
+    def id(self) -> str:
+        """Id of the generation."""
+        return self._request.id
 
     def cancel(self) -> None:
         """Ask the engine to end the answer, within one token or one operation of a prefill."""

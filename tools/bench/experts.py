@@ -127,14 +127,9 @@ class Bench:
         def run() -> float:
             self.cache = drop_page_cache(self.params.path)
             with MemoryLimit(self.limit_bytes) as limit:
-                try:
-                    factory = limit.factory(engine, self.params.path, settings)
-                    with Worker(*factory) as worker:
-                        life = worker.call("live", self.plan)
-                except EdgerouteError as error:
-                    if limit.n_killed:
-                        raise EdgerouteError(_killed(name, limit)) from error
-                    raise
+                factory = limit.factory(engine, self.params.path, settings)
+                with limit.explaining(_killed(name, limit)), Worker(*factory) as worker:
+                    life = worker.call("live", self.plan)
                 peak = limit.peak_bytes
             if peak is not None:
                 self.peaks.setdefault(name, []).append(peak)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.errors import EdgerouteError, UsageError
 from edgeroute.runtime.units import format_bytes
 
 PREFIX: Final = "edgeroute-bench"
@@ -98,6 +98,27 @@ class MemoryLimit(Closing):
             if name == "oom_kill":
                 return int(value)
         return 0
+
+    @contextlib.contextmanager
+    def explaining(self, killed: str | None = None) -> Iterator[None]:
+        """Say of a failure within that the kernel's limit was its cause, where it was.
+
+        Args:
+            killed: what is said then; None is a sentence that suits most benchmarks.
+
+        Raises:
+            EdgerouteError: what failed within, or in its place that the kernel killed it.
+        """
+        try:
+            yield
+        except EdgerouteError as error:
+            if not self.n_killed:
+                raise
+            raise EdgerouteError(
+                killed
+                or f"the kernel killed a run: it needs more than the limit of "
+                f"{format_bytes(self.n_bytes)}; raise --limit, or lower --memory"
+            ) from error
 
     def close(self) -> None:
         """End what still runs inside and remove the group; safe to call twice.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edgeroute.engine import Runtime, Settings
-from edgeroute.runtime.errors import EdgerouteError, UsageError
+from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import format_bytes, parse_bytes
 from edgeroute.tools.bench import pairs
 from edgeroute.tools.bench.experts import ExpertsParams
@@ -153,17 +153,12 @@ class _Bench:
         for path in (self.params.path, self.wanted.small):
             if path is not None:
                 self.note = drop_page_cache(path).note
-        with MemoryLimit(self.limit_bytes) as limit:
-            try:
-                with Worker(*limit.factory(Answerer, self.params.path, settings)) as worker:
-                    return _answers(worker.call("answer", *args))
-            except EdgerouteError as error:
-                if limit.n_killed:
-                    raise EdgerouteError(
-                        f"the kernel killed a run: it needs more than the limit of "
-                        f"{format_bytes(limit.n_bytes)}; raise --limit, or lower --memory"
-                    ) from error
-                raise
+        with (
+            MemoryLimit(self.limit_bytes) as limit,
+            limit.explaining(),
+            Worker(*limit.factory(Answerer, self.params.path, settings)) as worker,
+        ):
+            return _answers(worker.call("answer", *args))
 
 
 def run(params: BenchParams, progress: pairs.Progress, wanted: SpeculateParams) -> Report:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from edgeroute.engine import Runtime, Settings
-from edgeroute.runtime.errors import EdgerouteError, UsageError
+from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import format_bytes, parse_bytes
 from edgeroute.skippers.step_policies import parse_steps
 from edgeroute.tools.accuracy import wilson
@@ -206,16 +206,9 @@ class _Bench:
             if self.wanted.disk_rate is not None:
                 rate = DiskRate(path, parse_bytes(self.wanted.disk_rate))
                 made = own.enter_context(rate).factory(*made)
-            try:
-                with Worker(*made) as worker:
-                    return _run_of(worker.call("answer", self.questions))
-            except EdgerouteError as error:
-                if limit.n_killed:
-                    raise EdgerouteError(
-                        f"the kernel killed a run: it needs more than the limit of "
-                        f"{format_bytes(limit.n_bytes)}; raise --limit, or lower --memory"
-                    ) from error
-                raise
+            own.enter_context(limit.explaining())
+            with Worker(*made) as worker:
+                return _run_of(worker.call("answer", self.questions))
 
 
 def run(params: BenchParams, progress: pairs.Progress, wanted: StepsParams) -> Report:
