@@ -58,7 +58,7 @@ class Verdict:
     def after(self, i: int, state: StepState) -> None:
         """Count a token as read by the main model, if it was."""
         if i < self.n_fed:
-            state.main.keep(1)
+            state.main.keep()
 
 
 class Checker:

@@ -3,9 +3,8 @@
 import time
 from typing import TYPE_CHECKING, Final
 
-from edgeroute.models.forward import Forward, Piece
+from edgeroute.models.forward import Piece
 from edgeroute.request import Request, stoppable
-from edgeroute.runtime.graph import Span
 from edgeroute.step_reader import Compute, Logits, StepModel
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ def main_compute(scheduler: "Scheduler", model: StepModel, request: Request) -> 
 
     def compute(piece: Piece, hidden: bool) -> Logits | None:
         began = time.perf_counter()
-        spans = _halves(model.forward) if hidden else None
+        spans = model.forward.headless() if hidden else None
         logits = scheduler.compute(request, piece, spans)
         _spent(request, piece, time.perf_counter() - began)
         return logits
@@ -35,7 +34,7 @@ def other_compute(scheduler: "Scheduler", model: StepModel, request: Request) ->
     def compute(piece: Piece, hidden: bool) -> Logits | None:
         device.set_threads(scheduler.threads.n_threads)
         began = time.perf_counter()
-        spans = _halves(forward) if hidden else None
+        spans = forward.headless() if hidden else None
         if len(piece.tokens) <= BRIEF:
             logits = forward.run([piece], spans, borrow=True)
         else:
@@ -55,9 +54,3 @@ def other_compute(scheduler: "Scheduler", model: StepModel, request: Request) ->
 def _spent(request: Request, piece: Piece, seconds: float) -> None:
     if piece.pos < len(request.prompt_ids):
         request.prefill_s += seconds
-
-
-def _halves(forward: Forward) -> tuple[Span, ...]:
-    """Split the whole model before its head, so that the last layer's output can be read."""
-    body, head = forward.whole[0]._replace(output=False), Span((), embed=False, output=True)
-    return body, head

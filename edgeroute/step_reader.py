@@ -77,11 +77,6 @@ class Reader:
         return self.sequence.tokens
 
     @property
-    def behind(self) -> int:
-        """Tokens that it has not read."""
-        return len(self.sequence.tokens) - self.sequence.n_past
-
-    @property
     def has_room(self) -> bool:
         """Whether there is a cell for everything it was told."""
         return len(self.sequence.tokens) <= self.sequence.region.n_cells
@@ -127,10 +122,10 @@ class Reader:
         found: npt.NDArray[np.float32] = self.model.forward.residual(self._n_last)[-1]
         return found
 
-    def keep(self, n: int, classes: int = 0) -> None:
-        """Count guesses of the last pass as read: they have become tokens of the answer."""
-        self.sequence.n_past += n
-        self.sequence.classes += bytes([classes]) * n
+    def keep(self) -> None:
+        """Count the next guess of the last pass as read: it has become a token of the answer."""
+        self.sequence.n_past += 1
+        self.sequence.classes.append(0)
 
     def rewind(self, n: int) -> None:
         """Forget what it was told behind the first `n` tokens."""
@@ -160,7 +155,7 @@ class Follower:
         self._n_bytes = 0
         """Bytes of the answer that those stand for."""
 
-    def follow(self, tokens: list[int], text: bytes) -> list[int]:
+    def follow(self, tokens: list[int], text: bytearray) -> list[int]:
         """Make its tokens those of the answer, keeping the cells of all that agree.
 
         Args:
@@ -182,7 +177,7 @@ class Follower:
         self._agreed = len(tokens)
         return told
 
-    def _follow_text(self, text: bytes) -> list[int]:
+    def _follow_text(self, text: bytearray) -> list[int]:
         news = text[self._n_bytes :]
         mine, piece = self.reader.tokens, self.reader.model.tokenizer.piece
         told: list[int] = []

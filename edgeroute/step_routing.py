@@ -16,7 +16,7 @@ from edgeroute.runtime.errors import EdgerouteError, GrammarError
 from edgeroute.runtime.sampler import Sampler, log_softmax
 from edgeroute.skippers.step_bounds import StepBounds
 from edgeroute.skippers.step_signals import glance
-from edgeroute.skippers.steps import StepPart, StepPolicy, Who
+from edgeroute.skippers.steps import UNCHECKED, StepPart, StepPolicy, Who
 from edgeroute.step_check import Checker
 from edgeroute.step_compute import main_compute, other_compute
 from edgeroute.step_reader import Follower, Logits, Reader, StepModel
@@ -107,7 +107,7 @@ class StepRouting:
             return (main.n_read, theirs) if self._main.who == "small" else (theirs, main.n_read)
 
         state = StepState(
-            spec=policy.spec, run=policy.begin(request.sampler.seed), main=main, other=other,
+            run=policy.begin(request.sampler.seed), main=main, other=other,
             account=Account(reads), bounds=self.new_bounds(),
         )  # fmt: skip
         state.small_lost = other is not None and not other.reader.has_room
@@ -156,10 +156,11 @@ class StepRouting:
             self._scheduler.fail(request, error)
 
     def _choose(self, request: Request, state: StepState) -> None:
-        self._follow(request, state)
         if not state.run.looks:
             self._begin(request, state, state.run.choose(None))
-        elif state.small_lost:  # nobody is there to look
+            return
+        self._follow(request, state)
+        if state.small_lost:  # nobody is there to look
             state.account.fell_back()
             self._begin(request, state, "large")
         else:
@@ -264,16 +265,12 @@ class StepRouting:
             if sampler is not None:
                 sampler.accept(token)
             ends = draft.bounds.push(vocabulary.piece(token))
-        check = state.run.check
-        sure = getattr(check, "sure", 0.0)
-        unsure = (
-            sure > 0
-            and (self._same or draft.bounds.whole)
-            and float(np.exp(log_softmax(logits)[token])) < sure
-        )
-        enough = draft.n_tokens >= getattr(check, "defer", 0)
+        how = state.run.check or UNCHECKED
+        whole = self._same or draft.bounds.whole
+        unsure = how.sure > 0 and whole and float(np.exp(log_softmax(logits)[token])) < how.sure
+        enough = draft.n_tokens >= how.defer
         left = min(MAX_DRAFT, self._main.n_ubatch - 1, request.n_left)
-        full = draft.n_tokens >= left and (self._same or draft.bounds.whole)
+        full = draft.n_tokens >= left and whole
         if draft.ended or full or unsure or (ends and enough) or not follower.reader.has_room:
             state.phase = "check"
         elif ends:
@@ -307,10 +304,10 @@ class StepRouting:
 
     def _correct(self, request: Request, state: StepState, logits: Logits | None) -> None:
         """Let the large model write on where it refused a token, with the logits it has for it."""
-        check = state.run.check
-        state.small_lost |= not self._direct and check is None  # its grammar went another way
+        how = state.run.check or UNCHECKED
+        state.small_lost |= not self._direct and how is UNCHECKED  # its grammar went another way
         state.who, state.phase = "large", "write"
-        state.fix_left = getattr(check, "fix", 0) or None
+        state.fix_left = how.fix or None
         if logits is not None:
             self._draw(request, state, logits)
 
@@ -372,7 +369,7 @@ class StepRouting:
         follower = state.other
         if follower is None:
             return
-        told = follower.follow(state.main.tokens, bytes(state.text))
+        told = follower.follow(state.main.tokens, state.text)
         n_vocab = follower.reader.model.forward.model.hparams.n_vocab
         if not follower.reader.has_room or max(told, default=0) >= n_vocab:
             state.small_lost = True

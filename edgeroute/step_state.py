@@ -106,7 +106,6 @@ class StepState:
     """An answer in steps. The engine thread owns it.
 
     Attributes:
-        spec: the policy's text.
         run: its decisions.
         main: cells of the model that the answer belongs to.
         other: the local model beside it; None where the other one is remote.
@@ -118,7 +117,6 @@ class StepState:
         heard: text of a remote model's step, as far as it came.
     """
 
-    spec: str
     run: StepRun
     main: Reader
     other: Follower | None

@@ -17,6 +17,7 @@ from typing import Final, Self
 
 import platformdirs
 
+from edgeroute.models.depth_file import first_writable
 from edgeroute.runtime.errors import DepthFileError, StepsFileError, UsageError
 from edgeroute.runtime.gguf_metadata import quote
 from edgeroute.skippers.plan import parse_json
@@ -205,15 +206,7 @@ def place_steps_file(large: Path | str, small: Path) -> Path:
     Raises:
         UsageError: nowhere.
     """
-    beside, mine = steps_paths(large, small)
-    if os.access(beside.parent, os.W_OK):
-        return beside
-    try:
-        mine.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"neither {beside.parent} nor {mine.parent} can be written; name a file "
-                         "by --out") from error  # fmt: skip
-    return mine
+    return first_writable(*steps_paths(large, small))
 
 
 # reading

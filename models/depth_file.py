@@ -5,6 +5,7 @@ model and the text it was made from. Nothing in it is trusted: it fits the model
 """
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -14,7 +15,7 @@ import platformdirs
 from edgeroute.models.base import Hparams
 from edgeroute.models.standins import PARTS, TENSORS, tensor_name
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.errors import DepthFileError
+from edgeroute.runtime.errors import DepthFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.gguf_metadata import quote
 from edgeroute.runtime.weights import TensorSpec, Use
@@ -191,3 +192,19 @@ def _inner(given: dict[str, tuple[int, ...]], tensor: str, *, most: int) -> int:
     """Return the second extent of a tensor, or one that nothing has where it is out of bounds."""
     ne = given.get(tensor, ())
     return ne[1] if len(ne) == 2 and 0 < ne[1] <= most else 0
+
+
+def first_writable(beside: Path, mine: Path) -> Path:
+    """Return where to write what was measured of a model: beside it, or in the user's folder.
+
+    Raises:
+        UsageError: nowhere.
+    """
+    if os.access(beside.parent, os.W_OK):
+        return beside
+    try:
+        mine.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"neither {beside.parent} nor {mine.parent} can be written; name a file "
+                         "by --out") from error  # fmt: skip
+    return mine

@@ -102,6 +102,10 @@ class Forward:
         """Split the whole model into one span per layer, embedding and head apart."""
         return split_steps(self.whole[0])
 
+    def headless(self) -> tuple[Span, ...]:
+        """Split the whole model before its head: what `residual` then gives is the last layer's."""
+        return self.whole[0]._replace(output=False), Span((), embed=False, output=True)
+
     def reserve(self, n_tokens: int, n_kv: int, n_out: int = 1) -> None:
         """Size the compute buffer for `n_tokens` that see `n_kv` cells, and `n_out` logits.
 

@@ -75,22 +75,38 @@ class StepPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verify:
+class Drafting:
+    """How far the small model drafts, and how much of a refused step the large one writes.
+
+    Attributes:
+        defer: tokens to be drafted before the large model looks, at the end of the step that
+            reaches them; 0 looks at every step.
+        fix: tokens that the large model writes where it refused one, before the small one
+            drafts on; 0 writes the rest of the step.
+        sure: probability below which the small model ends its draft with a token, to have it
+            looked at before more is built on it; 0 never does.
+    """
+
+    defer: int = 0
+    fix: int = 0
+    sure: float = 0.0
+
+
+UNCHECKED: Final = Drafting()
+"""Of drafts that all count: steps of a model with another vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verify(Drafting):
     """The large model's probabilities for drafted tokens decide how many of them stay.
 
     Attributes:
         mean: least mean log-probability of a step's tokens, in nats.
         least: least log-probability of any token, in nats.
-        defer: tokens to be drafted before the large model looks, at the end of the step that
-            reaches them; 0 looks at every step.
-        fix: tokens that the large model writes where it refused one, before the small one
-            drafts on; 0 writes the rest of the step.
     """
 
     mean: float
     least: float
-    defer: int = 0
-    fix: int = 0
 
     def n_kept(self, logprobs: Floats, ends: tuple[int, ...] = ()) -> int:
         """Return how many leading tokens stay.
@@ -117,7 +133,7 @@ class Verify:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agree:
+class Agree(Drafting):
     """Drafted tokens stay while the large model would have written nearly the same.
 
     With a gap of 0 a greedy answer is the large model's own: what is refused is what it would
@@ -125,15 +141,10 @@ class Agree:
 
     Attributes:
         gap: nats by which the large model's own choice may be likelier than a drafted token.
-        defer, fix: as in Verify.
-        sure: probability below which the small model ends its draft with a token, to have it
-            looked at before more is built on it; 0 never does.
     """
 
     gap: float
-    defer: int = 0
     fix: int = 1
-    sure: float = 0.0
 
     def n_kept(self, logprobs: Floats, best: Floats) -> int:
         """Return how many leading tokens stay.
@@ -147,7 +158,7 @@ class Agree:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judge:
+class Judge(Drafting):
     """The large model marks a drafted step from 0 to 9 and writes it anew below a mark.
 
     Attributes:

@@ -6,7 +6,6 @@ them as a depth file. All results are kept as they come, so that a stopped run g
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import numpy as np
 
 from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
-from edgeroute.models.depth_file import DepthFile, depth_paths, fingerprint
+from edgeroute.models.depth_file import DepthFile, depth_paths, fingerprint, first_writable
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.runtime.weights import ResidentWeights
@@ -113,7 +112,7 @@ def calibrate(model: Path, params: CalibrateParams, progress: Progress) -> Calib
         loaded.device.set_threads(params.threads)
         probe = stack.enter_context(contextlib.closing(Probe(loaded)))
         texts = calibration_texts(probe.encode, params.files, params.n_window)
-        out = params.out or _place(loaded)
+        out = params.out or first_writable(*depth_paths(loaded.file))
         work = stack.enter_context(Work(out.with_name(out.name + ".work"), {
             "model": fingerprint(loaded.file), "data": texts.digest, "window": params.n_window,
             "threads": params.threads, "protect": [params.protect.first, params.protect.last],
@@ -356,20 +355,3 @@ def _plain(score: Score) -> list[list[float]]:
 def _score(rows: list[list[float]]) -> Score:
     kl, nats_full, nats, same = (np.array(row, np.float32) for row in rows)
     return Score(kl=kl, nats_full=nats_full, nats=nats, same=same)
-
-
-def _place(loaded: LoadedModel) -> Path:
-    """Return where the depth file goes: beside the model, if that can be written.
-
-    Raises:
-        UsageError: nor can the user's folder.
-    """
-    beside, mine = depth_paths(loaded.file)
-    if os.access(beside.parent, os.W_OK):
-        return beside
-    try:
-        mine.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"neither {beside.parent} nor {mine.parent} can be written; name a file "
-                         "by --out") from error  # fmt: skip
-    return mine

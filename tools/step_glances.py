@@ -15,7 +15,6 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Piece
 from edgeroute.runtime import machine
 from edgeroute.runtime.errors import CapacityError, ComputeError
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import Region
 from edgeroute.runtime.template import encode_chat
 from edgeroute.skippers.step_bounds import StepBounds
@@ -44,8 +43,7 @@ class Watcher:
         self._loaded = loaded
         self._region = Region(0, loaded.kv.n_cells)
         self._n_ubatch = min(N_UBATCH, loaded.kv.n_cells)
-        whole = loaded.forward.whole[0]
-        self._spans = (whole._replace(output=False), Span((), embed=False, output=True))
+        self._spans = loaded.forward.headless()
         self._held: list[int] = []
         self.n_embd = loaded.model.hparams.n_embd
 

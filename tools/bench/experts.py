@@ -128,7 +128,7 @@ class Bench:
             self.cache = drop_page_cache(self.params.path)
             with MemoryLimit(self.limit_bytes) as limit:
                 factory = limit.factory(engine, self.params.path, settings)
-                with limit.explaining(_killed(name, limit)), Worker(*factory) as worker:
+                with limit.explaining(name), Worker(*factory) as worker:
                     life = worker.call("live", self.plan)
                 peak = limit.peak_bytes
             if peak is not None:
@@ -198,8 +198,3 @@ def _tokens(path: Path, n_tokens: int) -> Sequence[int]:
         return text_tokens(
             lambda text: tokenizer.encode(text, add_special=True, parse_special=False), n_tokens
         )
-
-
-def _killed(name: str, limit: MemoryLimit) -> str:
-    return (f"the kernel killed {name}: it needs more than the limit of "
-            f"{format_bytes(limit.n_bytes)}; raise --limit, or lower --memory")  # fmt: skip

@@ -100,11 +100,8 @@ class MemoryLimit(Closing):
         return 0
 
     @contextlib.contextmanager
-    def explaining(self, killed: str | None = None) -> Iterator[None]:
+    def explaining(self, what: str = "a run") -> Iterator[None]:
         """Say of a failure within that the kernel's limit was its cause, where it was.
-
-        Args:
-            killed: what is said then; None is a sentence that suits most benchmarks.
 
         Raises:
             EdgerouteError: what failed within, or in its place that the kernel killed it.
@@ -115,8 +112,7 @@ class MemoryLimit(Closing):
             if not self.n_killed:
                 raise
             raise EdgerouteError(
-                killed
-                or f"the kernel killed a run: it needs more than the limit of "
+                f"the kernel killed {what}: it needs more than the limit of "
                 f"{format_bytes(self.n_bytes)}; raise --limit, or lower --memory"
             ) from error
 
