@@ -2,21 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from edgeroute import Runtime, paging_layers
+from edgeroute import Runtime
 from edgeroute.depth_routing import MODEL, stamp_of
 from edgeroute.models.adapter_file import base_shapes
 from edgeroute.models.depth_file import fingerprint
 from edgeroute.models.registry import describe
 from edgeroute.models.standins import tensor_name
-from edgeroute.offload.disk_profile import DiskProfile
-from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.units import MIB
@@ -26,6 +23,7 @@ from edgeroute.tools import synth
 from edgeroute.tools.depth_file import DepthContent, write_depth_file
 from edgeroute.tools.standin_records import StandInTensor
 from edgeroute.tools.synth_adapter import AdapterSpec, make_gguf
+from tests.edgeroute.layered_lab import plain_machine
 
 N_LAYER, N_EMBD = 12, 256
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_ubatch": 64, "threads": 1, "max_batch": 2,
@@ -44,14 +42,8 @@ PLAN = DepthPlan(
 
 @pytest.fixture(autouse=True)
 def _slim_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in test_layered: the runner's memory is nothing, and weights keep the file's layout."""
-    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
-    monkeypatch.setattr(paging_layers, "psutil", SimpleNamespace(Process=lambda: process))
-    for name, value in (("STAGING_MIN_BYTES", 1), ("MOST_READ_BYTES", 1 << 17), ("MIB", 1)):
-        monkeypatch.setattr(paging_layers, name, value)
-    monkeypatch.setattr(Device, "_find_extra_buffer_types", lambda *_: ())
-    reads = DiskProfile(read_bytes=1 << 16, n_threads=2)
-    monkeypatch.setattr(paging_layers, "profile", lambda disk: reads)
+    """Layers of tiny models stream; refusals name bytes."""
+    plain_machine(monkeypatch, MIB=1)
 
 
 @pytest.fixture(scope="module")

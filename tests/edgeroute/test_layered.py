@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,12 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.layered import LayeredForward
 from edgeroute.offload.disk import DiskFile
-from edgeroute.offload.disk_profile import DiskProfile
 from edgeroute.runtime.depth import all_run
-from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ModelFileError
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.units import MIB
 from edgeroute.tools import synth
+from tests.edgeroute.layered_lab import plain_machine
 
 ARCHS = ["llama", "llama-bias", "qwen2", "gemma3"]
 TYPES = ["F32", "Q8_0", "Q4_0", "Q4_K"]
@@ -37,15 +35,8 @@ Answers = list[npt.NDArray[np.float32]]
 
 @pytest.fixture(autouse=True)
 def _slim_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test runner's own memory, which is larger than any model here, counts as nothing."""
-    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
-    monkeypatch.setattr(paging_layers, "psutil", SimpleNamespace(Process=lambda: process))
-    for name, value in (("STAGING_MIN_BYTES", 1), ("MOST_READ_BYTES", 1 << 17), ("MIB", 1)):
-        monkeypatch.setattr(paging_layers, name, value)  # refusals name bytes
-    # What is streamed has the file's layout; so has what it is compared with.
-    monkeypatch.setattr(Device, "_find_extra_buffer_types", lambda *_: ())
-    reads = DiskProfile(read_bytes=1 << 16, n_threads=2)
-    monkeypatch.setattr(paging_layers, "profile", lambda disk: reads)
+    """Layers of tiny models stream; refusals name bytes."""
+    plain_machine(monkeypatch, MIB=1)
 
 
 @contextlib.contextmanager

@@ -5,19 +5,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import edgeroute
-from edgeroute import Pool, Runtime, paging_layers, pool_learning
-from edgeroute.offload.disk_profile import DiskProfile
+from edgeroute import Pool, Runtime, pool_learning
 from edgeroute.pool_answer import PoolGeneration
-from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ClosedError, ModelFileError, UsageError
 from edgeroute.runtime.units import MIB
 from edgeroute.tools.synth import make
+from tests.edgeroute.layered_lab import plain_machine
 
 NAMES = ("small", "middle", "large")
 EASY, HARD = "Tell me about the sea.", "12 * 7 + 3 * 9 - 4 * 8 = how many?"
@@ -370,13 +368,7 @@ def test_a_paged_model_is_opened_alone_and_answers_like_the_whole(
     config: dict[str, Any], one: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pager measures the process, where other models must not count once more."""
-    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
-    monkeypatch.setattr(paging_layers, "psutil", SimpleNamespace(Process=lambda: process))
-    reads = DiskProfile(read_bytes=1 << 16, n_threads=2)
-    monkeypatch.setattr(paging_layers, "profile", lambda disk: reads)
-    for name, value in (("STAGING_MIN_BYTES", 1), ("MOST_READ_BYTES", 1 << 17)):
-        monkeypatch.setattr(paging_layers, name, value)
-    monkeypatch.setattr(Device, "_find_extra_buffer_types", lambda *_: ())
+    plain_machine(monkeypatch)
     make("llama", tmp_path / "deep.gguf", n_layer=16)
     deep = {"path": str(tmp_path / "deep.gguf"), "capabilities": 1, "cost": 0.01}
     with Runtime(tmp_path / "deep.gguf", threads=1, n_ctx=256, n_ubatch=64) as alone:

@@ -4,14 +4,12 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from edgeroute import Runtime, paging_layers
+from edgeroute import Runtime
 from edgeroute.drafters import tokens_of
-from edgeroute.offload.disk_profile import DiskProfile
 from edgeroute.request import Request
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, UsageError
@@ -22,6 +20,7 @@ from edgeroute.speculation import Speculation
 from edgeroute.stats import Generation
 from edgeroute.tools import synth
 from tests.edgeroute.adapter_lab import make as make_adapter
+from tests.edgeroute.layered_lab import plain_machine
 
 PARAMS: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 64, "threads": 1}
 PROMPTS = [[*range(5, 40), *range(5, 30)], [7, 8, 9] * 30, list(range(300, 20, -2))]
@@ -37,14 +36,8 @@ Guess = Callable[[Request, int], list[int]]
 
 @pytest.fixture(autouse=True)
 def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in test_layered: the runner's own memory counts as nothing, small staging, plain rows."""
-    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
-    monkeypatch.setattr(paging_layers, "psutil", SimpleNamespace(Process=lambda: process))
-    for name, value in (("STAGING_MIN_BYTES", 1), ("MOST_READ_BYTES", 1 << 17)):
-        monkeypatch.setattr(paging_layers, name, value)
-    monkeypatch.setattr(Device, "_find_extra_buffer_types", lambda *_: ())
-    reads = DiskProfile(read_bytes=1 << 16, n_threads=2)
-    monkeypatch.setattr(paging_layers, "profile", lambda disk: reads)
+    """Layers of tiny models stream."""
+    plain_machine(monkeypatch)
 
 
 @pytest.fixture(scope="module")

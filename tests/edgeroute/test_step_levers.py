@@ -2,15 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from edgeroute import Runtime, paging_layers
+from edgeroute import Runtime
 from edgeroute.models.depth_file import fingerprint
-from edgeroute.offload.disk_profile import DiskProfile
-from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.skippers.plan import DepthPlan, LayerDepth
@@ -19,6 +16,7 @@ from edgeroute.stats import Generation
 from edgeroute.tools import synth
 from edgeroute.tools.depth_file import DepthContent, write_depth_file
 from tests.edgeroute.adapter_lab import make as make_adapter
+from tests.edgeroute.layered_lab import plain_machine
 
 PARAMS: dict[str, Any] = {"n_ctx": 256, "n_ubatch": 64, "threads": 1, "speculate": "off"}
 PROMPT = "One two three, and so on until the end of the world. "
@@ -28,14 +26,8 @@ N_LAYER, N_TOKENS = 6, 32
 
 @pytest.fixture(autouse=True)
 def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in test_layered: the runner's own memory counts as nothing, small staging, plain rows."""
-    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
-    monkeypatch.setattr(paging_layers, "psutil", SimpleNamespace(Process=lambda: process))
-    for name, value in (("STAGING_MIN_BYTES", 1), ("MOST_READ_BYTES", 1 << 17)):
-        monkeypatch.setattr(paging_layers, name, value)
-    monkeypatch.setattr(Device, "_find_extra_buffer_types", lambda *_: ())
-    reads = DiskProfile(read_bytes=1 << 16, n_threads=2)
-    monkeypatch.setattr(paging_layers, "profile", lambda disk: reads)
+    """Layers of tiny models stream."""
+    plain_machine(monkeypatch)
 
 
 @pytest.fixture(scope="module")
