@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from edgeroute.embedding import Embeddings as Embeddings
     from edgeroute.engine import Runtime as Runtime
     from edgeroute.engine import generate as generate
     from edgeroute.pool import Pool as Pool
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 else:
     _HOME = {
         "Chunk": "edgeroute.stats",
+        "Embeddings": "edgeroute.embedding",
         "EdgerouteError": "edgeroute.runtime.errors",
         "Generation": "edgeroute.stats",
         "Pool": "edgeroute.pool",
@@ -32,4 +34,13 @@ else:
         return getattr(importlib.import_module(_HOME[name]), name)
 
 
-__all__ = ["Chunk", "EdgerouteError", "Generation", "Pool", "Runtime", "__version__", "generate"]
+__all__ = [
+    "Chunk",
+    "EdgerouteError",
+    "Embeddings",
+    "Generation",
+    "Pool",
+    "Runtime",
+    "__version__",
+    "generate",
+]

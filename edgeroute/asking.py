@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeroute.config import RunParams, check_steps
-from edgeroute.options import KNOWN, SAMPLING, Message, Options
+from edgeroute.options import KNOWN, MAX_TOOLS, SAMPLING, Message, Options
 from edgeroute.request import NO_SOURCE, Outcome, Request, Source
-from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.errors import ContextError, UsageError
 from edgeroute.runtime.records import SamplingParams
 from edgeroute.runtime.sampler import Sampler
 from edgeroute.runtime.text_stream import TextStream
 
 if TYPE_CHECKING:
     from edgeroute.adapters import Adapters
+    from edgeroute.embedding import EmbedRequest
     from edgeroute.loaded import LoadedModel
     from edgeroute.runtime.tokenizer import Tokenizer
 
@@ -43,9 +44,7 @@ class Asking:
         if options.get("score") is not None and (streaming or not isinstance(adapter, str)):
             raise UsageError("score takes whole answers of adapter='auto', not streams or others")
         max_tokens = _count("max_tokens", options.get("max_tokens", 128))
-        timeout_s = options.get("timeout_s")
-        if timeout_s is not None and not 0 < timeout_s < 1e9:
-            raise UsageError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
+        deadline = _deadline(options.get("timeout_s"))
         prefix = options.get("prefix", "exact")
         if prefix not in ("exact", "all", "off"):
             raise UsageError(f"prefix must be exact, all or off, got {prefix!r}")
@@ -57,10 +56,11 @@ class Asking:
         params = SamplingParams(**chosen)
         stop = options.get("stop") or ()
         tokenizer = self._loaded.tokenizer
-        text = TextStream(tokenizer.piece, (stop,) if isinstance(stop, str) else stop)
-        messages = options.get("messages")
-        ids = self._encode(prompt, messages, options.get("prompt_ids"))
-        source = Source(prompt, None if messages is None else tuple(messages))
+        piece = tokenizer.pieces(params.shown_tokens)
+        text = TextStream(piece, (stop,) if isinstance(stop, str) else stop)
+        messages, tools = options.get("messages"), _tools(options)
+        ids = self._encode(prompt, messages, options.get("prompt_ids"), tools=tools)
+        source = Source(prompt, None if messages is None else tuple(messages), tools)
         other_ids, other_sampler = self._other(steps, source, params, ids)
         return Request(
             source=source, asked_steps=steps, other_prompt_ids=other_ids,
@@ -68,8 +68,50 @@ class Asking:
             max_tokens=max_tokens, sampler=Sampler(params, tokenizer, ids),
             text=text, emit=emit, streaming=streaming, prefix=prefix, adapter=adapter,
             speculate=bool(options.get("speculate", True)), depth_full=depth_full,
-            deadline=None if timeout_s is None else time.monotonic() + timeout_s,
+            deadline=deadline, session=self._session(options.get("session")),
         )  # fmt: skip
+
+    def embedding(
+        self, inputs: Sequence[str | Sequence[int]], emit: Callable[[Outcome], None], *,
+        adapter: str | Mapping[str, float] | None, timeout_s: float | None,
+    ) -> "EmbedRequest":  # fmt: skip
+        """Check and encode what `embed` takes.
+
+        Raises:
+            UsageError: no text or too many, an empty one, or an adapter that is unknown or auto.
+            ContextError: a text has more tokens than the context has room for.
+        """
+        from edgeroute.embedding import MAX_INPUTS, EmbedRequest
+
+        if isinstance(inputs, str) or not isinstance(inputs, Sequence) or not inputs:
+            raise UsageError("embed takes a list of texts, or of lists of token ids; pass [text]")
+        if len(inputs) > MAX_INPUTS:
+            raise UsageError(f"{len(inputs)} inputs are over the limit of {MAX_INPUTS}; pass fewer")
+        chosen = self.adapter(adapter)
+        if isinstance(chosen, str):
+            raise UsageError(
+                f"adapter={chosen!r} would choose another one for every input, and their vectors "
+                "could not be compared; name one, or leave it out"
+            )
+        deadline = _deadline(timeout_s)
+        ids = [self._embed_ids(i, each) for i, each in enumerate(inputs)]
+        tokenizer = self._loaded.tokenizer
+        return EmbedRequest(
+            inputs=ids, prompt_ids=ids[0], max_tokens=1, emit=emit, streaming=False,
+            sampler=Sampler(SamplingParams(), tokenizer), text=TextStream(tokenizer.piece, ()),
+            prefix="off", adapter=chosen, depth_full=True, asked_steps="off", speculate=False,
+            deadline=deadline,
+        )  # fmt: skip
+
+    def _embed_ids(self, i: int, given: object) -> list[int]:
+        try:
+            if isinstance(given, str):
+                return self._encode(given, None, None)
+            if isinstance(given, Sequence) and not isinstance(given, bytes | bytearray):
+                return self._encode(None, None, given)
+        except UsageError as error:
+            raise type(error)(f"input {i}: {error}") from error
+        raise UsageError(f"input {i} must be a str or token ids, got {type(given).__name__}")
 
     def adapter(self, asked: str | Mapping[str, float] | None) -> Mapping[str, float] | str | None:
         """Check what `generate` would take as `adapter`, and return it as factors by name.
@@ -94,6 +136,20 @@ class Asking:
         if found is None:
             raise UsageError("this Runtime has no adapters; open it with adapters=FOLDER")
         return found
+
+    def _session(self, asked: str | None) -> str | None:
+        """Check what `generate` would take as `session`.
+
+        Raises:
+            UsageError: it is no name, or this Runtime keeps no sessions.
+        """
+        if asked is None:
+            return None
+        from edgeroute.session_folder import check_session_name
+
+        if self._params.sessions is None:
+            raise UsageError("this Runtime keeps no sessions; open it with sessions=FOLDER")
+        return check_session_name(asked)
 
     def _wants_full(self, asked: str | None) -> bool:
         """Check what `generate` would take as `depth`.
@@ -164,12 +220,15 @@ class Asking:
                 "logprobs and logit_bias name tokens of one vocabulary, and the models of this "
                 "pair have two; leave them out, or pass steps='off'"
             )
-        theirs = self._encode(source.prompt, source.messages, None, small.tokenizer)
+        theirs = self._encode(
+            source.prompt, source.messages, None, small.tokenizer, tools=source.tools
+        )
         return theirs, _samplers(quiet, small.tokenizer, theirs)
 
     def _encode(
         self, prompt: str | None, messages: Sequence[Message] | None, ids: Sequence[int] | None,
-        tokenizer: "Tokenizer | None" = None,
+        tokenizer: "Tokenizer | None" = None, *,
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> list[int]:  # fmt: skip
         """Turn exactly one of prompt, messages and token ids into a prompt that fits."""
         if sum(each is not None for each in (prompt, messages, ids)) != 1:
@@ -185,7 +244,7 @@ class Asking:
             # Jinja costs 50 ms to import, which plain prompts need not pay.
             from edgeroute.runtime.template import encode_chat
 
-            found = encode_chat(tokenizer, messages, max_tokens=limit)
+            found = encode_chat(tokenizer, messages, tools=tools, max_tokens=limit)
         else:
             found = list(ids or ())
             n_vocab = tokenizer.n_vocab
@@ -196,7 +255,9 @@ class Asking:
         if not found:
             raise UsageError("the prompt is empty, and this model adds no token of its own")
         if len(found) > limit:
-            raise UsageError(f"the prompt has {len(found)} tokens, over n_ctx={limit}; raise n_ctx")
+            raise ContextError(
+                f"the prompt has {len(found)} tokens, over n_ctx={limit}; raise n_ctx"
+            )
         return found
 
 
@@ -210,6 +271,29 @@ def _samplers(
         return Sampler(dataclasses.replace(params, seed=seed), tokenizer, ids)
 
     return make
+
+
+def _tools(options: Options) -> tuple[Mapping[str, object], ...] | None:
+    """Check what `generate` takes as `tools`, as far as no template is needed for it."""
+    tools = options.get("tools")
+    if tools is None:
+        return None
+    if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
+        raise UsageError(f"tools must be a list of dicts, got {tools!r:.80}")
+    if len(tools) > MAX_TOOLS:
+        raise UsageError(f"{len(tools)} tools were given, the limit is {MAX_TOOLS}")
+    if options.get("messages") is None:
+        raise UsageError("tools are told to the model by its chat template; pass messages")
+    return tuple(tools) or None
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    """Return until when an answer may take, in `time.monotonic`."""
+    if timeout_s is None:
+        return None
+    if not 0 < timeout_s < 1e9:
+        raise UsageError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
+    return time.monotonic() + timeout_s
 
 
 def _count(name: str, value: object) -> int:

@@ -13,8 +13,10 @@ from edgeroute.runtime.units import parse_bytes
 ENV_PREFIX = "EDGEROUTE_"
 TEXTS = frozenset((
     "memory", "kv_type", "device", "policy", "prefetch", "trace", "adapter_state", "small",
-    "speculate", "depth", "depth_file", "steps", "steps_file", "remote",
+    "speculate", "depth", "depth_file", "steps", "steps_file", "remote", "sessions",
+    "sessions_bytes",
 ))  # fmt: skip
+PATHS = frozenset(("small", "depth_file", "steps_file", "sessions"))
 SPECULATE = ("auto", "off", "lookup", "self", "small")
 
 
@@ -68,6 +70,10 @@ class RunParams:
             names; `auto` takes the fastest plan within `depth_max_kl`, or none; `routed` lets
             routers decide for every prompt (see `tools/train_depth_router`).
         depth_file: where the plans are, if not where `edgeroute calibrate` put them.
+        sessions: a folder for the keys and values of named sessions, which survive a restart
+            there; None keeps none.
+        sessions_bytes: what they may take on disk, as a number or text such as `8GiB`; the least
+            recently used leave first. None is 4 GiB.
         depth_max_kl: divergence from the full model that `auto` accepts, nats per token; None is
             0.05.
     """
@@ -97,6 +103,8 @@ class RunParams:
     steps_file: str | None = None
     remote: str | None = None
     remote_timeout_s: float = 20.0
+    sessions: str | None = None
+    sessions_bytes: str | int | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (("threads", 1, 512), ("n_ctx", 32, 1 << 20), ("n_kv", 32, 1 << 22),
@@ -131,8 +139,11 @@ class RunParams:
         if not isinstance(self.depth, str) or not self.depth:
             raise UsageError(f"depth must be full, auto or a plan's name, got {self.depth!r}")
         self._check_steps()
-        if self.memory is not None:
-            parse_bytes(self.memory)
+        for size in (self.memory, self.sessions_bytes):
+            if size is not None:
+                parse_bytes(size)
+        if self.sessions is not None and (not isinstance(self.sessions, str) or not self.sessions):
+            raise UsageError(f"sessions must be a folder, got {self.sessions!r}")
         if (self.policy, self.prefetch) != ("auto", "auto"):
             self._check_paging()
 
@@ -222,7 +233,7 @@ def merge_settings(given: Mapping[str, object], env: Mapping[str, str] | None = 
         if value is not None:
             if name == "adapters":
                 value = _as_paths(value)
-            elif name in ("small", "depth_file", "steps_file") and isinstance(value, os.PathLike):
+            elif name in PATHS and isinstance(value, os.PathLike):
                 value = os.fspath(value)
             values[name] = value
     return RunParams(**values)  # type: ignore[arg-type]

@@ -3,37 +3,31 @@
 One thread owns ggml. Calls queue to it and decode together in one batch.
 """
 
-import contextlib
 import queue
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from edgeroute.asking import Asking
 from edgeroute.config import RunParams, merge_settings
+from edgeroute.engine_stats import runtime_stats
+from edgeroute.engine_thread import EngineThread
 from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.models.pull import pull, resolve
-from edgeroute.opening import Opening
 from edgeroute.options import Message, Options, Score, Settings
+from edgeroute.pulse import Pulse
 from edgeroute.request import Outcome, Request
-from edgeroute.runtime import machine
+from edgeroute.residency import residency
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.errors import CatalogueError, ClosedError, EdgerouteError
-from edgeroute.runtime.threads import ThreadPolicy
+from edgeroute.runtime.errors import CatalogueError, ClosedError, EdgerouteError, UsageError
 from edgeroute.stats import Chunk, Generation
-from edgeroute.stream import Stream
+from edgeroute.stream import Ask, Chunks, Stream, hear
 
 if TYPE_CHECKING:
-    from edgeroute.loaded import LoadedModel
-    from edgeroute.scheduler import Scheduler
-
-Command = Callable[[], None]
-"""What the engine thread does for another between two tokens; it raises nothing."""
-STALL_POLL_S = 0.02
-"""How often cancels and deadlines are looked for while only adapters are waited for."""
+    from edgeroute.embedding import Embeddings, EmbedRequest
+    from edgeroute.runtime.tokenizer import Tokenizer
+    from edgeroute.session_folder import SavedSession
+    from edgeroute.sessions import Sessions
 
 
 class Runtime(Closing):
@@ -52,16 +46,8 @@ class Runtime(Closing):
     def __init__(self, model: str | Path | None = None, **settings: Unpack[Settings]) -> None:
         self.params: RunParams = merge_settings(settings)
         self.path = _find(model)
-        self._inbox: queue.SimpleQueue[Request | Command | None] = queue.SimpleQueue()
-        self._closing = False
-        self._failure: BaseException | None = None
-        self._gate = threading.Lock()  # orders "is it open?" against "now it is closed"
-        ready: Future[tuple[LoadedModel, Scheduler]] = Future()
-        self._thread = threading.Thread(
-            target=self._serve, args=(ready,), name="edgeroute-engine", daemon=True
-        )
-        self._thread.start()
-        self._loaded, self._scheduler = ready.result()
+        self._engine = EngineThread(self.path, self.params)
+        self._loaded, self._scheduler = self._engine.loaded, self._engine.scheduler
         self._asking = Asking(self._loaded, self.params)
 
     def feedback(self, generation_id: str, reward: float) -> None:
@@ -79,7 +65,7 @@ class Runtime(Closing):
             if not taken or (adapters is not None and adapters.routing.awaits(generation_id)):
                 self._asking.adapters().routing.feedback(generation_id, reward)
 
-        self._on_engine(learn)
+        self._engine.order(learn)
 
     def add_adapter(self, path: str | Path) -> str:
         """Check an adapter and put it into the library, also while requests run.
@@ -95,7 +81,7 @@ class Runtime(Closing):
         """
         adapters = self._asking.adapters()
         file = adapters.open(path)
-        self._on_engine(lambda: adapters.add(file))
+        self._engine.order(lambda: adapters.add(file))
         return file.name
 
     def remove_adapter(self, name: str) -> None:
@@ -105,12 +91,35 @@ class Runtime(Closing):
             UsageError: there is none of that name.
         """
         adapters = self._asking.adapters()
-        self._on_engine(lambda: adapters.remove(name))
+        self._engine.order(lambda: adapters.remove(name))
 
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters that requests may ask for, sorted."""
         return [] if self._loaded.adapters is None else self._loaded.adapters.store.names
+
+    def sessions(self) -> "list[SavedSession]":
+        """List the saved sessions of this model, newest first.
+
+        Raises:
+            UsageError: this Runtime keeps no sessions.
+        """
+        return self._sessions.all_saved()
+
+    def remove_session(self, name: str) -> int:
+        """Delete a saved session of this model; return how many files it had.
+
+        Raises:
+            UsageError: this Runtime keeps no sessions.
+        """
+        return self._sessions.remove(name)
+
+    @property
+    def _sessions(self) -> "Sessions":
+        found = self._scheduler.sessions
+        if found is None:
+            raise UsageError("this Runtime keeps no sessions; open it with sessions=FOLDER")
+        return found
 
     # one answer
 
@@ -146,7 +155,7 @@ class Runtime(Closing):
         """Answer without blocking the event loop; cancelling the task cancels the answer."""
         import asyncio  # 25 ms that synchronous callers need not pay
 
-        async for chunk in self._alisten(prompt, options, streaming=False):
+        async for chunk in hear(self._ask(prompt, options, streaming=False), self._engine):
             if chunk.generation is not None:
                 score, found = options.get("score"), chunk.generation
                 return await asyncio.to_thread(self._scored, found, score) if score else found
@@ -156,62 +165,116 @@ class Runtime(Closing):
         self, prompt: str | None = None, **options: Unpack[Options]
     ) -> AsyncIterator[Chunk]:
         """Answer piece by piece on the event loop; closing the iterator cancels the rest."""
-        return self._alisten(prompt, options, streaming=True)
+        return hear(self._ask(prompt, options, streaming=True), self._engine)
+
+    # vectors
+
+    def embed(
+        self, inputs: Sequence[str | Sequence[int]], *,
+        adapter: str | Mapping[str, float] | None = None, timeout_s: float | None = None,
+    ) -> "Embeddings":  # fmt: skip
+        """Turn texts, or token ids, into vectors of length 1: means of final hidden states.
+
+        It is computed a ubatch at a time, between the tokens of running answers, and takes
+        turns with other requests between two texts.
+
+        Raises:
+            UsageError: no input, an empty one, too many, or an adapter that cannot serve.
+            ContextError: an input has more tokens than `n_ctx`.
+            CapacityError: the budget has no room for hidden states.
+            DeadlineError: not all was ready within `timeout_s` seconds.
+            ClosedError: the runtime was closed.
+        """
+        inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._engine.check_open()
+        ask = self._asking.embedding
+        request = ask(inputs, inbox.put, adapter=adapter, timeout_s=timeout_s)
+        self._engine.submit(request)
+        try:
+            for _ in Chunks(inbox):
+                pass
+        finally:
+            request.cancel()
+        return request.embeddings()
+
+    async def aembed(
+        self, inputs: Sequence[str | Sequence[int]], *,
+        adapter: str | Mapping[str, float] | None = None, timeout_s: float | None = None,
+    ) -> "Embeddings":  # fmt: skip
+        """Embed without blocking the event loop; cancelling the task cancels the work."""
+        made: list[EmbedRequest] = []
+
+        def ask(emit: Callable[[Outcome], None]) -> Request:
+            request = self._asking.embedding(inputs, emit, adapter=adapter, timeout_s=timeout_s)
+            made.append(request)
+            return request
+
+        async for _ in hear(ask, self._engine):
+            pass
+        return made[0].embeddings()
+
+    # what others may look at, and do, from any thread
 
     def stats(self) -> dict[str, object]:
         """Return what the runtime holds and has done, as plain JSON types."""
-        loaded, scheduler = self._loaded, self._scheduler
-        steps = scheduler.n_decode_steps
-        plan = loaded.depth or loaded.no_depth
-        depth = {} if plan is None else {"depth": plan.stats()}
-        experts = {} if loaded.experts is None else {"experts": loaded.experts.stats()}
-        layers = {} if loaded.layers is None else {"layers": loaded.layers.stats()}
-        adapters = {} if loaded.adapters is None else {"adapters": loaded.adapters.stats()}
-        routing = {} if scheduler.steps is None else {"steps": scheduler.steps.stats()}
-        drafts: dict[str, object] = {
-            "on": False, "why": loaded.why_no_drafts(self.params.speculate)
-        } if scheduler.speculation is None else scheduler.speculation.stats()  # fmt: skip
-        return (
-            {
-                "model": str(self.path),
-                "arch": loaded.model.hparams.arch,
-                "load_s": round(loaded.load_s, 6),
-                "memory": {entry.owner: entry.n_bytes for entry in loaded.ledger.entries()},
-                "memory_bytes": loaded.ledger.used_bytes,
-                "budget_bytes": loaded.ledger.budget_bytes,
-                "kv_cells": loaded.kv.n_cells,
-                "kv_free_cells": loaded.kv.n_free_cells,
-                "kv_kept_cells": scheduler.prefix.n_kept_cells,
-                "reused_cells": scheduler.prefix.n_reused_cells,
-                "running": scheduler.n_running,
-                "waiting": scheduler.n_waiting + self._inbox.qsize(),
-                "finished": scheduler.n_finished,
-                "decode_steps": steps,
-                "mean_batch": round(scheduler.n_decode_tokens / steps, 3) if steps else 0.0,
-                "graphs_built": loaded.forward.graphs.n_built,
-                "threads": scheduler.threads.n_threads,
-                "threads_max": scheduler.threads.n_max,
-                "thread_changes": scheduler.threads.n_changes,
-            }
-            | experts
-            | layers
-            | adapters
-            | {"speculation": drafts}
-            | depth
-            | routing
-        )
+        return runtime_stats(
+            self._loaded, self._scheduler, speculate=self.params.speculate,
+            n_queued=self._engine.n_queued,
+        )  # fmt: skip
+
+    def residency(self) -> dict[str, object] | None:
+        """Return which experts, layers and adapters are in memory; None where all always are.
+
+        Plain JSON types: `experts` with a bitmap per layer, `layers`, `adapters`; those that
+        come and go.
+        """
+        return residency(self._loaded)
+
+    def pulse(self) -> Pulse:
+        """Tell whether the engine thread works, and since when nothing has come of it."""
+        return self._engine.pulse()
+
+    def interrupt(self) -> None:
+        """Stop what the device computes now, and end no request.
+
+        A batch of a prompt is computed again; a token, which is over soon, is not stopped.
+        """
+        self._engine.interrupt()
+
+    def abandon(self, error: BaseException) -> int:
+        """Give up an engine thread that hangs: end all requests with `error`, once each.
+
+        Later calls raise ClosedError. Should the thread come back, it says nothing more to those
+        requests, and frees everything.
+
+        Returns:
+            Requests and commands that were ended.
+        """
+        return self._engine.abandon(error)
+
+    @property
+    def stuck_bytes(self) -> int:
+        """Bytes that an abandoned engine thread still holds; 0 once it has freed them."""
+        return self._engine.stuck_bytes
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """The model's vocabulary, safe to use from any thread.
+
+        Lifetime: until the Runtime is closed; later calls raise ClosedError.
+        """
+        return self._loaded.tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Turn text into token ids as `generate` does with a prompt."""
         return self._loaded.encode(text)
 
     def close(self) -> None:
-        """End running requests with ClosedError and free everything; safe to call twice."""
-        with self._gate:
-            self._closing = True
-        self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        """End running requests with ClosedError and free everything; safe to call twice.
+
+        After `abandon` it waits two seconds at most: `stuck_bytes` then says what stays behind.
+        """
+        self._engine.close()
 
     # requests
 
@@ -225,165 +288,15 @@ class Runtime(Closing):
         """
         return self._asking.adapter(asked)
 
-    def _on_engine(self, action: Command) -> None:
-        """Have the engine thread do something between two tokens; raise what that raises."""
-        done: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                action()
-            except BaseException as error:  # the caller's, not the engine's
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        with self._gate:
-            self._check_open()
-            self._inbox.put(run)
-        done.result()
-
-    def _submit(self, request: Request) -> None:
-        with self._gate:
-            try:
-                self._check_open()
-            except ClosedError:
-                request.sampler.close()
-                raise
-            self._inbox.put(request)
-            guard = self._scheduler.depth_guard
-            if guard is not None and guard.checking:
-                self._loaded.device.stop_flag.set()
-
-    def _check_open(self) -> None:
-        if self._failure is not None:
-            raise ClosedError(f"the engine stopped: {self._failure}") from self._failure
-        if self._closing:
-            raise ClosedError("this Runtime was closed; make a new one")
-
     def _listen(self, prompt: str | None, options: Options, *, streaming: bool) -> Stream:
         inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._check_open()
+        self._engine.check_open()
         request = self._asking.request(prompt, options, inbox.put, streaming=streaming)
-        self._submit(request)
+        self._engine.submit(request)
         return Stream(request, inbox)
 
-    async def _alisten(
-        self, prompt: str | None, options: Options, *, streaming: bool
-    ) -> AsyncIterator[Chunk]:
-        import asyncio  # 25 ms that synchronous callers need not pay
-
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Outcome] = asyncio.Queue()
-
-        def emit(outcome: Outcome) -> None:
-            # A loop that closed meanwhile has nobody left to tell.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(inbox.put_nowait, outcome)
-
-        self._check_open()
-        ask = self._asking.request
-        request = await asyncio.to_thread(ask, prompt, options, emit, streaming=streaming)
-        self._submit(request)
-        try:
-            while True:
-                outcome = await inbox.get()
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                yield outcome
-                if outcome.finish_reason is not None:
-                    return
-        finally:
-            request.cancel()
-
-    # the engine thread
-
-    def _serve(self, ready: "Future[tuple[LoadedModel, Scheduler]]") -> None:
-        """Load, loop until closed, free: the whole life of the engine thread."""
-        meter = machine.LoadMeter()  # its first reading covers the time of loading
-        try:
-            opening = Opening(self.path)
-            # Imported now, not at the top: the vocabulary is being read meanwhile.
-            from edgeroute.loaded import LoadedModel
-
-            loaded = LoadedModel(self.path, self.params, opening, lambda: self._inbox.put(None))
-        except BaseException as error:
-            ready.set_exception(error)
-            return
-        with contextlib.closing(loaded):
-            try:
-                scheduler = self._make_scheduler(loaded, meter)
-            except BaseException as error:
-                ready.set_exception(error)
-                return
-            ready.set_result((loaded, scheduler))
-            self._loop(scheduler)
-            if scheduler.steps is not None:
-                scheduler.steps.close()
-
-    def _make_scheduler(self, loaded: "LoadedModel", meter: machine.LoadMeter) -> "Scheduler":
-        from edgeroute.scheduler import Scheduler
-
-        params = self.params
-        n_max = params.threads or machine.usable_cores()
-        fixed = params.threads is not None
-        policy = ThreadPolicy(n_max, meter, time.monotonic, fixed=fixed)
-        scheduler = Scheduler(
-            loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
-            n_ubatch=params.n_ubatch, max_batch=params.max_batch or loaded.max_batch,
-            is_eog=loaded.tokenizer.is_eog, experts=loaded.experts, adapters=loaded.adapters,
-            layers=loaded.layers,
-        )  # fmt: skip
-        if loaded.why_no_drafts(params.speculate) is None:
-            # Models that do not draft should not wait for its import.
-            from edgeroute.speculation import Speculation
-
-            scheduler.speculation = Speculation(loaded, params, scheduler.is_eog)
-        if params.steps_on:
-            # One model alone should not wait for what two need.
-            from edgeroute.step_choice import open_routing
-
-            scheduler.steps = open_routing(scheduler, loaded, params, lambda: self._inbox.put(None))
-        if loaded.depth is not None:
-            from edgeroute.depth import Depth
-            from edgeroute.depth_guard import DepthGuard
-
-            scheduler.depth = loaded.depth
-            if isinstance(loaded.depth, Depth):
-                scheduler.depth_guard = DepthGuard(
-                    loaded.depth, loaded.forward, scheduler.prefix, params.n_ubatch
-                )
-        return scheduler
-
-    def _loop(self, scheduler: "Scheduler") -> None:
-        error: BaseException = ClosedError("this Runtime was closed while the request ran")
-        try:
-            while not self._closing:
-                if not scheduler.busy and self._inbox.empty():
-                    scheduler.use_the_pause()
-                if scheduler.stalled and scheduler.busy:
-                    self._receive(scheduler, wait_s=STALL_POLL_S)
-                else:
-                    self._receive(scheduler, wait_s=0.0 if scheduler.busy else None)
-                scheduler.step()
-        except BaseException as failure:  # a bug: everyone waiting must hear of it
-            with self._gate:
-                self._failure = failure
-            error = ClosedError(f"the engine stopped: {failure!r}")
-            error.__cause__ = failure
-        while not self._inbox.empty():
-            self._receive(scheduler, wait_s=0.0)
-        scheduler.fail_all(error)
-
-    def _receive(self, scheduler: "Scheduler", *, wait_s: float | None) -> None:
-        """Take what has arrived; sleep up to `wait_s` until something does, None for ever."""
-        while wait_s != 0.0 or not self._inbox.empty():
-            with contextlib.suppress(queue.Empty):
-                arrived = self._inbox.get(timeout=wait_s)
-                if isinstance(arrived, Request):
-                    scheduler.submit(arrived)
-                elif arrived is not None:
-                    arrived()
-            wait_s = 0.0
+    def _ask(self, prompt: str | None, options: Options, *, streaming: bool) -> Ask:
+        return lambda emit: self._asking.request(prompt, options, emit, streaming=streaming)
 
 
 def generate(

@@ -49,6 +49,7 @@ class MemoryPlan:
     compute_bytes: int
     adapter_bytes: int = 0
     standin_bytes: int = 0
+    session_bytes: int = 0
 
     def wants(self) -> dict[str, int]:
         """Return ledger entries by owner."""
@@ -59,6 +60,7 @@ class MemoryPlan:
             COMPUTE_BUFFER: self.compute_bytes,
             "adapter slots": self.adapter_bytes,
             "stand-ins": self.standin_bytes,
+            "session staging": self.session_bytes,
         }
         return {owner: n_bytes for owner, n_bytes in found.items() if n_bytes}
 
@@ -104,6 +106,29 @@ def plan_memory(
         weights=weights.plan,
         kv_bytes=n_kv * kv_shape(hparams, params, n_repeat).bytes_per_cell,
         compute_bytes=n_ubatch * per_token + logits,
+    )
+
+
+def plan_parts(
+    hparams: Hparams, weights: ResidentWeights, params: RunParams,
+    parts: "tuple[DepthSource | None, AdapterPlan | None]",
+) -> MemoryPlan:  # fmt: skip
+    """Plan a model's bytes, with those of what runs beside it: a depth plan, adapters, sessions."""
+    depth, adapters = parts
+    n_repeat = 0 if depth is None else depth.n_repeats
+    plan = plan_memory(hparams, weights, params, n_repeat)
+    if depth is not None:
+        plan = dataclasses.replace(plan, standin_bytes=depth.n_bytes)
+    if params.sessions is not None:
+        from edgeroute.session_work import staging_bytes
+
+        shape = kv_shape(hparams, params, n_repeat)
+        plan = dataclasses.replace(plan, session_bytes=staging_bytes(shape))
+    if adapters is None:
+        return plan
+    more = adapters.compute_bytes(min(params.n_ubatch, round_cells(params.n_kv or params.n_ctx)))
+    return dataclasses.replace(
+        plan, adapter_bytes=adapters.n_bytes, compute_bytes=plan.compute_bytes + more
     )
 
 
@@ -216,18 +241,7 @@ class LoadedModel:
         return 0 if self.depth is None else self.depth.n_repeats
 
     def _plan(self, weights: ResidentWeights, params: RunParams) -> MemoryPlan:
-        adapters, depth = self._adapter_plan, self.depth
-        plan = plan_memory(self.model.hparams, weights, params, self._n_repeat)
-        if depth is not None:
-            plan = dataclasses.replace(plan, standin_bytes=depth.n_bytes)
-        if adapters is None:
-            return plan
-        more = adapters.compute_bytes(
-            min(params.n_ubatch, round_cells(params.n_kv or params.n_ctx))
-        )
-        return dataclasses.replace(
-            plan, adapter_bytes=adapters.n_bytes, compute_bytes=plan.compute_bytes + more
-        )
+        return plan_parts(self.model.hparams, weights, params, (self.depth, self._adapter_plan))
 
     def _load_in_part(self, params: RunParams) -> None:
         """Keep a part in memory and page the rest.
@@ -353,6 +367,10 @@ class LoadedModel:
         if speculate == "auto" and self.layers is None:
             return "all weights are in memory, where a pass over k tokens costs about k passes"
         return None
+
+    def before_close(self, action: Callable[[], None]) -> None:
+        """Have something done before anything is freed."""
+        self._owned.callback(action)
 
     def close(self) -> None:
         """Free everything; safe to call twice."""

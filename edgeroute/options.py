@@ -8,6 +8,8 @@ from edgeroute.runtime.prefix import Mode
 from edgeroute.runtime.records import SamplingParams
 from edgeroute.stats import Generation
 
+MAX_TOOLS = 128
+
 Message = Mapping[str, object]
 Score = Callable[[Generation], float]
 """Tells what an answer is worth, 0 to 1."""
@@ -41,6 +43,8 @@ class Settings(TypedDict, total=False):
     steps_file: str | Path | None
     remote: str | None
     remote_timeout_s: float | None
+    sessions: str | Path | None
+    sessions_bytes: str | int | None
 
 
 class Options(TypedDict, total=False):
@@ -54,10 +58,19 @@ class Options(TypedDict, total=False):
     `speculate=False` keeps this answer from being drafted, which changes its speed only.
     `depth` is `full` for an answer by the whole model, or the name of the Runtime's plan, which
     is also what None means. `steps` says who writes the steps of this answer, as the setting of
-    that name does for all.
+    that name does for all. `session` names a conversation whose keys and values are kept on disk
+    (see the setting `sessions`): the answer begins with those saved under that name, as far as
+    `prefix` lets them serve, and saves its own when it ends.
+
+    `tools` describes functions to a model whose chat template knows them, as JSON schemas:
+    `[{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}]`.
+    A call then stands in the answer's text, in the syntax that the model was trained on;
+    `edgeroute.server.tool_calls` makes a grammar for it and reads it. `shown_tokens` are
+    texts of control tokens that are part of the answer's text.
     """
 
     messages: Sequence[Message] | None
+    tools: Sequence[Mapping[str, object]] | None
     max_tokens: int
     temperature: float
     top_p: float
@@ -73,6 +86,7 @@ class Options(TypedDict, total=False):
     stop: Sequence[str] | str | None
     grammar: str | None
     json_schema: Mapping[str, object] | str | None
+    shown_tokens: Sequence[str]
     timeout_s: float | None
     prefix: Mode
     prompt_ids: Sequence[int] | None
@@ -81,6 +95,7 @@ class Options(TypedDict, total=False):
     speculate: bool
     depth: str | None
     steps: str | None
+    session: str | None
 
 
 SAMPLING = frozenset(SamplingParams.__dataclass_fields__)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgeroute.adapter_routing import Turn
     from edgeroute.depth import Depth, RoutedRequest
     from edgeroute.offload.adapter_store import Lease
+    from edgeroute.session_visit import Visit
     from edgeroute.skippers.steps import Who
     from edgeroute.step_state import StepState
 
@@ -34,6 +35,7 @@ class Source(NamedTuple):
 
     prompt: str | None = None
     messages: tuple[Mapping[str, object], ...] | None = None
+    tools: tuple[Mapping[str, object], ...] | None = None
 
 
 NO_SOURCE: Final = Source()
@@ -83,6 +85,10 @@ class Request:
     """Of an answer in steps."""
     model: "Who | None" = None
     """Who wrote its last token, in steps."""
+    session: str | None = None
+    """Whose saved cells it begins with, and which it saves its own for."""
+    visit: "Visit | None" = None
+    """How far that is."""
     on_cancel: Callable[[], None] | None = None
     """Stops the computation that runs for this request alone."""
 
@@ -148,7 +154,7 @@ class Request:
             self.first_token = now
         self.last_token = now
 
-    def finish(self, reason: FinishReason, engine: EngineState) -> Generation:
+    def finish(self, reason: FinishReason, engine: EngineState) -> None:
         """Close the texts and tell the listener; the engine has freed the cells already."""
         self._pass_on(self.text.flush())
         generation = Generation(
@@ -157,16 +163,20 @@ class Request:
             seed=self.sampler.seed, logprobs=tuple(self.logprobs),
         )  # fmt: skip
         self.emit(Chunk(text="", token_ids=tuple(self.pending), finish_reason=reason,
-                        generation=generation))  # fmt: skip
-        return generation
+                        generation=generation, logprobs=self._pending_logprobs()))  # fmt: skip
 
     def _pass_on(self, text: str) -> None:
         if not text:
             return
         self.pieces.append(text)
         if self.streaming:
-            self.emit(Chunk(text=text, token_ids=tuple(self.pending), model=self.model))
+            self.emit(Chunk(text=text, token_ids=tuple(self.pending), model=self.model,
+                            logprobs=self._pending_logprobs()))  # fmt: skip
             self.pending.clear()
+
+    def _pending_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Return the figures of the tokens that the listener has not heard of."""
+        return tuple(self.logprobs[len(self.logprobs) - len(self.pending) :])
 
     def _adapter_name(self) -> str | None:
         """What served the request: a name, or `a:0.7+b:0.3`, or None."""
@@ -176,6 +186,14 @@ class Request:
         if len(pairs) == 1 and pairs[0][1] == 1.0:
             return pairs[0][0].name
         return "+".join(f"{page.name}:{weight:g}" for page, weight in pairs)
+
+    def _session_stats(self) -> dict[str, object] | None:
+        """Tell what became of its session."""
+        if self.session is None or self.visit is not None:
+            return None if self.visit is None else self.visit.to_dict()
+        why = "it ended before its session was looked for"
+        return {"name": self.session, "restored_tokens": 0, "restore_s": 0.0, "bytes": 0,
+                "not_restored": why, "saved": why}  # fmt: skip
 
     def _adapter_stats(self) -> dict[str, object] | None:
         """Tell which adapters served, whether they were there, and what waiting for them cost."""
@@ -200,7 +218,15 @@ class Request:
             speculation=None if self.speculated is None else self.speculated.to_dict(),
             depth=None if self.depth is None else self.depth.cost(),
             steps=None if self.steps is None else tuple(self.steps.account.parts),
+            session=self._session_stats(),
         )  # fmt: skip
+
+
+def sequence_of(request: Request) -> Sequence:
+    """Return the cells of a request that runs."""
+    if request.sequence is None:
+        raise RuntimeError(f"request {request.id} has left the engine")
+    return request.sequence
 
 
 @contextlib.contextmanager

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.embedding import EmbedRequest, States
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.offload.counters import LayerCount
-from edgeroute.request import EngineState, Request, stoppable
+from edgeroute.request import EngineState, Request, sequence_of, stoppable
 from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
-from edgeroute.runtime.prefix import PrefixCache
+from edgeroute.runtime.prefix import Mode, PrefixCache
 from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
 from edgeroute.runtime.threads import ThreadPolicy
+from edgeroute.speculation_pass import speculate
 from edgeroute.stats import FinishReason
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from edgeroute.depth_guard import DepthGuard
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
-    from edgeroute.speculation import Draft, Speculation
+    from edgeroute.sessions import Sessions
+    from edgeroute.speculation import Speculation
     from edgeroute.step_routing import StepRouting
 
 Logits = npt.NDArray[np.float32]
@@ -61,6 +64,8 @@ class Scheduler:
         self.depth: DepthSource | None = None
         self.depth_guard: DepthGuard | None = None
         self.steps: StepRouting | None = None
+        self.sessions: Sessions | None = None
+        self._states = States(forward, ledger, n_ubatch)
         self._compute_bytes = forward.graphs.n_bytes
         self._waiting: deque[Request] = deque()
         self._arriving: list[Request] = []  # their adapters are held, perhaps still loading
@@ -71,6 +76,7 @@ class Scheduler:
         """Whether the last step had nothing to compute: adapters, or another machine, are waited
         for."""
         self.n_finished = 0
+        self.n_embedded = 0
         self.n_decode_steps = 0
         self.n_decode_tokens = 0
 
@@ -83,6 +89,12 @@ class Scheduler:
     def _groups(self) -> tuple[deque[Request] | list[Request], ...]:
         """All requests, by how far they are."""
         return (self._waiting, self._arriving, self._prefilling, self._decoding, self._stepping)
+
+    @property
+    def doing(self) -> str:
+        """Say what it works at, for people; any thread may ask."""
+        n_answers = len(self._decoding) + len(self._stepping)
+        return f"prompts: {len(self._prefilling)}, answers: {n_answers}, waiting: {self.n_waiting}"
 
     @property
     def n_running(self) -> int:
@@ -103,6 +115,8 @@ class Scheduler:
     def step(self) -> None:
         """Do one round: at most one prefill batch, then one token for all that decode."""
         self._drop_interrupted()
+        if self.sessions is not None:
+            self.sessions.advance()
         if self.depth_guard is not None and self.depth_guard.overdue:
             self.depth_guard.check(in_pause=False)
         self._admit()
@@ -112,7 +126,7 @@ class Scheduler:
             self._prefill(self._prefilling[0])
         running = list(self._decoding)
         if len(running) == 1 and self.speculation is not None and running[0].speculate:
-            self._speculate(running.pop(), self.speculation)
+            speculate(self, running.pop(), self.speculation)
         running.sort(key=lambda request: request.depth is None)  # a pass computes one plan
         for _, group in itertools.groupby(running, lambda request: request.depth):
             alike = list(group)
@@ -166,6 +180,8 @@ class Scheduler:
         for request in list(self._arriving):
             try:
                 arrived = self._adapters is None or self._adapters.has_arrived(request)
+                if arrived and self.sessions is not None and request.session is not None:
+                    arrived = self.sessions.has_arrived(request, self._cells_of(request)[0])
             except EdgerouteError as error:
                 self._arriving.remove(request)
                 self._fail(request, error)
@@ -173,20 +189,30 @@ class Scheduler:
             if arrived and not self._open(request):
                 return
 
-    def _open(self, request: Request) -> bool:
-        """Give a request its cells; False while there are none."""
+    def _cells_of(self, request: Request) -> tuple[str | None, Mode]:
+        """Choose how deep a request is computed; return whose cells serve it, and which."""
         key = None if request.lease is None else request.lease.key
-        reuse = request.prefix
+        reuse, request.depth = request.prefix, None
         if self.depth is not None and self.depth.on and not request.depth_full:
             request.depth = self.depth.begin()
             if request.depth.key is None:  # nobody knows yet what its keys will be
                 reuse = "off"
             elif request.depth.key:
                 key = f"{key or ''}|{request.depth.key}"
+        return key, reuse
+
+    def _open(self, request: Request) -> bool:
+        """Give a request its cells; False while there are none."""
+        key, reuse = self._cells_of(request)
         if request.turn is not None:  # cells of another adapter would have served otherwise
             request.n_common = self.prefix.longest_common(request.prompt_ids)
-        sequence = self.prefix.open(list(request.prompt_ids), request.n_cells, reuse, adapter=key)
+        sequence = None if self.sessions is None else self.sessions.take(request, key)
         if sequence is None:
+            tokens = list(request.prompt_ids)
+            sequence = self.prefix.open(tokens, request.n_cells, reuse, adapter=key)
+        if sequence is None:
+            if self.sessions is not None:
+                self.sessions.blocked()
             return False
         self._arriving.remove(request)
         request.sequence = sequence
@@ -248,25 +274,39 @@ class Scheduler:
             self.speculation.end(request)
         if self.steps is not None:
             self.steps.end(request)
+        if self.sessions is not None:
+            self.sessions.end(request)
         sequence, request.sequence = request.sequence, None
         if sequence is not None:
             known = request.depth is None or request.depth.key is not None
-            (self.prefix.keep if keep and known else self.prefix.drop)(sequence)
+            if keep and known:
+                held = None if self.sessions is None else self.sessions.save(request, sequence)
+                self.prefix.keep(sequence, held)
+            else:
+                self.prefix.drop(sequence)
         request.sampler.close()
 
     # computing
 
     def _prefill(self, request: Request) -> None:
         """Compute one batch of a prompt; its last gives the first token."""
-        sequence = _sequence(request)
+        sequence = sequence_of(request)
+        if request.prefill_s == 0.0:
+            self._share(request, sequence)
         self.threads.before_prefill()
         start, n = sequence.n_past, len(request.prompt_ids)
         end = next_chunk_end(start, n, self._n_ubatch)
+        embeds = isinstance(request, EmbedRequest)
+        try:
+            spans = self._states.spans() if embeds else None
+        except EdgerouteError as error:
+            self.fail(request, error)
+            return
         piece = Piece(tokens=request.prompt_ids[start:end], pos=start, region=sequence.region,
-                      n_out=int(end == n), lora=request.lora)  # fmt: skip
+                      n_out=int(end == n and not embeds), lora=request.lora)  # fmt: skip
         began = time.monotonic()
         with stoppable(request, self.forward.device):
-            logits = self._run([piece], [request])
+            logits = self._run([piece], [request], spans)
         request.prefill_s += time.monotonic() - began
         if logits is None:
             reason = request.interrupted()
@@ -276,91 +316,79 @@ class Scheduler:
             return  # a stop meant for an earlier batch: this one is computed again
         sequence.n_past = end
         sequence.classes += chunk_classes(end - start).tobytes()
-        if end == n:
+        if isinstance(request, EmbedRequest):
+            self._embed(request, end - start)
+        elif end == n:
             self._prefilling.remove(request)
             self._decoding.append(request)
-            self._sample(request, logits[0])
+            self.sample(request, logits[0])
             self._decoding = [each for each in self._decoding if each.sequence is not None]
+
+    def _share(self, request: Request, sequence: Sequence) -> None:
+        """Take over what those that run have computed of the same prompt meanwhile.
+
+        Prompts are computed one after another, so that of several alike, as the choices of one
+        request or chats with one system message are, the first computes what they share.
+        """
+        if request.depth is not None and request.depth.key is None:
+            return
+        others = [
+            each.sequence for each in (*self._prefilling, *self._decoding)
+            if each.sequence and (each.depth is None or each.depth.key is not None)
+        ]  # fmt: skip
+        request.n_cached += self.prefix.share(sequence, others, request.prefix)
+
+    def _embed(self, request: EmbedRequest, n_tokens: int) -> None:
+        """Take the hidden states of a batch; behind a text's last, others come first."""
+        request.add(self.forward.residual(n_tokens))
+        sequence = sequence_of(request)
+        if sequence.n_past < len(request.prompt_ids):
+            return
+        self.n_embedded += 1
+        try:
+            more = request.next_input()
+        except EdgerouteError as error:
+            self.fail(request, error)
+            return
+        self._prefilling.remove(request)
+        if not more:
+            self._finish(request, "stop", keep=False)
+            return
+        request.sequence = None
+        self.prefix.drop(sequence)
+        self._arriving.append(request)
 
     def _decode(self, batch: list[Request]) -> None:
         """Compute one token for each request of a batch."""
         batch = [request for request in batch if request.sequence is not None]
         if not batch:
             return
-        batch.sort(key=lambda request: _sequence(request).region.start)
+        batch.sort(key=lambda request: sequence_of(request).region.start)
         pieces = []
         for request in batch:
-            sequence = _sequence(request)
+            sequence = sequence_of(request)
             pieces.append(Piece(tokens=sequence.tokens[-1:], pos=sequence.n_past,
                                 region=sequence.region, lora=request.lora))  # fmt: skip
-        logits = self._pass(pieces, batch)
+        logits = self.run_pass(pieces, batch)
         if logits is None:
             return
         self.n_decode_steps += 1
         self.n_decode_tokens += len(batch)
         for i, request in enumerate(batch):  # iterating over the array costs an IndexError
-            sequence = _sequence(request)
+            sequence = sequence_of(request)
             sequence.n_past += 1
             sequence.classes.append(CLASS_SINGLE)
-            self._sample(request, logits[i])
+            self.sample(request, logits[i])
 
-    def _speculate(self, request: Request, speculation: "Speculation") -> None:
-        """Compute a token of a request and the guesses behind it; keep what it would have drawn."""
-        try:
-            draft = speculation.draft(request)
-        except EdgerouteError as error:
-            self._leave(request)
-            self._fail(request, error)
-            return
-        if request.interrupted():
-            return  # the next round lets it go; what was drafted lies behind its cells
-        sequence = _sequence(request)
-        tokens = [sequence.tokens[-1], *draft.tokens]
-        pieces = [
-            Piece(tokens=(token,), pos=sequence.n_past + i, region=sequence.region,
-                  lora=request.lora) for i, token in enumerate(tokens)
-        ]  # fmt: skip
-        stalled_s, began = self._stalled_s(), time.perf_counter()
-        logits = self._pass(pieces, [request])
-        if logits is None:
-            return
-        pass_s = time.perf_counter() - began
-        stalled_s = self._stalled_s() - stalled_s
-        self.n_decode_steps += 1
-        self.n_decode_tokens += 1
-        judged = self._verify(request, speculation, draft, logits)
-        speculation.learn(draft, judged, (pass_s, pass_s - stalled_s))
-
-    def _verify(
-        self, request: Request, speculation: "Speculation", draft: "Draft", logits: Logits
-    ) -> tuple[int, int]:
-        """Draw tokens until one is not the drafted one, or the answer ends.
-
-        Returns:
-            Drafted tokens that were compared with a drawn one, and those that were equal.
-        """
-        sequence, guesses = _sequence(request), draft.tokens
-        speculation.begin(request, draft)
-        for i in range(len(guesses) + 1):
-            sequence.n_past += 1
-            sequence.classes.append(CLASS_SINGLE)
-            self._sample(request, logits[i])
-            if request.sequence is None:
-                return i, i
-            if i == len(guesses) or sequence.tokens[-1] != guesses[i]:
-                return min(i + 1, len(guesses)), i
-            speculation.accept(request)
-        raise AssertionError("the loop ends by itself")
-
-    def _pass(self, pieces: list[Piece], batch: list[Request]) -> Logits | None:
+    def run_pass(self, pieces: list[Piece], batch: list[Request]) -> Logits | None:
         """Compute a decode pass, and let the number of threads follow what it took."""
-        began = time.perf_counter() - self._stalled_s()
+        began = time.perf_counter() - self.stalled_s()
         logits = self._run(pieces, batch)
         if logits is not None:
-            self.threads.observe(len(pieces), time.perf_counter() - self._stalled_s() - began)
+            self.threads.observe(len(pieces), time.perf_counter() - self.stalled_s() - began)
         return logits
 
-    def _stalled_s(self) -> float:
+    def stalled_s(self) -> float:
         """Seconds spent waiting for a disk so far, which no number of threads would change."""
         stores = (self._experts, self._layers)
         return sum(store.stalled_s for store in stores if store is not None)
@@ -372,7 +400,7 @@ class Scheduler:
         if len(piece.tokens) == 1 and spans is None:
             self.n_decode_steps += 1
             self.n_decode_tokens += 1
-            return self._pass([piece], [request])
+            return self.run_pass([piece], [request])
         self.threads.before_prefill()
         with stoppable(request, self.forward.device):
             return self._run([piece], [request], spans)
@@ -417,7 +445,7 @@ class Scheduler:
             if request in group:
                 group.remove(request)
 
-    def _sample(self, request: Request, logits: Logits) -> None:
+    def sample(self, request: Request, logits: Logits) -> None:
         """Choose a token, pass its text on, and end the request where it ends."""
         try:
             self.commit(request, request.sampler.sample(logits))
@@ -436,16 +464,10 @@ class Scheduler:
             self.finish(request, "stop")
             return
         request.sampler.accept(token)
-        sequence = _sequence(request)
+        sequence = sequence_of(request)
         sequence.tokens.append(token)
         request.add_token(token, now)
         if request.text.stopped:
             self.finish(request, "stop")
         elif len(request.token_ids) >= request.max_tokens:
             self.finish(request, "length")
-
-
-def _sequence(request: Request) -> Sequence:
-    if request.sequence is None:
-        raise RuntimeError(f"request {request.id} has left the engine")
-    return request.sequence

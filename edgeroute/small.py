@@ -37,15 +37,9 @@ def open_small(opening: Opening, params: RunParams) -> "LoadedModel":
     """
     from edgeroute.loaded import LoadedModel  # which opens a small model itself
 
-    path = resolve(str(params.small))
-    stepping = params.steps_on
-    mine = dataclasses.replace(
-        params, small=None, speculate="off", adapters=None, adapter_slots=None, n_kv=None,
-        n_ubatch=params.n_ubatch if stepping else N_UBATCH, max_batch=1, policy="auto",
-        prefetch="auto", trace=None, steps="off", depth="full", depth_file=None,
-    )  # fmt: skip
-    beside = open_beside(path, opening, must_share=not stepping)
-    small = LoadedModel(path, mine, beside)
+    path = small_file(params)
+    beside = open_beside(path, opening, must_share=not params.steps_on)
+    small = LoadedModel(path, small_params(params), beside)
     if small.layers is not None or small.experts is not None:
         taken = format_bytes(small.ledger.budget_bytes)
         small.close()
@@ -54,6 +48,25 @@ def open_small(opening: Opening, params: RunParams) -> "LoadedModel":
             "the memory budget, or take no small model"
         )
     return small
+
+
+def small_file(params: RunParams) -> "Path":
+    """Return the file of the small model that `params` names.
+
+    Raises:
+        CatalogueError: there is no such model.
+    """
+    return resolve(str(params.small))
+
+
+def small_params(params: RunParams) -> RunParams:
+    """Return the settings of the small model beside one that has these."""
+    n_ubatch = params.n_ubatch if params.steps_on else N_UBATCH
+    return dataclasses.replace(
+        params, small=None, speculate="off", adapters=None, adapter_slots=None, n_kv=None,
+        n_ubatch=n_ubatch, max_batch=1, policy="auto", prefetch="auto", trace=None, steps="off",
+        depth="full", depth_file=None, sessions=None,
+    )  # fmt: skip
 
 
 def small_entries(small: "LoadedModel") -> dict[str, int]:

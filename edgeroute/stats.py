@@ -81,6 +81,12 @@ class GenerationStats:
     """Of an answer in steps: who wrote what, see StepPart. Together they have all tokens of the
     answer, one that ended it included, and all that either model evaluated for it."""
 
+    session: dict[str, object] | None = None
+    """Of an answer in a session: name, restored_tokens, restore_s (from the request to its cells),
+    bytes (read), not_restored (why nothing was; None where something was) and saved (True where
+    its cells are being saved while the caller has its answer, else why not). Where two models
+    write, only those of the answer's own model are saved; the other one reads the text again."""
+
     @property
     def prefill_tok_s(self) -> float:
         """Prompt tokens computed (not reused) per second."""
@@ -99,6 +105,7 @@ class GenerationStats:
         drafts = {} if self.speculation is None else {"speculation": self.speculation}
         depth = {} if self.depth is None else {"depth": self.depth}
         steps = {} if self.steps is None else {"steps": [asdict(part) for part in self.steps]}
+        session = {} if self.session is None else {"session": self.session}
         return (
             {
                 "n_prompt": self.n_prompt,
@@ -119,6 +126,7 @@ class GenerationStats:
             | drafts
             | depth
             | steps
+            | session
         )
 
 
@@ -135,6 +143,8 @@ class Chunk:
     model: Who | None = None
     finish_reason: FinishReason | None = None
     generation: "Generation | None" = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of its tokens, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,21 @@
-"""An answer as it comes, for synchronous callers."""
+"""An answer as it comes: for synchronous callers, and on an event loop."""
 
+import contextlib
 import queue
-from typing import Self
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Self
 
 from edgeroute.request import Outcome, Request
 from edgeroute.runtime.closing import Closing
 from edgeroute.stats import Chunk
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from edgeroute.engine_thread import EngineThread
+
+Ask = Callable[[Callable[[Outcome], None]], Request]
+"""Makes a request that tells its outcomes to somebody."""
 
 
 class Chunks(Closing):
@@ -66,3 +76,47 @@ class Stream(Chunks):
     def __del__(self) -> None:
         # Not relied on for memory: it only spares the work for an answer nobody waits for.
         self._request.cancel()
+
+
+async def hear(ask: Ask, engine: "EngineThread") -> AsyncIterator[Chunk]:
+    """Make a request in a thread, hand it over, and give its chunks on the running event loop.
+
+    Leaving the iterator cancels the request.
+
+    Raises:
+        EdgerouteError: it cannot be made, or it failed.
+    """
+    import asyncio  # 25 ms that synchronous callers need not pay
+
+    loop = asyncio.get_running_loop()
+    inbox: asyncio.Queue[Outcome] = asyncio.Queue()
+
+    def emit(outcome: Outcome) -> None:
+        # A loop that closed meanwhile has nobody left to tell.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(inbox.put_nowait, outcome)
+
+    engine.check_open()
+    making = asyncio.ensure_future(asyncio.to_thread(ask, emit))
+    try:
+        request = await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(_drop)  # the thread goes on, and nobody else frees what it made
+        raise
+    engine.submit(request)
+    try:
+        while True:
+            outcome = await inbox.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            yield outcome
+            if outcome.finish_reason is not None:
+                return
+    finally:
+        request.cancel()
+
+
+def _drop(made: "asyncio.Future[Request]") -> None:
+    """Free what a request holds whose listener left before it was made."""
+    if not made.cancelled() and made.exception() is None:
+        made.result().sampler.close()

@@ -41,9 +41,14 @@ def geglu(b: Builder, prefix: str, x: Tensor) -> Tensor:
     return b.linear(f"{prefix}.ffn_down", b.g.ggml_geglu_split(b.ctx, gate, up))
 
 
+def output_norm(b: Builder, x: Tensor, eps: float) -> Tensor:
+    """Normalise what the last layer left: F32 [n_embd, n]."""
+    return b.rms_norm("output_norm", x, eps)
+
+
 def logits(b: Builder, x: Tensor, eps: float) -> Tensor:
     """Normalise and project to the vocabulary: F32 [n_vocab, n_out]."""
-    return b.linear("output", b.rms_norm("output_norm", x, eps))
+    return b.linear("output", output_norm(b, x, eps))
 
 
 def spec(name: str, *ne: int, use: Use = "mul_mat", required: bool = True) -> TensorSpec:

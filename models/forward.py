@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.base import Hparams, Model
+from edgeroute.models.blocks import output_norm
 from edgeroute.models.pruning import fill_choice, n_described
 from edgeroute.models.standins import fill_switches
 from edgeroute.models.steps import build_step
@@ -105,6 +106,13 @@ class Forward:
     def headless(self) -> tuple[Span, ...]:
         """Split the whole model before its head: what `residual` then gives is the last layer's."""
         return self.whole[0]._replace(output=False), Span((), embed=False, output=True)
+
+    def normed(self) -> tuple[Span, ...]:
+        """Compute the whole model but for its head, and of all tokens.
+
+        What `residual` then gives are final hidden states, behind the output norm.
+        """
+        return (self.whole[0]._replace(output=False, norm=True),)
 
     def reserve(self, n_tokens: int, n_kv: int, n_out: int = 1) -> None:
         """Size the compute buffer for `n_tokens` that see `n_kv` cells, and `n_out` logits.
@@ -245,6 +253,8 @@ class Forward:
             x = build_step(b, self.model, step, x, last=last)
         if span.output:
             return b.finish(self.model.head(b, b.select_outputs(x)))
+        if span.norm:
+            x = output_norm(b, x, self.model.hparams.norm_rms_eps)
         return b.finish(b.g.ggml_cpy(b.ctx, x, self._stream_view(b)))
 
     def _builder(self, span: Span, shape: BatchShape, n_layer: int) -> Builder:
@@ -257,15 +267,24 @@ class Forward:
             b.adapt(self.lora)
         return b
 
-    def _stream_view(self, b: Builder) -> Tensor:
-        """View the residual stream that spans hand on: F32 [n_embd, n_tokens]."""
-        n_embd = self.model.hparams.n_embd
-        if self._stream is None or self._stream.n_tokens < b.n_tokens:
+    def reserve_stream(self, n_tokens: int) -> "_Stream":
+        """Make room for what spans hand on of up to `n_tokens`.
+
+        Raises:
+            CapacityError: no memory for it.
+        """
+        if self._stream is None or self._stream.n_tokens < n_tokens:
             if self._stream is not None:
                 self.graphs.clear()
                 self._stream.close()
-            self._stream = _Stream(self.device, n_embd, b.n_tokens)
-        return ggml().ggml_view_2d(b.ctx, self._stream.tensor, n_embd, b.n_tokens, n_embd * 4, 0)
+                self._stream = None
+            self._stream = _Stream(self.device, self.model.hparams.n_embd, n_tokens)
+        return self._stream
+
+    def _stream_view(self, b: Builder) -> Tensor:
+        """View the residual stream that spans hand on: F32 [n_embd, n_tokens]."""
+        n_embd, stream = self.model.hparams.n_embd, self.reserve_stream(b.n_tokens)
+        return ggml().ggml_view_2d(b.ctx, stream.tensor, n_embd, b.n_tokens, n_embd * 4, 0)
 
     def _fill(self, graph: Graph, pieces: Sequence[Piece], shape: BatchShape) -> None:
         """Write a batch's numbers into a graph's inputs."""

@@ -118,4 +118,6 @@ class LayeredForward(Forward):
             if output and head_streams:
                 units.append(head)
             embed = span.embed and i == 0
-            yield span._replace(steps=tuple(group), embed=embed, output=output), tuple(units)
+            norm = span.norm and i == len(groups) - 1
+            part = span._replace(steps=tuple(group), embed=embed, output=output, norm=norm)
+            yield part, tuple(units)

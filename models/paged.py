@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.base import MoeHparams, MoeModel
+from edgeroute.models.blocks import output_norm
 from edgeroute.models.carry import Carry, Choice
 from edgeroute.models.forward import Forward, Piece, shape_of
 from edgeroute.models.moe import THRESHOLDS, n_ranked
@@ -42,7 +43,8 @@ class Stage(NamedTuple):
     whether they are computed in it, or in graphs of their own before; `dense` are steps that
     choose no experts; `until` is the step whose router ends it, None at the head. `guessed` is
     the step whose router is asked ahead of its time. `narrow_before` and `narrow` say whether
-    `before` and the stage's end see only the tokens whose logits are wanted. `k` is the most
+    `before` and the stage's end see only the tokens whose logits are wanted; the last stage of
+    a pass that wants none, but all hidden states, ends with the output norm. `k` is the most
     experts of `before` that a token computes inline, 0 for as many as it ranks.
     """
 
@@ -115,7 +117,7 @@ class PagedForward(Forward):
     def run(
         self, pieces: Sequence[Piece], spans: Sequence[Span] | None = None, *, borrow: bool = False
     ) -> npt.NDArray[np.float32] | None:
-        """Compute a batch, as `Forward.run` does; `spans` is None or one whole pass.
+        """Compute a batch, as `Forward.run` does; `spans` is None, one whole pass, or `normed`.
 
         Raises:
             ModelFileError: an expert cannot be read.
@@ -144,7 +146,7 @@ class PagedForward(Forward):
         Raises:
             ComputeError: it is not one whole pass.
         """
-        if len(spans) != 1 or not (spans[0].embed and spans[0].output):
+        if len(spans) != 1 or not (spans[0].embed and (spans[0].output or spans[0].norm)):
             raise ComputeError("a model whose experts are paged computes whole passes only")
         parts = self._parts_of.get(spans[0])
         if parts is None:
@@ -290,14 +292,18 @@ class PagedForward(Forward):
 
     def _build_stage(self, stage: Stage, batch: BatchShape) -> Graph:
         model, until = self.model, stage.until
-        span = Span(stage.dense, embed=stage.before is None, output=until is None, plan=stage.plan)
+        ends = until is None and stage.narrow
+        span = Span(stage.dense, embed=stage.before is None, output=ends, plan=stage.plan)
         b = self._builder(span, batch, n_described(stage.dense) + 2)
         x = model.embed(b) if stage.before is None else self._combine(b, stage)
         for i, step in enumerate(stage.dense):
-            last = until is None and i == len(stage.dense) - 1
+            last = until is None and stage.narrow and i == len(stage.dense) - 1
             x = build_step(b, model, step, x, last=last)
-        if until is None:
+        if until is None and stage.narrow:
             return b.finish(model.head(b, b.select_outputs(x)))
+        if until is None:
+            x = output_norm(b, x, model.hparams.norm_rms_eps)
+            return b.finish(b.g.ggml_cpy(b.ctx, x, self._stream_view(b)))
         x = build_attn(b, model, until, x, last=stage.narrow)
         h = model.ffn_input(b, until.il, x)
         n = _columns(stage.narrow, batch)
@@ -371,8 +377,8 @@ def _parts(model: MoeModel, span: Span) -> list[Stage]:
         follows = i + 1 < n and routes[i + 1] and span.steps[i + 1].il == step.il + 1
         guessed = span.steps[i + 1] if follows else None
         found.append(Stage(before, True, tuple(dense), step, guessed, narrow_before=False,
-                           narrow=i == n - 1, plan=span.plan))  # fmt: skip
+                           narrow=span.output and i == n - 1, plan=span.plan))  # fmt: skip
         before, dense = step, []
     narrow_before = bool(found) and found[-1].narrow
     return [*found, Stage(before, True, tuple(dense), None, None, narrow_before=narrow_before,
-                          narrow=True, plan=span.plan)]  # fmt: skip
+                          narrow=span.output, plan=span.plan)]  # fmt: skip

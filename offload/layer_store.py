@@ -187,6 +187,10 @@ class LayerStore(Closing):
             "stall_s": round(self.stalled_s, 6),
         }
 
+    def in_rooms(self) -> list[int | None]:
+        """List what each room holds or is being filled with; any thread may ask."""
+        return [room.holds for room in self._ring]
+
     # memory that comes and goes
 
     @property

@@ -437,7 +437,8 @@ class AdapterRouter:
 
     def stats(self) -> dict[str, object]:
         """What it has done: counts of requests, epochs and drifts, and per adapter."""
-        plays = self._bandit.n_plays
+        plays, costs_s = self._bandit.n_plays, self._cost_s
+        n_rows = min(len(plays), len(costs_s))
         return {
             "n_chosen": self._n_chosen,
             "n_bypassed": self._n_bypassed,
@@ -447,11 +448,11 @@ class AdapterRouter:
             "adapters": {
                 name: {
                     "n_plays": float(plays[row]),
-                    "paging_s": float(self._cost_s[row]),
+                    "paging_s": float(costs_s[row]),
                     "resident": name in self._resident,
                 }
                 for name in list(self._identities)  # other threads may ask for these figures
-                if (row := self._bandit.row(name)) is not None and row < len(plays)
+                if (row := self._bandit.row(name)) is not None and row < n_rows
             },
         }
 

@@ -209,8 +209,8 @@ class SlotBook:
         return page in self._slots or page in self._loading
 
     def resident(self) -> Collection[int]:
-        """The pages that can be used now."""
-        return self._slots.keys()
+        """The pages that can be used now: a copy, so that any thread may ask."""
+        return self._slots.copy().keys()
 
     @property
     def n_free(self) -> int:

@@ -8,9 +8,10 @@ import ctypes
 import functools
 import platform
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import CapacityError, ComputeError, LibraryError, UsageError
@@ -106,30 +107,59 @@ class Buffer:
 
 
 class StopFlag:
-    """A byte that a running computation looks at; any thread may raise it.
+    """What a running computation asks before each operation; any thread may raise it.
 
-    ggml asks a C function `bool f(void *)` before each operation. A Python function would take
-    Python's lock a thousand times per batch, which costs 5 % of a prefill. The C library's
-    strlen answers the same question about a string of length zero or one.
+    ggml asks a C function `bool f(void *)`. A Python function would take Python's lock a
+    thousand times per batch, which costs 5 % of a prefill. Where the C library has semaphores
+    of a process's own, sem_trywait answers: it takes one of many until there are none, so that
+    what is left tells how far the computation is. Elsewhere strlen answers the same question
+    about a string of length zero or one.
     """
 
+    _MANY: Final = (1 << 31) - 1  # SEM_VALUE_MAX
+
     def __init__(self) -> None:
-        self._text = ctypes.create_string_buffer(64)
+        self._memory = (ctypes.c_uint64 * 8)()
+        self.address = ctypes.addressof(self._memory)
         library = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
-        self.callback = ctypes.cast(library.strlen, ctypes.c_void_p).value
-        self.address = ctypes.addressof(self._text)
+        # macOS has these functions too, but they always fail.
+        self._library = library if sys.platform == "linux" else None
+        ask = library.strlen if self._library is None else library.sem_trywait
+        self.callback = ctypes.cast(ask, ctypes.c_void_p).value
+        self._n_asked = 0  # before it was raised
+        self.clear()
 
     def set(self) -> None:
         """Stop the computation that runs now, if it watches."""
-        self._text[0] = b"x"
+        self._n_asked = self.n_asked
+        self._put(1 if self._library is None else 0)
 
     def is_set(self) -> bool:
         """Whether it was raised and not lowered since."""
-        return self._text[0] != b"\0"
+        return bool(self._memory[0]) if self._library is None else not self._left()
 
     def clear(self) -> None:
         """Let computations run."""
-        self._text[0] = b"\0"
+        self._put(0 if self._library is None else self._MANY)
+
+    @property
+    def n_asked(self) -> int:
+        """Operations begun since it was lowered, where that is known; any thread may look."""
+        if self._library is None or not (left := self._left()):
+            return self._n_asked
+        return self._MANY - left
+
+    def _put(self, value: int) -> None:
+        if self._library is None:
+            self._memory[0] = value
+        else:
+            self._library.sem_init(ctypes.byref(self._memory), 0, value)
+
+    def _left(self) -> int:
+        left = ctypes.c_int()
+        assert self._library is not None
+        self._library.sem_getvalue(ctypes.byref(self._memory), ctypes.byref(left))
+        return left.value
 
 
 class Device(Closing):
@@ -157,6 +187,8 @@ class Device(Closing):
         self.stop_flag = StopFlag()
         self.extra_buffer_types = self._find_extra_buffer_types(reg)
         self.n_threads = 0
+        self.beat = time.monotonic()
+        """When it last ended a computation, for whoever watches from another thread."""
 
     @classmethod
     def open(cls, name: str = "cpu") -> Self:
@@ -249,6 +281,7 @@ class Device(Closing):
             ComputeError: ggml reported a failure.
         """
         status = ggml().ggml_backend_graph_compute(self._backend, graph)
+        self.beat = time.monotonic()
         if status == api.STATUS_ABORTED:
             return False
         if status != api.STATUS_SUCCESS:

@@ -37,6 +37,10 @@ class StepsFileError(EdgerouteError):
     """A steps file is malformed, or was made for another pair of models."""
 
 
+class SessionFileError(EdgerouteError):
+    """A saved session is damaged, or was made by another model; nothing of it was used."""
+
+
 class UnsupportedModelError(EdgerouteError):
     """A well-formed model needs something this version cannot run."""
 
@@ -62,6 +66,10 @@ class CapacityError(EdgerouteError):
 
 class ComputeError(EdgerouteError):
     """ggml reported a failed computation; the sequences in that batch are lost."""
+
+
+class DeadlineError(EdgerouteError, TimeoutError):
+    """What was asked for was not ready within the time given."""
 
 
 class CatalogueError(EdgerouteError):

@@ -1,6 +1,8 @@
 """Constrain sampling to a GBNF grammar or a JSON schema, with llama.cpp's matcher."""
 
 import ctypes
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +25,13 @@ class Grammar(Closing):
 
     libllama ends the process when it is given a token that the grammar does not admit,
     so `accept` asks first. Control tokens are never admitted, except those that end
-    generation where the grammar may end: their text would match, but is not shown.
+    generation where the grammar may end: their text would match, but is not shown. Those that
+    are shown are admitted where their text is.
 
     Args:
         tokenizer: the vocabulary that the grammar is matched against.
         gbnf: the grammar's text.
+        shown: texts of control tokens that are part of the output's text.
 
     Raises:
         GrammarError: the grammar is malformed, too large, or libllama refused it.
@@ -35,11 +39,15 @@ class Grammar(Closing):
     Lifetime: holds the tokenizer's vocabulary; close it before the tokenizer.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", gbnf: str) -> None:
-        check(parse(gbnf))
+    def __init__(self, tokenizer: "Tokenizer", gbnf: str, shown: Sequence[str] = ()) -> None:
+        if not isinstance(gbnf, str):
+            raise GrammarError(f"a grammar must be a text, got {type(gbnf).__name__}")
+        _check(gbnf)
         self._lib = llama()
         self._tokenizer = tokenizer
         self._admitted: int | None = None
+        self._shown = tokenizer.shown_ids(shown)
+        self._hidden = [i for i in tokenizer.hidden_ids if i not in self._shown]
         self._one = np.zeros(1, dtype=np.dtype(list(lib.TOKEN_DATA_FIELDS)))
         last_errors()
         sampler = self._lib.llama_sampler_init_grammar(
@@ -72,7 +80,7 @@ class Grammar(Closing):
         Args:
             logits: F32 (n_vocab,), changed in place.
         """
-        logits[self._tokenizer.hidden_ids] = -np.inf
+        logits[self._hidden] = -np.inf
         ids = np.flatnonzero(logits > -np.inf)
         candidates = np.zeros(len(ids), dtype=self._one.dtype)
         candidates["id"], candidates["logit"] = ids, 1.0
@@ -97,11 +105,19 @@ class Grammar(Closing):
 
     def _is_hidden(self, token_id: int) -> bool:
         """Whether a token may not occur whatever the grammar says."""
+        if token_id in self._shown:
+            return False
         return not (self._tokenizer.piece(token_id) or self._tokenizer.is_eog(token_id))
 
     def _apply(self, candidates: NDArray[np.void]) -> None:
         array = lib.TokenDataArray(candidates.ctypes.data, candidates.size, -1, False)
         self._lib.llama_sampler_apply(self._open(), ctypes.byref(array))
+
+
+@functools.lru_cache(maxsize=16)
+def _check(gbnf: str) -> None:
+    """Refuse a grammar that llama.cpp would not survive; a good one is remembered."""
+    check(parse(gbnf))
 
 
 def compile_constraint(tokenizer: "Tokenizer", params: SamplingParams) -> Grammar | None:
@@ -111,9 +127,9 @@ def compile_constraint(tokenizer: "Tokenizer", params: SamplingParams) -> Gramma
         GrammarError: the grammar or schema cannot be used; the message says why.
     """
     if params.grammar is not None:
-        return Grammar(tokenizer, params.grammar)
+        return Grammar(tokenizer, params.grammar, params.shown_tokens)
     if params.json_schema is not None:
         from edgeroute.runtime.json_schema import to_gbnf
 
-        return Grammar(tokenizer, to_gbnf(params.json_schema))
+        return Grammar(tokenizer, to_gbnf(params.json_schema), params.shown_tokens)
     return None

@@ -38,13 +38,14 @@ class Segment(NamedTuple):
 class Span(NamedTuple):
     """What one graph computes: embedding, passes over some layers in order, output head.
 
-    `plan` names the stand-ins of approximated sub-blocks.
+    `plan` names the stand-ins of approximated sub-blocks; `norm` ends with the norm of `output`.
     """
 
     steps: Steps
     embed: bool
     output: bool
     plan: str = ""
+    norm: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:

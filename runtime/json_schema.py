@@ -76,13 +76,40 @@ def to_gbnf(schema: Mapping[str, object] | str) -> str:
         GrammarError: not a schema, beyond a limit, or a keyword that is not supported; the
             message gives the place and the keyword.
     """
+    top, rules = schema_rules(schema)
+    return "\n".join(f"{k} ::= {v}" for k, v in {"root": top, **rules, **PRIMITIVES}.items())
+
+
+def schema_rules(
+    schema: Mapping[str, object] | str, prefix: str = "s-"
+) -> tuple[str, dict[str, str]]:
+    """Translate a schema that is a part of a larger grammar.
+
+    Args:
+        schema: as `to_gbnf`.
+        prefix: what the rules' names begin with.
+
+    Returns:
+        The name of the rule that matches an instance, and the rules by name. They refer to
+        PRIMITIVES, which the grammar must have too.
+
+    Raises:
+        GrammarError: as `to_gbnf`.
+    """
+    root = load_schema(schema)
+    converter = _Converter(root, prefix)
+    return converter.rule(root, "#", 0), converter.rules
+
+
+def load_schema(schema: Mapping[str, object] | str) -> Any:
+    """Return a schema as data, once it is known to be of a sane size.
+
+    Raises:
+        GrammarError: not JSON, or beyond a limit.
+    """
     root = _load(schema)
     _check_size(root)
-    converter = _Converter(root)
-    top = converter.rule(root, "#", 0)
-    rules = [f"root ::= {top}", *(f"{k} ::= {v}" for k, v in converter.rules.items())]
-    rules += [f"{name} ::= {body}" for name, body in PRIMITIVES.items()]
-    return "\n".join(rules)
+    return root
 
 
 def _load(schema: Mapping[str, object] | str) -> Any:
@@ -128,15 +155,16 @@ def _check_size(root: object) -> None:
 class _Converter:
     """One rule per schema; a schema reached by `$ref` has one rule however often it is used."""
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, prefix: str) -> None:
         self.root = root
+        self.prefix = prefix
         self.rules: dict[str, str] = {}
         self.refs: dict[str, str] = {}
         self.n_nodes = 0
 
     def add(self, where: str, body: str) -> str:
         """Name a rule after its place in the schema."""
-        stem = "s-" + (re.sub(r"[^a-zA-Z0-9]+", "-", where).strip("-")[:60] or "root")
+        stem = self.prefix + (re.sub(r"[^a-zA-Z0-9]+", "-", where).strip("-")[:60] or "root")
         name, n = stem, 1
         while name in self.rules:
             n += 1

@@ -14,7 +14,17 @@ import numpy.typing as npt
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.ggml.api import Tensor, ggml
-from edgeroute.runtime.tensor import F16, F32, Q8_0, Descriptors, new_tensor, place_all, set_bytes
+from edgeroute.runtime.tensor import (
+    F16,
+    F32,
+    Q8_0,
+    Descriptors,
+    get_range,
+    new_tensor,
+    place_all,
+    set_bytes,
+    set_range,
+)
 
 ROTATION_MIN = 64
 """Heads of a multiple of this are rotated before they are quantised. Source: llama.cpp."""
@@ -23,6 +33,7 @@ CELL_BUCKET = 256
 """Cells per step of a region and of what attention reads. Source: llama.cpp pads alike."""
 
 KV_TYPES = {"f16": F16, "q8_0": Q8_0}
+Q8_0_BLOCK_BYTES = 34
 
 
 def round_cells(n_cells: int) -> int:
@@ -221,12 +232,79 @@ class KvCache:
                 g.ggml_backend_tensor_get(tensor, address, source.start * row, staging.nbytes)
                 g.ggml_backend_tensor_set(tensor, address, target.start * row, staging.nbytes)
 
+    @property
+    def is_host(self) -> bool:
+        """Whether the pool is host memory, so that any thread may copy cells nobody computes."""
+        return bool(ggml().ggml_backend_buffer_is_host(self._buffer.pointer))
+
+    def read_cells(self, first: int, n_cells: int, data: npt.NDArray[np.uint8]) -> None:
+        """Copy cells out: the rows of each K in turn, then of each V, as they are stored.
+
+        Args:
+            first: cell of the pool.
+            n_cells: how many, in a row.
+            data: takes n_cells x `bytes_per_cell` bytes.
+
+        Raises:
+            ValueError: the cells are not in the pool, or `data` has another size.
+        """
+        for tensor, part, offset in self._stretches(first, n_cells, data):
+            get_range(tensor, part, offset)
+
+    def write_cells(self, first: int, n_cells: int, data: npt.NDArray[np.uint8]) -> None:
+        """Copy cells in, as `read_cells` gives them; see `all_finite` for what may be in them.
+
+        Raises:
+            ValueError: as `read_cells`; nothing was copied.
+        """
+        for tensor, part, offset in self._stretches(first, n_cells, data):
+            set_range(tensor, part, offset)
+
+    def first_cells(self, data: npt.NDArray[np.uint8], n_cells: int) -> npt.NDArray[np.uint8]:
+        """Return the first cells of those that `read_cells` gave, in the same order."""
+        n_all = data.nbytes // self.shape.bytes_per_cell
+        if n_cells == n_all:
+            return data
+        parts = (part for _, part, _ in self._stretches(0, n_all, data))
+        return np.concatenate([part[: len(part) // n_all * n_cells] for part in parts])
+
+    def _stretches(
+        self, first: int, n_cells: int, data: npt.NDArray[np.uint8]
+    ) -> list[tuple[Tensor, npt.NDArray[np.uint8], int]]:
+        """List where the parts of some cells are: tensor, its bytes of `data`, and offset in it."""
+        want = n_cells * self.shape.bytes_per_cell
+        if not 0 <= first <= first + n_cells <= self.n_cells or data.nbytes != want:
+            raise ValueError(f"cells {first} to {first + n_cells} of {self.n_cells} take {want} "
+                             f"bytes, got {data.nbytes}")  # fmt: skip
+        g, kind, at = ggml(), KV_TYPES[self.shape.kv_type], 0
+        found = []
+        widths = (self.shape.n_embd_k_gqa, self.shape.n_embd_v_gqa)
+        for tensors, width in zip((self.k, self.v), widths, strict=True):
+            row = g.ggml_row_size(kind, width)
+            for tensor in tensors:
+                found.append((tensor, data[at : at + n_cells * row], first * row))
+                at += n_cells * row
+        return found
+
     def close(self) -> None:
         """Free the pool; safe to call twice."""
         if self._rotations is not None:
             self._rotations.free()
         self._buffer.free()
         self._descriptors.free()
+
+
+def all_finite(data: npt.NDArray[np.uint8], kv_type: str) -> bool:
+    """Tell whether cells hold numbers only: no NaN, nothing infinite.
+
+    What is not must never get into the pool: masked cells still meet a weight of zero.
+    Source: ggml-common.h, block_q8_0: a half, then 32 bytes.
+    """
+    halves = data.view("<u2")
+    if kv_type == "q8_0":
+        halves = halves.reshape(-1, Q8_0_BLOCK_BYTES // 2)[:, 0]
+    exponents = halves & np.uint16(0x7C00)
+    return not exponents.size or int(exponents.max()) != 0x7C00
 
 
 def hadamard(n: int) -> npt.NDArray[np.float32]:

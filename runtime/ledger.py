@@ -30,8 +30,8 @@ class Ledger:
 
     @property
     def used_bytes(self) -> int:
-        """Sum over all entries."""
-        return sum(self._entries.values())
+        """Sum over all entries; any thread may ask."""
+        return sum(self._entries.copy().values())
 
     @property
     def free_bytes(self) -> int:
@@ -39,7 +39,7 @@ class Ledger:
         return self.budget_bytes - self.used_bytes
 
     def entries(self) -> list[Entry]:
-        """List the entries, largest first."""
+        """List the entries, largest first; any thread may ask."""
         pairs = sorted(self._entries.copy().items(), key=lambda pair: -pair[1])
         return [Entry(owner=owner, n_bytes=n_bytes) for owner, n_bytes in pairs]
 

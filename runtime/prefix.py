@@ -4,12 +4,14 @@ The longest common prefix wins, within one adapter: cells computed under another
 are other numbers.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.runtime.held_cells import HeldCells
 from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
 from edgeroute.runtime.sequence import Classes, Sequence, common_prefix, exact_reuse
 
@@ -25,6 +27,12 @@ class _Kept:
     classes: Classes
     region: Region
     adapter: str | None
+    held: HeldCells | None = None
+    """Who copies them out meanwhile: until that is done they stay where they are."""
+
+    @property
+    def is_held(self) -> bool:
+        return self.held is not None and self.held.active
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +87,59 @@ class PrefixCache:
         wanted = np.array(tokens[:-1], np.int32)
         return max((common_prefix(kept.tokens, wanted) for kept in self._kept), default=0)
 
-    def keep(self, sequence: Sequence) -> None:
-        """Take a finished sequence's region; its cells serve later prompts."""
+    def longest(self, tokens: list[int], mode: Mode, adapter: str | None = None) -> int:
+        """Return how many cells `open` would find filled."""
+        match = self._match(tokens, mode, adapter)
+        return 0 if match is None else match.n_reuse
+
+    def share(self, sequence: Sequence, others: Iterable[Sequence], mode: Mode) -> int:
+        """Fill cells of a sequence that nothing was computed for yet from sequences that run.
+
+        Args:
+            sequence: opened, and not begun.
+            others: sequences with cells; those of other adapters are passed over.
+            mode: what may be reused.
+
+        Returns:
+            Cells filled beyond those that were.
+        """
+        wanted, before = np.array(sequence.tokens, np.int32), sequence.n_past
+        best, n_best = None, before
+        for other in others:
+            if other is sequence or other.adapter != sequence.adapter or other.n_past <= n_best:
+                continue
+            stored = (np.array(other.tokens[: other.n_past], np.int32), _classes(other))
+            n = reusable(stored, wanted, mode, self._n_ubatch)
+            if n > n_best:
+                best, n_best = other, n
+        if best is None or n_best - before < MIN_REUSE:
+            return 0
+        self._kv.copy(best.region, sequence.region, n_best)
+        sequence.n_past, sequence.classes = n_best, bytearray(best.classes[:n_best])
+        self.n_reused_cells += n_best - before
+        return n_best - before
+
+    def keep(self, sequence: Sequence, held: HeldCells | None = None) -> None:
+        """Take a finished sequence's region; its cells serve later prompts.
+
+        Where they are `held` they also stay in place until that is let go.
+        """
         n = sequence.n_past
         if n < MIN_REUSE:
             self._kv.release(sequence.region)
             return
         self._kv.shrink(sequence.region, n)
         tokens = np.array(sequence.tokens[:n], np.int32)
-        classes = np.frombuffer(bytes(sequence.classes[:n]), np.uint8)
+        classes = _classes(sequence)
         for old in list(self._kept):  # what the new one covers serves nobody any more
-            same = old.adapter == sequence.adapter
+            same = old.adapter == sequence.adapter and not old.is_held
             if (
                 same
                 and common_prefix(old.tokens, tokens) == len(old.tokens)
                 and np.array_equal(old.classes, classes[: len(old.classes)])
             ):
                 self._drop(old)
-        self._kept.append(_Kept(tokens, classes, sequence.region, sequence.adapter))
+        self._kept.append(_Kept(tokens, classes, sequence.region, sequence.adapter, held))
 
     def drop(self, sequence: Sequence) -> None:
         """Give a region back whose cells are not worth keeping, or undefined."""
@@ -113,23 +156,19 @@ class PrefixCache:
         return sum(kept.region.n_cells for kept in self._kept)
 
     def _match(self, tokens: list[int], mode: Mode, adapter: str | None) -> _Match | None:
-        if mode == "off":
-            return None
         wanted = np.array(tokens, np.int32)
         best: _Match | None = None
         for kept in self._kept:
             if kept.adapter != adapter:
                 continue
-            n = min(common_prefix(kept.tokens, wanted), len(tokens) - 1)
-            if mode == "exact":
-                n = exact_reuse(n, kept.classes, len(tokens), self._n_ubatch)
-            if n >= MIN_REUSE and (best is None or n >= best.n_reuse):
+            n = reusable((kept.tokens, kept.classes), wanted, mode, self._n_ubatch)
+            if n and (best is None or n >= best.n_reuse):
                 best = _Match(kept, n)
         return best
 
     def _take_over(self, kept: _Kept, n_cells: int) -> bool:
         """Make a kept region the new sequence's own, where it is or can be made large enough."""
-        if not self._kv.grow(kept.region, n_cells):
+        if kept.is_held or not self._kv.grow(kept.region, n_cells):
             return False
         self._kept.remove(kept)
         if kept.region.n_cells > round_cells(n_cells):
@@ -138,7 +177,7 @@ class PrefixCache:
 
     def _make_room(self, n_cells: int, spare: _Kept | None) -> Region | None:
         region = self._kv.allocate(n_cells)
-        victims = [kept for kept in self._kept if kept is not spare]
+        victims = [kept for kept in self._kept if kept is not spare and not kept.is_held]
         if region is None and not self._kv.would_fit(n_cells, [kept.region for kept in victims]):
             return None  # dropping would not help: keep them for later prompts
         while region is None:
@@ -147,9 +186,37 @@ class PrefixCache:
         return region
 
     def _drop(self, kept: _Kept) -> None:
+        if kept.held is not None:
+            kept.held.let_go()
         self._kept.remove(kept)
         self._kv.release(kept.region)
 
     def _touch(self, kept: _Kept) -> None:
         self._kept.remove(kept)
         self._kept.append(kept)
+
+
+def _classes(sequence: Sequence) -> Classes:
+    """Return how a sequence's cells were computed, as a copy."""
+    return np.frombuffer(bytes(sequence.classes[: sequence.n_past]), np.uint8)
+
+
+def reusable(
+    stored: tuple[npt.NDArray[np.int32], Classes], prompt: npt.NDArray[np.int32], mode: Mode,
+    n_ubatch: int,
+) -> int:  # fmt: skip
+    """Count the stored cells that may serve a prompt, 0 where that is not worth a copy.
+
+    Args:
+        stored: tokens and how the cell of each was computed.
+        prompt: the new tokens; the last is always computed.
+        mode: what may be reused.
+        n_ubatch: prefill batch.
+    """
+    if mode == "off":
+        return 0
+    tokens, classes = stored
+    n = min(common_prefix(tokens, prompt), len(prompt) - 1)
+    if mode == "exact":
+        n = exact_reuse(n, classes, len(prompt), n_ubatch)
+    return n if n >= MIN_REUSE else 0

@@ -5,10 +5,16 @@ from dataclasses import dataclass, field
 
 from edgeroute.runtime.errors import UsageError
 
+MAX_SHOWN = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request turns logits into tokens. `temperature=0` is greedy.
+
+    `shown_tokens` are texts of control tokens that a grammar may ask for, and that are part
+    of the answer's text: a vocabulary may mark a call to a tool by one. Texts of tokens that
+    end generation, or of none at all, change nothing.
 
     Raises:
         UsageError: a value is outside its range; the message names it and the range.
@@ -27,6 +33,7 @@ class SamplingParams:
     logprobs: int | None = None
     grammar: str | None = None
     json_schema: Mapping[str, object] | str | None = None
+    shown_tokens: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -43,6 +50,11 @@ class SamplingParams:
             _check_range("logprobs", self.logprobs, 0, 100)
         if self.grammar is not None and self.json_schema is not None:
             raise UsageError("grammar and json_schema exclude each other; pass one of them")
+        shown = self.shown_tokens
+        if not isinstance(shown, list | tuple) or not all(isinstance(t, str) for t in shown):
+            raise UsageError(f"shown_tokens must be a list of texts, got {shown!r:.80}")
+        if len(shown) > MAX_SHOWN:
+            raise UsageError(f"{len(shown)} shown_tokens were given, the limit is {MAX_SHOWN}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -16,6 +16,8 @@ from edgeroute.runtime.records import SamplingParams, TokenLogprob
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Real = TypeVar("Real", np.float32, np.float64)
+COLDEST = 1e-30
+"""Temperatures below it draw the strongest token: F32 cannot divide the logits by them."""
 
 
 class Constraint(Protocol):
@@ -178,7 +180,7 @@ class Sampler(Closing):
 
     def _choose(self, logits: F32) -> int:
         best = _argmax(logits)
-        if self.params.temperature <= 0:
+        if self.params.temperature < COLDEST:
             return best
         ids = _candidates(logits, float(logits[best]), self.params)
         kept = logits if ids is None else logits[ids]

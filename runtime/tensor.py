@@ -159,6 +159,19 @@ def get_bytes(tensor: Tensor, array: npt.NDArray[np.generic]) -> None:
     ggml().ggml_backend_tensor_get(tensor, array.ctypes.data, 0, array.nbytes)
 
 
+def get_range(tensor: Tensor, array: npt.NDArray[np.uint8], offset: int) -> None:
+    """Fill a C-contiguous array from `offset` bytes into a tensor on; any thread.
+
+    Nothing may be writing there. Both lie within the tensor, or ggml ends the process.
+    """
+    ggml().ggml_backend_tensor_get(tensor, array.ctypes.data, offset, array.nbytes)
+
+
+def set_range(tensor: Tensor, array: npt.NDArray[np.uint8], offset: int) -> None:
+    """Copy a C-contiguous array to `offset` bytes into a tensor; see `get_range`."""
+    ggml().ggml_backend_tensor_set(tensor, array.ctypes.data, offset, array.nbytes)
+
+
 def host_view(tensor: Tensor, shape: tuple[int, int]) -> npt.NDArray[np.float32] | None:
     """View an F32 tensor's own memory, where the backend says that the host can read it.
 

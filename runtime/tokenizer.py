@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -26,6 +26,7 @@ MAX_TEXT_BYTES = 1 << 30
 BOUND_FROM_BYTES = 1 << 16
 """Shorter texts are encoded at once: that costs less than the bound would."""
 
+_NONE: frozenset[int] = frozenset()
 _NO_DEVICES = (ctypes.c_void_p * 1)(None)
 _LETTERS = bytes(b for b in range(256) if b >= 0x80 or chr(b).isalnum())
 _SPACES = b" \t\r\n\v\f"
@@ -134,6 +135,16 @@ class Tokenizer(Closing):
     def hidden_ids(self) -> list[int]:
         """Tokens that stand for no text and do not end generation."""
         return [i for i in self._with_attr(_SPECIAL) if i not in self.eog_ids]
+
+    def shown_ids(self, texts: Sequence[str]) -> frozenset[int]:
+        """Control tokens with one of these texts, without those that end generation."""
+        wanted = frozenset(texts)
+        return frozenset(i for i in self.hidden_ids if self.text(i) in wanted) if wanted else _NONE
+
+    def pieces(self, shown: Sequence[str]) -> Callable[[int], bytes]:
+        """Return what gives a token's bytes, control tokens of these texts included."""
+        ids = self.shown_ids(shown)
+        return (lambda i: self.piece(i, special=i in ids)) if ids else self.piece
 
     def constraint(self, params: SamplingParams) -> "Grammar | None":
         """Compile the grammar or JSON schema of a request, if it has one.

@@ -155,6 +155,11 @@ class ResidentWeights:
         return self._tensors.get(name)
 
     @property
+    def file(self) -> GGUFFile:
+        """Where they come from."""
+        return self._file
+
+    @property
     def infos(self) -> Mapping[str, TensorInfo]:
         """The file's entry of every tensor in use, by the model's name for it."""
         return {spec.name: info for spec, info in self._pairs}

@@ -250,7 +250,7 @@ class Speculator:
         """Return what was drafted and accepted by source, and the speed of each over plain."""
         plain_s = self.plain_s
         found: dict[str, object] = {}
-        for name, source in self._sources.items():
+        for name, source in self._sources.copy().items():  # other threads may ask
             if not source.rounds:
                 continue
             gain = None

@@ -62,6 +62,7 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
             runtime=runtime, model=given["model"] or path.stem, system=given["system"],
             options={name: given.get(name) for name in SETTABLE},
             write=answer_writer(given, err=as_json), note=_note, adapter=adapter,
+            session=given["session"],
         )  # fmt: skip
         errors = _converse(session, path)
     if as_json:

@@ -99,7 +99,7 @@ def _report(answer: Answer, model: str, budget_bytes: int, *, as_json: bool) -> 
 
 def _options(given: dict[str, Any]) -> "Options":
     """Collect what the engine's `stream` takes, files read."""
-    options = pick(given, (*SAMPLING, "max_tokens"))
+    options = pick(given, (*SAMPLING, "max_tokens", "session"))
     if given["timeout"] is not None:
         options["timeout_s"] = given["timeout"]
     if given["stop"]:

@@ -1,6 +1,7 @@
 """What `generate` and `chat` share: options, opening a model, one streamed answer."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_MODEL_OPTIONS = (
-    click.option("--model", "-m", metavar="NAME", help="Catalogue name, hf:owner/repo/file.gguf, "
-                 "or a path to a .gguf file; without it the default model."),
+_RUNTIME_OPTIONS = (
     click.option("--memory", metavar="BYTES", help="Budget over everything, such as 2GiB; "
                  "without it what is free, less a reserve."),
     click.option("--threads", "-t", type=int, metavar="N", help="Compute threads; without it "
@@ -49,14 +48,20 @@ _MODEL_OPTIONS = (
     click.option("--remote", metavar="URL", help="Have the large model's steps written by an "
                  "OpenAI-compatible server, such as http://workstation:8080/v1; where it fails, "
                  "the answer is completed here."),
-    click.option("--show-steps", is_flag=True, help="Show which model wrote what: by colour on a "
-                 "terminal (not with NO_COLOR), elsewhere by marks such as [small]."),
     click.option("--adapters", metavar="DIR", help="LoRA adapters to choose from; without it, "
                  "where --adapter is given, the library of `edgeroute adapters`."),
-    click.option("--adapter", metavar="NAME", help="Adapter that answers: a name, several as "
-                 "a=0.7,b=0.3, or auto to choose by the prompt."),
     click.option("--depth", metavar="PLAN", help="Leave out what a plan of `edgeroute calibrate` "
                  "names; auto takes the fastest that is nearly lossless.  [default: full]"),
+)  # fmt: skip
+_ANSWER_OPTIONS = (
+    click.option("--model", "-m", metavar="NAME", help="Catalogue name, hf:owner/repo/file.gguf, "
+                 "or a path to a .gguf file; without it the default model."),
+    click.option("--show-steps", is_flag=True, help="Show which model wrote what: by colour on a "
+                 "terminal (not with NO_COLOR), elsewhere by marks such as [small]."),
+    click.option("--adapter", metavar="NAME", help="Adapter that answers: a name, several as "
+                 "a=0.7,b=0.3, or auto to choose by the prompt."),
+    click.option("--session", metavar="NAME", help="Begin with the keys and values that were saved "
+                 "under this name, as far as the prompt begins alike, and save them at the end."),
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
     click.option("--temperature", type=float, default=0.0, show_default=True,
@@ -81,7 +86,14 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 
 def model_options(command: Command) -> Command:
     """Add the options that say which model runs, and how."""
-    for option in reversed(_MODEL_OPTIONS):
+    for option in reversed(_ANSWER_OPTIONS[1:]):
+        command = option(command)
+    return _ANSWER_OPTIONS[0](runtime_options(command))
+
+
+def runtime_options(command: Command) -> Command:
+    """Add those that say how a model runs, but not which one, nor what answers are like."""
+    for option in reversed(_RUNTIME_OPTIONS):
         command = option(command)
     return command
 
@@ -107,6 +119,10 @@ def check_options(given: dict[str, Any]) -> None:
     from edgeroute.config import merge_settings
     from edgeroute.runtime.records import SamplingParams
 
+    if given.get("session") is not None:
+        from edgeroute.session_folder import check_session_name
+
+        check_session_name(given["session"])
     SamplingParams(**pick(given, SAMPLING))
     merge_settings(pick(given, SETTINGS))
 
@@ -179,6 +195,10 @@ def open_runtime(path: "Path", given: dict[str, Any]) -> "Iterator[Runtime]":
     from edgeroute.engine import Runtime
 
     settings = cast("Settings", pick(given, SETTINGS))
+    if given["session"] is not None and not os.environ.get("EDGEROUTE_SESSIONS"):
+        from edgeroute.session_folder import default_folder
+
+        settings["sessions"] = default_folder()
     with Runtime(path, **settings) as runtime:
         experts = cast("dict[str, Any]", runtime.stats().get("experts", {}))
         if experts.get("warning"):
@@ -262,6 +282,8 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
         parts.append(_depth_part(depth))
     if steps := stats.get("steps"):
         parts.append(steps_part(steps))
+    if session := stats.get("session"):
+        parts.append(_session_part(session))
     ends = {"length": "ended at --max-tokens or --n-ctx", "cancelled": "stopped",
             "timeout": "ended by --timeout"}  # fmt: skip
     if answer.finish_reason in ends:
@@ -296,6 +318,14 @@ def _depth_part(depth: dict[str, Any]) -> str:
     if "compute" in depth:
         part += f" whole, {1 - depth['compute']:.0%} of the weights left out"
     return part
+
+
+def _session_part(session: dict[str, Any]) -> str:
+    n, name = session["restored_tokens"], session["name"]
+    came = (f"{n} tokens read back in {1e3 * session['restore_s']:.0f} ms" if n
+            else f"nothing read back: {session['not_restored']}")  # fmt: skip
+    saved = "" if session["saved"] is True else f", not saved: {session['saved']}"
+    return f"session {name}: {came}{saved}"
 
 
 def _prompt_part(stats: dict[str, Any]) -> str:

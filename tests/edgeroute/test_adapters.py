@@ -86,7 +86,7 @@ def open_runtime(model: Path, library: Path) -> Iterator[Callable[..., Runtime]]
 
     yield open_one
     for runtime in opened:
-        if not runtime._closing:
+        if not runtime._engine._closing:
             check_balanced(runtime)
         runtime.close()
 

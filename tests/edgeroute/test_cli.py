@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 from edgeroute import __version__, cli
 from edgeroute.runtime import errors
 
-HEAVY = ("numpy", "rich", "huggingface_hub", "llama_cpp", "edgeroute.engine")
+HEAVY = ("numpy", "rich", "huggingface_hub", "llama_cpp", "edgeroute.engine", "asyncio",
+         "starlette", "uvicorn", "msgspec")  # fmt: skip
 
 
 def loaded_after(*calls: list[str]) -> set[str]:

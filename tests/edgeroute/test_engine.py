@@ -388,3 +388,18 @@ def test_statistics_reconcile_with_what_was_asked(tiny: Runtime) -> None:
     grown = after["decode_steps"] - before["decode_steps"]  # type: ignore[operator]
     assert decoded <= grown <= decoded + ended
     assert after["finished"] - before["finished"] == 3  # type: ignore[operator]
+
+
+def test_prompts_that_begin_alike_at_once_are_computed_once(tiny_path: Path) -> None:
+    """Choices of one request, or chats with one system message: same bits, one prefill."""
+    shared = "A long system message that all of them begin with. " * 6
+    prompts = [f"{shared}{i}." for i in range(4)]
+    with Runtime(tiny_path, n_ctx=512, n_kv=2048, threads=1) as runtime:
+        alone = [runtime.generate(prompt, max_tokens=6, prefix="off") for prompt in prompts]
+        streams = [runtime.stream(prompt, max_tokens=6) for prompt in prompts]
+        together = [list(stream)[-1].generation for stream in streams]
+    assert all(each is not None for each in together)
+    assert [each.token_ids for each in together if each] == [each.token_ids for each in alone]
+    assert all(each.stats.n_cached == 0 for each in alone)
+    cached = [each.stats.n_cached for each in together if each]
+    assert all(n > 100 for n in cached[1:]), cached

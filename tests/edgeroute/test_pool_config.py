@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from edgeroute import Pool
+from edgeroute.config_file import MAX_FILE_BYTES
 from edgeroute.pool import PoolSettings, state_path
-from edgeroute.pool_config import MAX_FILE_BYTES, MAX_MODELS, read_pool
+from edgeroute.pool_config import MAX_MODELS, read_pool
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import GIB, MIB
 

@@ -174,6 +174,25 @@ def test_control_tokens_are_never_admitted(tokenizer: Tokenizer) -> None:
         assert not np.isfinite(logits[sorted(tokenizer.eog_ids)]).any()  # not empty yet
 
 
+def test_control_tokens_that_are_shown_are_admitted_where_their_text_is(
+    tokenizer: Tokenizer,
+) -> None:
+    mark, other = (
+        tokenizer.encode(t, add_special=False, parse_special=True)[0]
+        for t in ("<file_sep>", "<filename>")
+    )
+    shown = ["<file_sep>", "<|im_end|>", "no such token"]
+    with Grammar(tokenizer, 'root ::= "<file_sep>" [a-z]+', shown) as grammar:
+        logits = np.zeros(tokenizer.n_vocab, dtype=np.float32)
+        grammar.mask(logits)
+        assert np.isfinite(logits[mark]) and not np.isfinite(logits[other])
+        assert grammar.allows(mark) and not grammar.allows(other)
+        grammar.accept(mark)
+        assert not grammar.allows(mark) and not grammar.allows(tokenizer.eos or 0)
+    assert tokenizer.pieces(shown)(mark) == b"<file_sep>"
+    assert tokenizer.pieces(shown)(other) == tokenizer.pieces(())(mark) == b""
+
+
 def test_the_end_does_not_split_a_character(tokenizer: Tokenizer) -> None:
     whole = tokenizer.encode("\U0001f9ff", add_special=False, parse_special=False)
     assert len(whole) > 1, "this test needs a character of several tokens"

@@ -161,3 +161,16 @@ def test_exact_reuse_leaves_a_fresh_runs_classes(
 
 def test_round_cells() -> None:
     assert [round_cells(n) for n in (0, 1, 256, 257)] == [256, 256, 256, 512]
+
+
+def test_running_sequences_share_what_was_computed_of_one_prompt(kv: KvCache) -> None:
+    prefix = PrefixCache(kv, 512)
+    first = filled(kv, prefix, [5] * 300 + [1] * 20, 512)
+    alike = prefix.open([5] * 300 + [2] * 40, 512)
+    other = prefix.open([5] * 300 + [2] * 40, 512, adapter="a")
+    assert alike is not None and other is not None and alike.n_past == other.n_past == 0
+    assert prefix.share(other, [first, other], "exact") == 0  # another adapter's cells
+    assert prefix.share(alike, [first, alike], "off") == 0
+    assert prefix.share(alike, [first, alike], "exact") == alike.n_past > 200
+    assert bytes(alike.classes) == bytes(first.classes[: alike.n_past])
+    assert prefix.share(alike, [first], "exact") == 0  # nothing more to take

@@ -83,6 +83,13 @@ def test_greedy_without_adjustments_copies_nothing() -> None:
     assert sampler(3)._adjust(logits) is logits
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-45, 1e-39, 1e-31, 1e-20, 1e-6])
+def test_a_temperature_next_to_none_draws_the_strongest(temperature: float) -> None:
+    """As F32 the smallest of them are 0, and the logits divided by them no numbers."""
+    logits = np.array([-100.0, 3.0, 2.99, 0.0], np.float32)
+    assert sampler(4, temperature=temperature, seed=1).sample(logits.copy()) == 1
+
+
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "top_p": 0.5, "repeat_penalty": 2.0}])
 def test_the_caller_s_logits_stay_as_they_are(params: dict[str, Any]) -> None:
     logits = np.linspace(-3, 3, 50, dtype=np.float32)

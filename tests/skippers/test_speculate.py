@@ -204,3 +204,18 @@ def test_counts_of_a_source() -> None:
     found = policy.stats()["self"]
     assert isinstance(found, dict)
     assert (found["drafted"], found["accepted"], found["passes"]) == (8, 3, 2)
+
+
+def test_counts_are_read_while_sources_come() -> None:
+    """By a server's thread, say; here a source comes in the very middle of the reading."""
+    policy = Speculator(LONGEST)
+
+    class Reading:
+        @property
+        def rounds(self) -> int:
+            policy.observe_draft(f"source {len(policy._sources)}", 1, 1, (0.1, 0.6))
+            return 0
+
+    policy._sources["first"] = Reading()  # type: ignore[assignment]
+    assert policy.stats() == {}
+    assert len(policy._sources) == 2

@@ -1,0 +1,63 @@
+"""What a Runtime holds and has done, read while its engine thread goes on."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgeroute.loaded import LoadedModel
+    from edgeroute.scheduler import Scheduler
+
+
+def runtime_stats(
+    loaded: "LoadedModel", scheduler: "Scheduler", *, speculate: str, n_queued: int
+) -> dict[str, object]:
+    """Return all figures as plain JSON types.
+
+    Args:
+        loaded: the model.
+        scheduler: what runs on it.
+        speculate: the setting of that name.
+        n_queued: requests that the engine thread has not taken yet.
+    """
+    steps = scheduler.n_decode_steps
+    entries = loaded.ledger.entries()
+    plan = loaded.depth or loaded.no_depth
+    depth = {} if plan is None else {"depth": plan.stats()}
+    experts = {} if loaded.experts is None else {"experts": loaded.experts.stats()}
+    layers = {} if loaded.layers is None else {"layers": loaded.layers.stats()}
+    adapters = {} if loaded.adapters is None else {"adapters": loaded.adapters.stats()}
+    routing = {} if scheduler.steps is None else {"steps": scheduler.steps.stats()}
+    sessions = {} if scheduler.sessions is None else {"sessions": scheduler.sessions.stats()}
+    drafts: dict[str, object] = {
+        "on": False, "why": loaded.why_no_drafts(speculate)
+    } if scheduler.speculation is None else scheduler.speculation.stats()  # fmt: skip
+    return (
+        {
+            "model": str(loaded.file.path),
+            "arch": loaded.model.hparams.arch,
+            "load_s": round(loaded.load_s, 6),
+            "memory": {entry.owner: entry.n_bytes for entry in entries},
+            "memory_bytes": sum(entry.n_bytes for entry in entries),
+            "budget_bytes": loaded.ledger.budget_bytes,
+            "kv_cells": loaded.kv.n_cells,
+            "kv_free_cells": loaded.kv.n_free_cells,
+            "kv_kept_cells": scheduler.prefix.n_kept_cells,
+            "reused_cells": scheduler.prefix.n_reused_cells,
+            "running": scheduler.n_running,
+            "waiting": scheduler.n_waiting + n_queued,
+            "finished": scheduler.n_finished,
+            "embedded": scheduler.n_embedded,
+            "decode_steps": steps,
+            "mean_batch": round(scheduler.n_decode_tokens / steps, 3) if steps else 0.0,
+            "graphs_built": loaded.forward.graphs.n_built,
+            "threads": scheduler.threads.n_threads,
+            "threads_max": scheduler.threads.n_max,
+            "thread_changes": scheduler.threads.n_changes,
+        }
+        | experts
+        | layers
+        | adapters
+        | {"speculation": drafts}
+        | depth
+        | routing
+        | sessions
+    )
