@@ -22,6 +22,7 @@ from edgeroute.runtime.errors import (
     EdgerouteError,
     LibraryError,
     ModelFileError,
+    SessionFileError,
     StepsFileError,
     TemplateError,
     UnsupportedModelError,
@@ -46,6 +47,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (AdapterFileError, EXIT_REFUSED),
     (DepthFileError, EXIT_REFUSED),
     (StepsFileError, EXIT_REFUSED),
+    (SessionFileError, EXIT_REFUSED),
     (UnsupportedModelError, EXIT_REFUSED),
     (TemplateError, EXIT_REFUSED),
     (CatalogueError, EXIT_REFUSED),
@@ -57,6 +59,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 COMMANDS: dict[str, str] = {
     "generate": "Answer one prompt.",
     "chat": "Talk with a model, turn by turn.",
+    "serve": "Answer OpenAI clients on a local port.",
     "pull": "Download a model and check its hash.",
     "models": "List known and installed models.",
     "adapters": "Keep LoRA adapters, and train one.",
@@ -73,6 +76,7 @@ _EPILOG = """\b
 Examples:
   edgeroute generate "Why is the sky blue?"
   edgeroute chat --model qwen2.5-coder-0.5b-instruct
+  edgeroute serve --port 8080
   edgeroute doctor
 
 \b

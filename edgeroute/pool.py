@@ -18,13 +18,15 @@ from typing import Any, Final, Unpack
 import platformdirs
 
 from edgeroute.config import RunParams, merge_settings
+from edgeroute.loaded import budget_bytes
 from edgeroute.options import KNOWN, Options
 from edgeroute.pool_answer import PoolGeneration, PoolSettings, PoolStream, PoolTry, Reason, Route
-from edgeroute.pool_config import PoolParams, read_pool
+from edgeroute.pool_config import PoolParams, Profile, read_pool
 from edgeroute.pool_learning import PoolLearner, Query
 from edgeroute.pool_shelf import SETTINGS, Shelf
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError, UsageError
+from edgeroute.shelf_plan import ShelfModel
 from edgeroute.skippers.pool_choice import DIMENSIONS, Candidate, rank
 from edgeroute.stats import Generation
 
@@ -91,7 +93,10 @@ class Pool(Closing):
         self._learner = PoolLearner(self.params, state_path(self.params, state))
         run_params = _run_params(self.params, shared)
         self._n_ctx = run_params.n_ctx
-        self._shelf = Shelf(self.params.models, run_params)
+        self._shelf = Shelf(
+            (_on_shelf(each, run_params) for each in self.params.models.values()),
+            budget_bytes(run_params),
+        )
         self._lock = threading.Lock()  # of everything below, and of the learner
         self._remembered: OrderedDict[str, tuple[str, Query]] = OrderedDict()
         self._answers: Counter[str] = Counter()
@@ -339,6 +344,10 @@ def _run_params(params: PoolParams, shared: Mapping[str, Any]) -> RunParams:
             "EDGEROUTE_SMALL, _REMOTE, _ADAPTERS and _DEPTH"
         )
     return found
+
+
+def _on_shelf(profile: Profile, params: RunParams) -> ShelfModel:
+    return ShelfModel(name=profile.name, path=profile.path, memory=profile.memory, params=params)
 
 
 def _check_known(what: str, given: Iterable[object], known: Iterable[str]) -> None:

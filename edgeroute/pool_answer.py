@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from edgeroute.pool_shelf import Lease
 from edgeroute.request import Outcome
 from edgeroute.runtime.errors import ClosedError
+from edgeroute.shelf_place import Lease
 from edgeroute.skippers.pool_choice import Why
 from edgeroute.stats import Generation
 from edgeroute.stream import Chunks, Stream

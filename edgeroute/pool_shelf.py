@@ -1,116 +1,65 @@
-"""A pool's models, opened on demand under one byte budget.
+"""Models of a pool or a server, opened on demand under one byte budget.
 
 Who needs a model takes a lease of it. A closed one is opened for the lease; to make room, idle
 models are closed, the least recently used first. One with a lease is never closed, so that a
 model opened for a query answers it. Leases are given in the order they were asked for; one of
 an open model may overtake whoever waits for room, as long as that room is not made of it.
+
+An engine that was abandoned, because it computes without end, is replaced at the next lease. Its
+memory counts as lost until it returns.
 """
 
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final
 
-from edgeroute.config import RunParams
 from edgeroute.engine import Runtime
-from edgeroute.loaded import budget_bytes, plan_memory
-from edgeroute.models.registry import describe
-from edgeroute.pool_config import Profile
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ClosedError
-from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.units import format_bytes
-from edgeroute.runtime.weights import ResidentWeights
+from edgeroute.shelf_place import Lease, Place, State, Ticket, make_place
+from edgeroute.shelf_plan import ShelfModel
 
-State = Literal["closed", "opening", "open", "closing"]
 SETTINGS: Final = ("threads", "n_ctx", "n_kv", "n_ubatch", "max_batch", "kv_type", "device")
 """Of a Runtime, those that a pool's models share."""
+STUCK_POLL_S: Final = 0.2
+"""How often it is looked whether a lost engine has returned."""
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Place:
-    """One model and what is known of it. `n_bytes` is its part of the budget while not closed."""
-
-    profile: Profile
-    n_bytes: int
-    whole_bytes: int
-    state: State = "closed"
-    runtime: "Future[Runtime]" = field(default_factory=Future)
-    broken: bool = False
-    n_leases: int = 0
-    used: int = 0
-    n_opened: int = 0
-    load_s: float | None = None
-
-    @property
-    def paged(self) -> bool:
-        """Whether it has less memory than all of it would take."""
-        return self.n_bytes < self.whole_bytes
-
-
-class Lease(Closing):
-    """The use of an open model, until `close`."""
-
-    def __init__(self, shelf: "Shelf", place: Place) -> None:
-        self._shelf, self._place, self._opened = shelf, place, place.runtime
-        self._held = True
-
-    @property
-    def runtime(self) -> Runtime:
-        """The model; waits until it is open.
-
-        Raises:
-            EdgerouteError: it could not be opened.
-        """
-        return self._opened.result()
-
-    def broke(self) -> None:
-        """Say that the model's engine has stopped: the next lease opens it anew."""
-        self._shelf.give_up(self._place, self._opened)
-
-    def close(self) -> None:
-        """Let the model be closed if need be; safe to call twice."""
-        held, self._held = self._held, False
-        if held:
-            self._shelf.take_back(self._place)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Ticket:
-    """Somebody's turn: for which model, until when, and which others were lent meanwhile."""
-
-    place: Place
-    deadline: float | None
-    opens: bool = False
-    overtaken_by: set[str] = field(default_factory=set)
+class NobodyWaits(ClosedError):
+    """Who waited for a lease has left before it could be given."""
 
 
 class Shelf(Closing):
     """Opens, lends and closes models. Thread-safe.
 
     Args:
-        profiles: of the models, by name.
-        params: settings of every Runtime. `memory` is the budget of all open models together,
-            in bytes.
+        models: names differ.
+        budget_bytes: of all open models together.
+        owner: whose models they are, for messages.
+        close_s: how long a model that is closed is waited for before it is given up as lost; None
+            is for ever.
 
     Raises:
         CapacityError: a model may take more than all of them together.
         ModelFileError, UnsupportedModelError: a file cannot be used.
+        AdapterFileError, DepthFileError: what goes with a model cannot be used.
     """
 
-    def __init__(self, profiles: Mapping[str, Profile], params: RunParams) -> None:
-        self.budget_bytes = budget_bytes(params)
-        self._settings: dict[str, Any] = {name: getattr(params, name) for name in SETTINGS}
+    def __init__(
+        self, models: Iterable[ShelfModel], budget_bytes: int, owner: str = "pool", *,
+        close_s: float | None = None,
+    ) -> None:  # fmt: skip
+        self.budget_bytes, self._owner, self._close_s = budget_bytes, owner, close_s
         self._changed = threading.Condition()
         self.places: Mapping[str, Place] = {
-            name: _plan(each, self.budget_bytes, params) for name, each in profiles.items()
+            each.name: make_place(each, budget_bytes, owner) for each in models
         }
-        self._queue: deque[_Ticket] = deque()
+        self._lost: dict[int, tuple[str, int]] = {}  # engines that have not returned
+        self._queue: deque[Ticket] = deque()
         self._closed = False
         self._tick = 0
         self.n_evicted = 0
@@ -118,8 +67,16 @@ class Shelf(Closing):
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the models that are not closed."""
-        return sum(each.n_bytes for each in self.places.values() if each.state != "closed")
+        """Bytes of the models that are not closed, and what is lost."""
+        with self._changed:
+            kept = sum(each.n_bytes for each in self.places.values() if each.state != "closed")
+            return kept + self.lost_bytes
+
+    @property
+    def lost_bytes(self) -> int:
+        """Bytes of abandoned engines that have not returned."""
+        with self._changed:
+            return sum(n_bytes for _, n_bytes in self._lost.values())
 
     @property
     def n_waiting(self) -> int:
@@ -147,24 +104,28 @@ class Shelf(Closing):
                 except CapacityError as error:
                     raise CapacityError(
                         f"the model {name!r} does not fit its {format_bytes(place.n_bytes)} of "
-                        f"the pool, not even paged: {error}", error.smallest_bytes,
+                        f"the {self._owner}, not even paged: {error}", error.smallest_bytes,
                     ) from error  # fmt: skip
 
-    def lease(self, name: str, wait_s: float | None = None) -> Lease:
+    def lease(
+        self, name: str, wait_s: float | None = None, left: threading.Event | None = None
+    ) -> Lease:
         """Take the use of a model, opening it if need be.
 
         Args:
             name: of the model.
             wait_s: longest wait for room, in seconds; None is for ever. Loading is not counted.
+            left: ends the wait for room when it is set; see `wake`.
 
         Raises:
             CapacityError: there was no room in that time.
-            ClosedError: the pool was closed.
+            NobodyWaits: `left` was set.
+            ClosedError: the shelf was closed.
             EdgerouteError: the model could not be opened.
         """
         place = self.places[name]
         deadline = None if wait_s is None else time.monotonic() + wait_s
-        ticket = _Ticket(place=place, deadline=deadline)
+        ticket = Ticket(place=place, deadline=deadline, left=left)
         with self._changed:
             self._queue.append(ticket)
         try:
@@ -178,13 +139,35 @@ class Shelf(Closing):
             self._open(place, found)
         return found
 
-    def _turn(self, ticket: _Ticket) -> Lease | list[Place]:
+    def try_lease(self, name: str) -> Lease | None:
+        """Take the use of a model that is open and free to be lent; None otherwise."""
+        place = self.places[name]
+        with self._changed:
+            if self._closed or not place.ready:
+                return None
+            if self._queue and not self._may_overtake(place):
+                return None
+            return self._lend(place)
+
+    def lend_again(self, place: Place) -> Lease:
+        """Lend a model that is held by another lease."""
+        with self._changed:
+            return self._lend(place)
+
+    def wake(self) -> None:
+        """Have all who wait look whether they still have to."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _turn(self, ticket: Ticket) -> Lease | list[Place]:
         """Wait until a lease can be given, or idle models are found to be closed before."""
         place = ticket.place
         with self._changed:
             while True:
                 if self._closed:
-                    raise ClosedError("this Pool was closed; make a new one")
+                    raise ClosedError(f"this {self._owner.title()} was closed; make a new one")
+                if ticket.left is not None and ticket.left.is_set():
+                    raise NobodyWaits(f"nobody waits for the model {place.name!r} any more")
                 first = self._queue[0] is ticket
                 if place.state in ("opening", "open") and not place.broken:
                     if first or self._may_overtake(place):
@@ -207,11 +190,11 @@ class Shelf(Closing):
         first = self._queue[0]
         if first.place.paged:
             return False
-        names = first.overtaken_by | {place.profile.name}
+        names = first.overtaken_by | {place.name}
         open_bytes = sum(self.places[name].n_bytes for name in names)
         if open_bytes + first.place.n_bytes > self.budget_bytes:
             return False
-        first.overtaken_by.add(place.profile.name)
+        first.overtaken_by.add(place.name)
         return True
 
     def _victims(self, place: Place) -> list[Place] | None:
@@ -244,7 +227,7 @@ class Shelf(Closing):
                 missing += each.n_bytes
         return found
 
-    def _wait(self, ticket: _Ticket) -> None:
+    def _wait(self, ticket: Ticket) -> None:
         """Wait for a change.
 
         Raises:
@@ -254,34 +237,62 @@ class Shelf(Closing):
         if left_s is None or left_s > 0:
             self._changed.wait(left_s)
             return
-        place = ticket.place
+        raise CapacityError(self.no_room(ticket.place.name) + "; raise timeout_s, or the "
+                            f"{self._owner}'s memory")  # fmt: skip
+
+    def no_room(self, name: str) -> str:
+        """Say with numbers why a model has to wait for room."""
+        place = self.places[name]
         busy = ", ".join(
-            f"{each.profile.name} {format_bytes(each.n_bytes)}"
+            f"{each.name} {format_bytes(each.n_bytes)}"
             for each in self.places.values() if each.n_leases
         )  # fmt: skip
-        raise CapacityError(
-            f"there is no room for the model {place.profile.name!r}, "
-            f"{format_bytes(place.n_bytes)} of the pool's {format_bytes(self.budget_bytes)}, while "
-            f"others answer ({busy or 'waiting ones come first'}); raise timeout_s, or the pool's "
-            "memory"
+        lost = self.lost_bytes
+        held = f"; an engine that does not return holds {format_bytes(lost)}" if lost else ""
+        return (
+            f"there is no room for the model {place.name!r}, {format_bytes(place.n_bytes)} of the "
+            f"{self._owner}'s {format_bytes(self.budget_bytes)}, while others answer "
+            f"({busy or 'waiting ones come first'}){held}"
         )
 
     def _evict(self, victims: list[Place]) -> None:
         for each in victims:
+            broken = each.broken
+            self._shut(each, self._close_s)
+            with self._changed:
+                self.n_evicted += not broken
+
+    def _shut(self, place: Place, wait_s: float | None) -> None:
+        """Close a model whose state is `closing`; one that is abandoned is not waited for."""
+        runtime = place.runtime.result()
+        ended = threading.Event()
+
+        def shut() -> None:
             try:
-                each.runtime.result().close()
+                runtime.close()
+                while runtime.stuck_bytes:  # an abandoned engine is not waited for in `close`
+                    time.sleep(STUCK_POLL_S)
             finally:
                 with self._changed:
-                    self.n_evicted += not each.broken
-                    each.state, each.broken = "closed", False
+                    ended.set()
+                    self._lost.pop(id(runtime), None)
                     self._changed.notify_all()
+
+        threading.Thread(target=shut, name="edgeroute-close", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: ended.is_set() or place.abandoned, wait_s)
+            if not ended.is_set():
+                self._lost[id(runtime)] = place.name, place.n_bytes
+            place.state, place.broken, place.abandoned = "closed", False, False
+            self._changed.notify_all()
 
     def _open(self, place: Place, lease: Lease) -> None:
         """Open a model whose room is reserved, and tell all who have a lease of it."""
         opened, began = place.runtime, time.monotonic()
         try:
-            runtime = Runtime(place.profile.path, memory=place.n_bytes, **self._settings)
+            runtime = Runtime(place.model.path, memory=place.n_bytes, **place.model.arguments())
         except BaseException as error:
+            place.failed = str(error) or type(error).__name__
             lease.close()
             self._set_state(place, "closed")
             others = error if isinstance(error, Exception) else ClosedError("opening it was broken "
@@ -291,6 +302,7 @@ class Shelf(Closing):
         with self._changed:
             place.load_s = time.monotonic() - began
             place.n_opened += 1
+            place.failed, place.used_at = None, time.monotonic()
             self._set_state(place, "open")
             opened.set_result(runtime)
 
@@ -299,12 +311,13 @@ class Shelf(Closing):
             place.state = state
             self._changed.notify_all()
 
-    def take_back(self, place: Place) -> None:
-        """End a lease."""
+    def take_back(self, place: Place, *, counts: bool = True) -> None:
+        """End a lease; `counts` says whether it was a use."""
         with self._changed:
             place.n_leases -= 1
-            self._tick += 1
-            place.used = self._tick
+            if counts:
+                self._tick += 1
+                place.used, place.used_at = self._tick, time.monotonic()
             self._changed.notify_all()
 
     def give_up(self, place: Place, opened: "Future[Runtime]") -> None:
@@ -313,41 +326,61 @@ class Shelf(Closing):
             if place.runtime is opened and place.state == "open":
                 place.broken = True
 
+    def abandon(self, place: Place, opened: "Future[Runtime]") -> None:
+        """Wait no more for a model's engine, that of `opened`, which does not return."""
+        with self._changed:
+            if place.runtime is opened and place.state in ("open", "closing"):
+                place.broken = place.abandoned = True
+                self._changed.notify_all()
+
+    def unload(self, name: str) -> bool:
+        """Close a model unless it is busy, opening or closing; tell whether it is closed now."""
+        return self._close_where(lambda each: each.name == name, [self.places[name]])
+
+    def close_unused(self, idle_s: float) -> bool:
+        """Close models that nobody has used for so long; tell whether there was any."""
+        since = time.monotonic() - idle_s
+        return self._close_where(lambda each: each.used_at <= since, [])
+
+    def _close_where(self, chosen: Callable[[Place], bool], closed: list[Place]) -> bool:
+        """Close idle models; tell whether any was, or those of `closed` are so already."""
+        with self._changed:
+            found = [
+                each for each in self.places.values()
+                if each.state == "open" and not each.n_leases and chosen(each)
+            ]  # fmt: skip
+            for each in found:
+                each.state = "closing"
+        for each in found:
+            self._shut(each, self._close_s)
+        return bool(found) or any(each.state == "closed" for each in closed)
+
     def close(self) -> None:
         """End running answers with ClosedError and close all models; safe to call twice."""
+        self.end(None)
+
+    def end(self, wait_s: float | None) -> bool:
+        """Do the same as `close`, but wait only so long; safe to call twice.
+
+        Args:
+            wait_s: longest wait for engines to end; None is for ever.
+
+        Returns:
+            Whether all have ended.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            deadline = None if wait_s is None else time.monotonic() + wait_s
             while any(each.state in ("opening", "closing") for each in self.places.values()):
-                self._changed.wait()
+                left_s = None if deadline is None else deadline - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    return False
+                self._changed.wait(left_s)
             found = [each for each in self.places.values() if each.state == "open"]
             for each in found:
                 each.state = "closing"
         for each in found:
-            try:
-                each.runtime.result().close()
-            finally:
-                self._set_state(each, "closed")
-
-
-def _plan(profile: Profile, budget: int, params: RunParams) -> Place:
-    """Find from a model's header what it takes, whole, and give it that or what it may have.
-
-    Raises:
-        CapacityError: its profile wants more than the budget.
-    """
-    with contextlib.ExitStack() as own:
-        file = own.enter_context(GGUFFile.open(profile.path))
-        model = describe(file)
-        device = own.enter_context(Device.open(params.device))
-        weights = ResidentWeights(file, device, model.specs(), repack_experts=params.repack_experts)
-        own.callback(weights.close)
-        whole = plan_memory(model.hparams, weights, params).total_bytes
-    if profile.memory is not None and profile.memory > budget:
-        raise CapacityError(
-            f"the model {profile.name!r} wants {format_bytes(profile.memory)}, over the pool's "
-            f"{format_bytes(budget)}; lower models.{profile.name}.memory, or raise the pool's",
-            profile.memory,
-        )
-    n_bytes = min(whole, budget if profile.memory is None else profile.memory)
-    return Place(profile=profile, n_bytes=n_bytes, whole_bytes=whole)
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._shut(each, left_s)
+        return not self._lost

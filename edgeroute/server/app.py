@@ -35,6 +35,7 @@ def make_app(
             ApiError: _tell, HTTPException: _tell_http, Exception: _tell,
         },
     )  # fmt: skip
+    app.router.redirect_slashes = False  # a path has one spelling; no client needs another
     app.state.services = services
     return app
 

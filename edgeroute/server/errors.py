@@ -20,7 +20,7 @@ KINDS: Final = {
     431: "invalid_request_error", 499: "cancelled", 503: "overloaded_error",
     504: "timeout_error",
 }  # fmt: skip
-"""The `type` of an error by status; `server_error` where it is not here."""
+"""The `type` of an error by status; others are the request's fault below 500, else ours."""
 
 
 class ApiError(Exception):
@@ -47,7 +47,8 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, object]:
         """Return the JSON object that tells it."""
-        kind = KINDS.get(self.status, "server_error")
+        ours = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = KINDS.get(self.status, ours)
         told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": told}
 

@@ -20,6 +20,7 @@ class ServerParams:
     Attributes:
         host: address to listen on.
         port: 0 is any free one.
+        memory: what all open models may take together, in bytes; None: measured.
         api_keys: one of them must come with every request; needed off loopback. Admin calls
             are refused where there is none.
         allowed_hosts: names that the Host header may have beside loopback's and `host`.
@@ -36,10 +37,12 @@ class ServerParams:
         sessions: folder of saved sessions; None: the user's state folder.
         sessions_bytes: what they may take on disk together.
         dashboard: whether `/` is served.
+        grace_s: how long running answers may go on when the server is to end.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
+    memory: int | None = None
     api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
@@ -55,6 +58,7 @@ class ServerParams:
     sessions: Path | None = None
     sessions_bytes: int = 4 << 30
     dashboard: bool = True
+    grace_s: float = 20.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -120,6 +124,7 @@ class ModelFacts:
         state: `closed`, `opening`, `open` or `closing`.
         n_bytes: what it takes of the budget while it is not closed.
         adapters: names of its adapters, as far as known.
+        adapter_folders: where more of them may lie; empty where it can have none.
     """
 
     name: str
@@ -128,6 +133,7 @@ class ModelFacts:
     n_ctx: int
     n_bytes: int
     adapters: tuple[str, ...] = ()
+    adapter_folders: tuple[Path, ...] = ()
     n_busy: int = 0
 
 
@@ -145,12 +151,16 @@ class Models(Protocol):
             ApiError: 404, there is none of that name.
         """
 
-    def use(self, name: str, *, deadline: float) -> AbstractAsyncContextManager[Use]:
+    def use(
+        self, name: str, *, deadline: float, counts: bool = True
+    ) -> AbstractAsyncContextManager[Use]:
         """Open a model if need be, and keep it open inside the block.
 
         Args:
             name: of the model.
             deadline: of the wait for room and for opening, in `time.monotonic`.
+            counts: False for a glance, such as a health check's: it has its place beyond
+                `max_waiting`, and does not keep an unused model from being closed.
 
         Raises:
             ApiError: 404 unknown; 429 too many wait; 503 no room in time, with `retry_after_s`;

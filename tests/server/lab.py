@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute
 
 from edgeroute import Runtime
 from edgeroute.server.app import make_app
+from edgeroute.server.connection import Connection
 from edgeroute.server.errors import ApiError
 from edgeroute.server.records import ModelFacts, Services
 
@@ -36,7 +37,9 @@ class OneModel:
                           adapters=tuple(self.runtime.adapters))  # fmt: skip
 
     @contextlib.asynccontextmanager
-    async def use(self, name: str, *, deadline: float) -> AsyncIterator["OneModel"]:
+    async def use(
+        self, name: str, *, deadline: float, counts: bool = True
+    ) -> AsyncIterator["OneModel"]:
         self._check(name)
         yield self
 
@@ -65,12 +68,15 @@ class OneModel:
 
 @contextlib.contextmanager
 def serving(
-    services: Services, routes: Sequence[BaseRoute], guards: Sequence[Middleware] = ()
+    services: Services,
+    routes: Sequence[BaseRoute],
+    guards: Sequence[Middleware] = (),
+    wire: type[asyncio.Protocol] = Connection,
 ) -> Iterator[str]:
     """Serve on a free port until the block ends; gives `http://127.0.0.1:PORT`."""
     config = uvicorn.Config(
         make_app(services, routes, guards), host="127.0.0.1", port=0, log_level="warning",
-        ws="none", timeout_graceful_shutdown=2,
+        ws="none", http=wire, timeout_graceful_shutdown=2,
     )  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)

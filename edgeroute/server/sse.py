@@ -1,0 +1,87 @@
+"""Server-sent events to one reader, who may stop to read.
+
+Source: the WHATWG HTML standard, section "Server-sent events".
+"""
+
+import asyncio
+import time
+from typing import Final
+
+import msgspec
+from starlette.types import Send
+
+from edgeroute.server.errors import ApiError
+
+DONE: Final = b"data: [DONE]\n\n"
+COMMENT: Final = b": still there\n\n"
+"""A line that readers skip: it keeps proxies from taking silence for death."""
+HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+)
+
+
+def event(data: object) -> bytes:
+    """Return one event; its data is a JSON object on one line."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+class EventWriter:
+    """Sends events; the response begins with the first one.
+
+    Args:
+        send: of the request.
+        stall_s: longest time that the reader may take nothing.
+        beat_s: silence after which a comment is sent.
+    """
+
+    def __init__(self, send: Send, *, stall_s: float, beat_s: float) -> None:
+        self._send = send
+        self._stall_s, self._beat_s = stall_s, beat_s
+        self._one = asyncio.Lock()
+        self._since: float | None = None  # when the write that is under way began
+        self._last = time.monotonic()
+        self.started = False
+        self.may_beat = False
+        """Whether comments may be sent: a response that has begun can be no error any more."""
+
+    async def write(self, data: bytes) -> None:
+        """Send events; waits while the reader does not read, see `mind`."""
+        async with self._one:
+            self._since = time.monotonic()
+            if not self.started:
+                self.started = True
+                await self._send({"type": "http.response.start", "status": 200,
+                                  "headers": list(HEADERS)})  # fmt: skip
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            self._since, self._last = None, time.monotonic()
+
+    async def end(self) -> None:
+        """End the response."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def mind(self) -> None:
+        """Fill silence with comments, until the reader takes nothing any more.
+
+        One look now and then is cheaper than a time limit on every write.
+
+        Raises:
+            ApiError: 499, he took nothing for `stall_s`; the response cannot be ended properly.
+        """
+        tick_s = max(0.01, min(self._stall_s, self._beat_s, 2.0) / 4)
+        while True:
+            await asyncio.sleep(tick_s)
+            now = time.monotonic()
+            if self._since is not None:
+                if now - self._since >= self._stall_s:
+                    raise self._stalled()
+            elif self.may_beat and now - self._last >= self._beat_s:
+                try:
+                    async with asyncio.timeout(self._stall_s):
+                        await self.write(COMMENT)
+                except TimeoutError:
+                    raise self._stalled() from None
+
+    def _stalled(self) -> ApiError:
+        return ApiError(499, f"the reader of a stream took nothing for {self._stall_s:g} s")
