@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 UNDER_LIMIT = ("limit", "memory", "n_prompt", "max_s", "peer", "target")
 ADAPTER_PARTS = ("decode", "mixed", "prefill", "switch", "routing")
+SERVE_PARTS = ("throughput", "load")
 DRAFT_SOURCES = ("lookup", "self", "small", "auto")
 _EPILOG = """\b
 Examples:
@@ -25,6 +26,7 @@ Examples:
   edgeroute bench expert-count --model moe.gguf
   edgeroute bench depth --model qwen2.5-coder-0.5b-instruct
   edgeroute bench prune --model qwen2.5-coder-0.5b-instruct
+  edgeroute bench serve --part load --seconds 60
   edgeroute bench parity --model gemma3-270m --nmse
 """
 
@@ -379,6 +381,50 @@ def steps(small: str, policies: str, latency_ms: float | None, **options: Any) -
     given["latency_s"] = None if latency_ms is None else latency_ms / 1e3
     wanted = bench.StepsParams(small=resolve(small), policies=tuple(policies.split(",")), **given)
     _finish(bench.run(_params(options), _progress, wanted), options)
+
+
+@command.command(epilog=_examples(
+    "serve", "--part load --seconds 60",
+    "--python-peer venv/bin/python --llama-server build/bin/llama-server",
+))  # fmt: skip
+@_timed
+@click.option("--part", default="throughput", show_default=True,
+              type=click.Choice(SERVE_PARTS), help="What is measured.")  # fmt: skip
+@click.option("--clients", "clients", multiple=True, type=click.IntRange(1, 256),
+              help="Clients at once; for throughput it may repeat.  "
+              "[default: 1, 4, 16; for load 32]")  # fmt: skip
+@click.option("--seconds", default=600.0, show_default=True, type=click.FloatRange(1, 86_400),
+              help="How long the load lasts.")  # fmt: skip
+@click.option("--seed", default=1, show_default=True, help="Of what the load's clients do.")
+@click.option("--tokens", "n_tokens", default=64, show_default=True,
+              type=click.IntRange(8, 4096), help="Tokens of an answer.")  # fmt: skip
+@click.option("--python-peer", metavar="PYTHON",
+              help="Compare with llama-cpp-python's server of this Python.")  # fmt: skip
+@click.option("--llama-server", metavar="FILE", help="Compare with llama.cpp's server, this file.")
+@click.option("--max-batch", default=16, show_default=True, type=click.IntRange(1, 256),
+              help="Also measure our server with so many sequences in a pass.")  # fmt: skip
+def serve(part: str, clients: tuple[int, ...], **options: Any) -> None:
+    """`edgeroute serve` under clients of every kind, and its speed beside llama.cpp's servers.
+
+    Load: clients that ask well or badly, leave at any moment and read slowly; statuses, ends of
+    streams, memory and what is left behind. Throughput: tokens per second in sum.
+    """
+    from edgeroute.tools.bench import serve_load, serve_throughput
+
+    params = _params(options)
+    if part == "throughput":
+        speeds = serve_throughput.ThroughputParams(
+            n_clients=clients or (1, 4, 16), n_tokens=options["n_tokens"],
+            python_peer=options["python_peer"], native_peer=options["llama_server"],
+            max_batch=options["max_batch"],
+        )  # fmt: skip
+        _finish(serve_throughput.run(params, _progress, speeds), options)
+        return
+    if len(clients) > 1:
+        raise click.UsageError("a load has one number of --clients")
+    load = serve_load.LoadParams(n_clients=clients[0] if clients else 32,
+                                 seconds=options["seconds"], seed=options["seed"])  # fmt: skip
+    _finish(serve_load.run(params, _progress, load), options)
 
 
 @command.command(epilog=_examples("parity", "", "--model gemma3-270m --nmse --positions 256"))
