@@ -1,10 +1,26 @@
 """What a Runtime holds and has done, read while its engine thread goes on."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from edgeroute.loaded import LoadedModel
     from edgeroute.scheduler import Scheduler
+
+PROVEN: Final = ("cpu",)
+"""Kinds of devices that the tests compare with llama.cpp. One look at CUDA found wrong tokens, see
+tools/BENCHLOG.md."""
+
+
+def warnings_of(loaded: "LoadedModel") -> list[str]:
+    """Return what a user of a model should know before its answers are trusted or waited for."""
+    found = []
+    info = loaded.device.info
+    if info.kind not in PROVEN:
+        found.append(f"computing on {info.name} is not proven: wrong tokens were seen on a GPU; "
+                     "check answers against device='cpu'")  # fmt: skip
+    if loaded.experts is not None and (cliff := loaded.experts.stats().get("warning")):
+        found.append(str(cliff))
+    return found
 
 
 def runtime_stats(
@@ -34,6 +50,8 @@ def runtime_stats(
         {
             "model": str(loaded.file.path),
             "arch": loaded.model.hparams.arch,
+            "device": loaded.device.info.name,
+            "warnings": warnings_of(loaded),
             "load_s": round(loaded.load_s, 6),
             "memory": {entry.owner: entry.n_bytes for entry in entries},
             "memory_bytes": sum(entry.n_bytes for entry in entries),

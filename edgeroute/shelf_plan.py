@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from edgeroute.adapters import AdapterPlan, plan_adapters
 from edgeroute.config import RunParams
@@ -17,6 +17,12 @@ from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.units import format_bytes
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.small import small_file, small_params
+
+LONG_REQUESTS: Final = 4
+"""Requests of the whole context that a server's model has cells for, if that is cheap."""
+MAX_ROOM_SHARE: Final = 8
+"""One part in so many of the budget may go into cells for more than one of them."""
+MAX_CELLS: Final = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +98,33 @@ def plan_model(model: ShelfModel, budget: int, owner: str) -> ShelfPlan:
         n_bytes=may_have if set_aside else min(whole, may_have), whole_bytes=whole,
         adapters=() if adapters is None else tuple(file.name for file in adapters.files),
     )  # fmt: skip
+
+
+def with_room(model: ShelfModel, budget: int, owner: str) -> ShelfModel:
+    """Give a model that fits cells for several long requests at once, where nobody said how many.
+
+    A request reserves cells up to its `max_tokens`, which is the whole context where a chat does
+    not say: with cells for one of them, the next ones would wait.
+
+    Args:
+        model, budget, owner: as `plan_model`.
+
+    Raises:
+        EdgerouteError: as `plan_model`.
+    """
+    if model.params.n_kv is not None:
+        return model
+    base = plan_model(model, budget, owner)
+    may_have = budget if model.memory is None else model.memory
+    most = min(may_have, base.whole_bytes + budget // MAX_ROOM_SHARE)
+    for n in range(LONG_REQUESTS, 1, -1):
+        n_kv = n * model.params.n_ctx
+        if n_kv > MAX_CELLS:
+            continue
+        roomy = dataclasses.replace(model, params=dataclasses.replace(model.params, n_kv=n_kv))
+        if plan_model(roomy, budget, owner).whole_bytes <= most:
+            return roomy
+    return model
 
 
 def _is_empty(path: Path) -> bool:

@@ -200,9 +200,8 @@ def open_runtime(path: "Path", given: dict[str, Any]) -> "Iterator[Runtime]":
 
         settings["sessions"] = default_folder()
     with Runtime(path, **settings) as runtime:
-        experts = cast("dict[str, Any]", runtime.stats().get("experts", {}))
-        if experts.get("warning"):
-            click.echo(f"warning: {experts['warning']}", err=True)
+        for each in cast("list[str]", runtime.stats()["warnings"]):
+            click.echo(f"warning: {each}", err=True)
         yield runtime
 
 

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 
@@ -126,6 +126,9 @@ def _open_default(built: "Built") -> None:
     began = time.monotonic()
     built.fleet.load_now(facts.name)
     click.echo(f"opened in {time.monotonic() - began:.1f} s", err=True)
+    runtime = built.fleet.peek(facts.name)
+    for each in cast("list[str]", [] if runtime is None else runtime.stats()["warnings"]):
+        click.echo(f"warning: {each}", err=True)
 
 
 def _tell(built: "Built", urls: list[str], as_json: bool) -> None:

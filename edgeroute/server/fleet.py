@@ -25,7 +25,7 @@ from edgeroute.server.logs import log
 from edgeroute.server.records import ModelFacts, ServerParams
 from edgeroute.server.watchdog import Engine
 from edgeroute.shelf_place import Lease, Place
-from edgeroute.shelf_plan import ShelfModel
+from edgeroute.shelf_plan import ShelfModel, with_room
 
 ALIAS: Final = "base"
 """What the default model is called beside its own name."""
@@ -99,6 +99,7 @@ class Fleet:
 
     def __init__(self, params: ServerParams, models: Iterable[ShelfModel]) -> None:
         budget = budget_bytes(RunParams(memory=params.memory))
+        models = [with_room(each, budget, "server") for each in models]
         self._shelf = Shelf(models, budget, "server", close_s=max(CLOSE_S, params.watchdog_s))
         self._params = params
         self._names = list(self._shelf.places)

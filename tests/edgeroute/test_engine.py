@@ -403,3 +403,12 @@ def test_prompts_that_begin_alike_at_once_are_computed_once(tiny_path: Path) -> 
     assert all(each.stats.n_cached == 0 for each in alone)
     cached = [each.stats.n_cached for each in together if each]
     assert all(n > 100 for n in cached[1:]), cached
+
+
+def test_a_device_that_no_test_proves_says_so(
+    tiny: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiny.stats()["warnings"] == [] and tiny.stats()["device"] == "CPU"
+    device = tiny._loaded.device
+    monkeypatch.setattr(device, "info", dataclasses.replace(device.info, name="X0", kind="gpu"))
+    assert "X0 is not proven" in str(tiny.stats()["warnings"])

@@ -8,6 +8,7 @@ Synthetic models are written into FOLDER. Prints its address; ends with its stan
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import random
 import sys
 import threading
@@ -40,6 +41,8 @@ MOE = replace(
 )  # fmt: skip
 SPARE = 40 * MIB
 """Of experts' slots beyond the fewest: about a quarter of all."""
+N_WARM = 60
+"""Requests until caches are full, and memory stays as it is."""
 WORDS = "sky blue robot arm grip path torque sensor door cup light why how when write a of the"
 
 
@@ -138,10 +141,12 @@ def open_default(folder: Path) -> Runtime:
 
 
 def work(base: str, models: Sequence[str], pause_s: float, over: threading.Event) -> None:
-    """Ask for short answers now and then."""
+    """Ask for short answers: N_WARM at once, after each other, then now and then."""
     rng = random.Random(7)
     with httpx2.Client(base_url=base, timeout=120) as client:
-        while not over.wait(pause_s * rng.random() * 2):
+        for i in itertools.count():
+            if over.wait(pause_s * rng.random() * 2 if i >= N_WARM else 0):
+                return
             body: dict[str, Any] = {
                 "model": rng.choice(models), "max_tokens": rng.randint(8, 60),
                 "prompt": " ".join(rng.choices(WORDS.split(), k=rng.randint(4, 60))),

@@ -32,7 +32,11 @@ def make_files(folder: Path) -> dict[str, Path]:
 
 
 def shelf_model(name: str, path: Path, memory: int | None = None, **settings: Any) -> ShelfModel:
-    params = RunParams(**{"threads": 1, "n_ctx": 256, "n_ubatch": 64} | settings)
+    """A model of so many bytes and no more: cells for one request, unless told otherwise."""
+    plain = {"threads": 1, "n_ctx": 256, "n_kv": 256, "n_ubatch": 64}
+    if "n_ctx" in settings:
+        plain["n_kv"] = settings["n_ctx"]
+    params = RunParams(**plain | settings)
     return ShelfModel(name=name, path=path, memory=memory, params=params)
 
 

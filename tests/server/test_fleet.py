@@ -520,3 +520,16 @@ def test_who_comes_when_the_last_one_leaves_still_gets_the_model(
             await second
 
     go(work(), fleet)
+
+
+def test_cells_for_several_long_requests_where_they_are_cheap(files: dict[str, Path]) -> None:
+    """A chat without max_tokens reserves the whole context: the next must not wait for it."""
+    plain = shelf_model("red", files["red"], n_kv=None)
+    given = shelf_model("red", files["red"], n_kv=512)
+    tight = shelf_model("red", files["red"], memory=bytes_of(plain), n_kv=None)
+    for model, n_cells in ((plain, 4 * 256), (given, 512), (tight, 256)):
+        fleet = make_fleet([model])
+        fleet.load_now("red")
+        runtime = fleet.peek("red")
+        assert runtime is not None and runtime.stats()["kv_cells"] == n_cells
+        assert fleet.close(20.0)

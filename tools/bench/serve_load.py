@@ -39,12 +39,14 @@ class LoadParams:
         seconds: until no new visit begins; those under way come to their end.
         seed: of what clients do; the order in which they come is the machine's.
         stall_s: how long the server lets a reader take nothing; slow ones pause in proportion.
+        warmup: visits of every kind that each of some clients makes before the clock starts.
     """
 
     n_clients: int = 32
     seconds: float = 600.0
     seed: int = 1
     stall_s: float = 5.0
+    warmup: int = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,7 @@ class Found:
 
     Attributes:
         rss: (seconds since the start, resident bytes), in order.
+        rss_cold: resident bytes after the first answer, before all else.
         seconds: until the last visit ended.
         same: whether the server answers afterwards as before.
         in_use: what it holds afterwards for requests, by metric; all should be 0.
@@ -61,6 +64,7 @@ class Found:
 
     tally: Tally
     rss: Sequence[tuple[float, int]]
+    rss_cold: int
     seconds: float
     same: bool
     in_use: Mapping[str, float]
@@ -86,7 +90,9 @@ def run(params: BenchParams, progress: Progress, wanted: LoadParams) -> Report:
 async def _load(server: Served, wanted: LoadParams, progress: Progress) -> Found:
     healthy = _place(server, wanted, -1)
     before = await answer_of(healthy, PROMPT)
-    await _warm_up(healthy)
+    cold = server.rss_bytes
+    await _fill_cells(healthy)
+    await _warm_up([_place(server, wanted, -2 - i) for i in range(N_SEQ)], wanted.warmup, progress)
     tally, began = Tally(), time.monotonic()
     rss: list[tuple[float, int]] = []
     until = began + wanted.seconds
@@ -100,11 +106,11 @@ async def _load(server: Served, wanted: LoadParams, progress: Progress) -> Found
     in_use = await _settled(healthy)
     head, _ = await fetch(server.address, "/health/ready")
     same = await answer_of(healthy, PROMPT) == before
-    return Found(tally=tally, rss=rss, seconds=seconds, same=same, in_use=in_use,
+    return Found(tally=tally, rss=rss, rss_cold=cold, seconds=seconds, same=same, in_use=in_use,
                  ready=head.status)  # fmt: skip
 
 
-async def _warm_up(place: Place) -> None:
+async def _fill_cells(place: Place) -> None:
     """Fill all cells once: they are promised memory from the start, but the system counts it
     from their first use on."""
     n_words = 100
@@ -114,6 +120,20 @@ async def _warm_up(place: Place) -> None:
             raise BrokenAnswer(f"status {head.status} while warming up: {told!r:.300}")
         tokens_a_word = json.loads(told)["usage"]["prompt_tokens"] / n_words
         n_words = int(0.9 * place.n_ctx / tokens_a_word)
+
+
+async def _warm_up(places: Sequence[Place], n_rounds: int, progress: Progress) -> None:
+    """Make every kind of visit, so that what the server keeps for each is there.
+
+    Raises:
+        BrokenAnswer: one goes wrong already now.
+    """
+    began = time.monotonic()
+    for make in (*VISITS,) * n_rounds:
+        for outcome in await asyncio.gather(*(visit(make, place) for place in places)):
+            if outcome.fault is not None:
+                raise BrokenAnswer(f"while warming up, {outcome.kind}: {outcome.fault}")
+    progress(f"warm after {time.monotonic() - began:.0f} s")
 
 
 def _place(server: Served, wanted: LoadParams, i: int) -> Place:
@@ -218,7 +238,7 @@ def _report(params: BenchParams, wanted: LoadParams, found: Found, told: str) ->
             "n_visits": tally.n_visits, "statuses": tally.statuses, "ends": tally.ends,
             "ttft_s": {name: report.plain(value) for name, value in ttft.items()},
             "n_streams": len(tally.ttft_s), "texts_s": report.plain(speed),
-            "rss_first_bytes": first, "rss_last_bytes": last, "rss_growth": report.plain(grown),
+            "rss_cold_bytes": found.rss_cold, "rss_first_bytes": first, "rss_last_bytes": last, "rss_growth": report.plain(grown),
             "rss_by_minute_bytes": by_minute(found.rss),
             "in_use_after": found.in_use, "faults": tally.faults, "n_faults": tally.n_faults,
         }],
@@ -238,7 +258,8 @@ def _report(params: BenchParams, wanted: LoadParams, found: Found, told: str) ->
             f"{len(tally.ttft_s)} streams; {speed:.1f} texts/s in streams",
             f"resident {format_bytes(first)} at first, {format_bytes(last)} at last "
             f"({grown:+.2%}); largest {format_bytes(max(n for _, n in found.rss))}",
-            f"{told}; all cells were used once before",
+            f"{told}; before the clock started all cells were used once, and {wanted.warmup} visits "
+            f"of every kind made by {N_SEQ} clients ({format_bytes(found.rss_cold)} resident before)",
             *(f"FAULT {fault}" for fault in tally.faults),
         ),
     )  # fmt: skip

@@ -1,5 +1,7 @@
 // Numbers as text, and elements whose text is always text.
 
+const SPACE = "\u00a0"; // a figure and its unit stay on one line
+const NARROW = "\u202f";
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
 
 export function bytes(n) {
@@ -7,11 +9,11 @@ export function bytes(n) {
   let unit = 0;
   while (Math.abs(n) >= 1024 && unit < UNITS.length - 1) { n /= 1024; unit += 1; }
   const digits = unit === 0 || Math.abs(n) >= 100 ? 0 : Math.abs(n) >= 10 ? 1 : 2;
-  return `${n.toFixed(digits)} ${UNITS[unit]}`;
+  return `${n.toFixed(digits)}${SPACE}${UNITS[unit]}`;
 }
 
 export function count(n) {
-  return Number.isFinite(n) ? Math.round(n).toLocaleString("en").replaceAll(",", " ") : "–";
+  return Number.isFinite(n) ? Math.round(n).toLocaleString("en").replaceAll(",", NARROW) : "–";
 }
 
 export function decimal(n) {
@@ -23,17 +25,17 @@ export function decimal(n) {
 export function percent(ratio) {
   if (!Number.isFinite(ratio)) return "–";
   const value = 100 * ratio;
-  if (value === 0) return "0 %";
+  if (value === 0) return `0${SPACE}%`;
   // 99.97 % must not read as 100 %.
   const digits = value > 0 && (value < 10 || value > 99) && value !== 100 ? 1 : 0;
   const shown = Math.min(value === 100 ? 100 : 99.9, value).toFixed(digits);
-  return `${shown} %`;
+  return `${shown}${SPACE}%`;
 }
 
 export function seconds(s) {
   if (!Number.isFinite(s)) return "–";
-  if (s < 0.9995) return `${(1000 * s).toFixed(s < 0.01 ? 1 : 0)} ms`;
-  if (s < 120) return `${s.toFixed(s < 10 ? 2 : 1)} s`;
+  if (s < 0.9995) return `${(1000 * s).toFixed(s < 0.01 ? 1 : 0)}${SPACE}ms`;
+  if (s < 120) return `${s.toFixed(s < 10 ? 2 : 1)}${SPACE}s`;
   return `${Math.floor(s / 60)} min ${Math.round(s % 60)} s`;
 }
 
