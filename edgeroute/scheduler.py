@@ -18,7 +18,7 @@ from edgeroute.embedding import EmbedRequest, States
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.offload.counters import LayerCount
 from edgeroute.request import EngineState, Request, sequence_of, stoppable
-from edgeroute.runtime.errors import EdgerouteError
+from edgeroute.runtime.errors import ComputeError, EdgerouteError
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
 from edgeroute.runtime.prefix import Mode, PrefixCache
@@ -451,6 +451,10 @@ class Scheduler:
             self.commit(request, request.sampler.sample(logits))
         except EdgerouteError as error:
             self.fail(request, error)
+        except Exception as error:  # a bug met by one answer must not end those beside it
+            told = ComputeError(f"an internal error ended this answer: {error!r:.200}")
+            told.__cause__ = error
+            self.fail(request, told)
 
     def commit(self, request: Request, token: int) -> None:
         """Make a token part of an answer, pass its text on, and end the request where it ends.

@@ -412,3 +412,20 @@ def test_a_device_that_no_test_proves_says_so(
     device = tiny._loaded.device
     monkeypatch.setattr(device, "info", dataclasses.replace(device.info, name="X0", kind="gpu"))
     assert "X0 is not proven" in str(tiny.stats()["warnings"])
+
+
+def test_a_bug_met_by_one_answer_ends_no_other(tiny: Runtime) -> None:
+    whole = tiny.generate(PROMPTS[0], max_tokens=30)
+    good = tiny.stream(PROMPTS[0], max_tokens=30)
+    bad = tiny.stream(PROMPTS[1], max_tokens=30)
+
+    def broken(token_id: int) -> None:
+        raise ZeroDivisionError(f"planted at {token_id}")
+
+    bad._request.sampler.accept = broken  # type: ignore[method-assign]
+    with pytest.raises(errors.ComputeError, match="internal error.*planted") as caught:
+        list(bad)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    answer = list(good)[-1].generation
+    assert answer is not None and answer.text == whole.text
+    assert cells_accounted(wait_idle(tiny))

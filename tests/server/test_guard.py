@@ -405,6 +405,14 @@ def test_all_answers_have_the_security_headers() -> None:
     assert ask(HOST, path="/refuses")["retry-after"] == "3"
 
 
+def test_headers_that_a_route_sets_are_kept_and_come_once() -> None:
+    async def own(request: Request) -> Response:
+        return Response(headers={"Cache-Control": "max-age=60", "Referrer-Policy": "origin"})
+
+    reply = answer(guarded(PLAIN, Route("/v1/models", own)), Ask())
+    assert (reply["cache-control"], reply["referrer-policy"]) == ("max-age=60", "origin")
+
+
 def test_a_crash_is_500_with_the_request_id_and_without_details(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -238,7 +238,8 @@ def _report(params: BenchParams, wanted: LoadParams, found: Found, told: str) ->
             "n_visits": tally.n_visits, "statuses": tally.statuses, "ends": tally.ends,
             "ttft_s": {name: report.plain(value) for name, value in ttft.items()},
             "n_streams": len(tally.ttft_s), "texts_s": report.plain(speed),
-            "rss_cold_bytes": found.rss_cold, "rss_first_bytes": first, "rss_last_bytes": last, "rss_growth": report.plain(grown),
+            "rss_cold_bytes": found.rss_cold, "rss_first_bytes": first, "rss_last_bytes": last,
+            "rss_growth": report.plain(grown),
             "rss_by_minute_bytes": by_minute(found.rss),
             "in_use_after": found.in_use, "faults": tally.faults, "n_faults": tally.n_faults,
         }],
@@ -258,8 +259,8 @@ def _report(params: BenchParams, wanted: LoadParams, found: Found, told: str) ->
             f"{len(tally.ttft_s)} streams; {speed:.1f} texts/s in streams",
             f"resident {format_bytes(first)} at first, {format_bytes(last)} at last "
             f"({grown:+.2%}); largest {format_bytes(max(n for _, n in found.rss))}",
-            f"{told}; before the clock started all cells were used once, and {wanted.warmup} visits "
-            f"of every kind made by {N_SEQ} clients ({format_bytes(found.rss_cold)} resident before)",
+            told, "before the clock started: all cells used once, every kind of visit made "
+            f"{wanted.warmup * N_SEQ} times ({format_bytes(found.rss_cold)} resident before that)",
             *(f"FAULT {fault}" for fault in tally.faults),
         ),
     )  # fmt: skip
