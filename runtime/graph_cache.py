@@ -3,11 +3,17 @@
 import contextlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
+from typing import Final
 
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.graph import Graph
+
+MAX_BYTES: Final = 48 << 20
+"""Of the descriptors of all graphs kept. One of a pass of 16 sequences over 30 layers takes 3 MiB,
+and a server meets many shapes."""
+KEPT_AT_LEAST: Final = 4
 
 
 class GraphCache:
@@ -24,6 +30,7 @@ class GraphCache:
         self._galloc = galloc
         self.max_graphs = max_graphs
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._described_bytes = 0
         self.n_built = 0
 
     @property
@@ -46,8 +53,13 @@ class GraphCache:
         """
         self._place(graph)
         self._graphs[key] = graph
-        while len(self._graphs) > self.max_graphs:
-            self._graphs.popitem(last=False)[1].free()
+        self._described_bytes += graph.descriptors.n_bytes
+        while len(self._graphs) > self.max_graphs or (
+            self._described_bytes > MAX_BYTES and len(self._graphs) > KEPT_AT_LEAST
+        ):
+            oldest = self._graphs.popitem(last=False)[1]
+            self._described_bytes -= oldest.descriptors.n_bytes
+            oldest.free()
         return graph
 
     @contextlib.contextmanager
@@ -79,6 +91,7 @@ class GraphCache:
         for graph in self._graphs.values():
             graph.free()
         self._graphs.clear()
+        self._described_bytes = 0
 
     def close(self) -> None:
         """Drop every graph and the buffer; safe to call twice."""

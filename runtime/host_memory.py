@@ -6,6 +6,9 @@ import mmap
 import sys
 from collections.abc import Callable
 
+OWN_PAGES_FROM = 1 << 18
+"""Bytes from which a block of the heap gets pages of its own, see `keep_heap_small`."""
+_M_MMAP_THRESHOLD = -3  # Source: malloc.h of glibc
 _ADVICE = {"linux": 4, "darwin": 5}  # MADV_DONTNEED, MADV_FREE: the next touch reads zeros
 
 
@@ -31,3 +34,19 @@ def give_back(address: int, nbytes: int) -> int:
     if madvise is None or end <= start:
         return 0
     return end - start if madvise(start, end - start, _ADVICE[sys.platform]) == 0 else 0
+
+
+def keep_heap_small() -> bool:
+    """Let large blocks of this process's heap go back to the system as soon as they are freed.
+
+    glibc raises its own bound whenever such a block is freed, up to 32 MiB; graphs that come and
+    go then break the heap up, and a server grows for as long as shapes vary. It concerns the
+    whole process, so that only a program of our own may ask for it.
+
+    Returns:
+        Whether the C library could be told.
+    """
+    if sys.platform != "linux":
+        return False
+    tell = getattr(ctypes.CDLL(None), "mallopt", None)  # not every C library has it
+    return tell is not None and tell(_M_MMAP_THRESHOLD, OWN_PAGES_FROM) == 1

@@ -36,6 +36,7 @@ class Descriptors:
         if ctx is None:
             raise CapacityError(f"no memory for {n_tensors} tensor descriptors")
         self.ctx = ctx
+        self.n_bytes = n_bytes
 
     def free(self) -> None:
         """Free the descriptors; safe to call twice."""

@@ -67,10 +67,12 @@ def command(as_json: bool, **given: Any) -> None:
     _check_extra()
     config = _config(given)
     # Imported now: a wrong option should not wait for it.
+    from edgeroute.runtime.host_memory import keep_heap_small
     from edgeroute.server.logs import setup
     from edgeroute.server.serve import build, listen, run, urls
 
     setup(json_lines=True if as_json else None)
+    keep_heap_small()
     sockets = listen(config.params.host, config.params.port)
     try:
         built = build(config.params, config.models)

@@ -11,7 +11,7 @@ import pytest
 
 import edgeroute
 from edgeroute import Runtime
-from edgeroute.runtime import errors
+from edgeroute.runtime import errors, graph_cache
 
 PROMPTS = [f"{n}. The story of the {n} little lighthouses begins like this:" for n in range(16)]
 
@@ -423,9 +423,26 @@ def test_a_bug_met_by_one_answer_ends_no_other(tiny: Runtime) -> None:
         raise ZeroDivisionError(f"planted at {token_id}")
 
     bad._request.sampler.accept = broken  # type: ignore[method-assign]
-    with pytest.raises(errors.ComputeError, match="internal error.*planted") as caught:
+    with pytest.raises(errors.ComputeError, match=r"internal error.*planted") as caught:
         list(bad)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     answer = list(good)[-1].generation
     assert answer is not None and answer.text == whole.text
     assert cells_accounted(wait_idle(tiny))
+
+
+def test_graphs_of_many_shapes_are_bounded_in_bytes(
+    tiny: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server meets ever new shapes: what describes their graphs must not add up."""
+    monkeypatch.setattr(graph_cache, "MAX_BYTES", 1 << 20)
+    whole = tiny.generate(PROMPTS[0], max_tokens=4)
+    graphs = tiny._loaded.forward.graphs
+    for n in range(2, 40):
+        tiny.generate("x" * n, max_tokens=1, prefix="off")
+    described = sum(each.descriptors.n_bytes for each in graphs._graphs.values())
+    assert described == graphs._described_bytes
+    assert graph_cache.KEPT_AT_LEAST <= len(graphs._graphs) < graphs.n_built
+    one = max(each.descriptors.n_bytes for each in graphs._graphs.values())
+    assert described <= max(1 << 20, graph_cache.KEPT_AT_LEAST * one)
+    assert tiny.generate(PROMPTS[0], max_tokens=4, prefix="off").text == whole.text

@@ -111,7 +111,8 @@ def forge(path: Path, *, facts: bytes | None = None, classes: bytes | None = Non
     parts = [DATA[i : i + 5 * CELL_BYTES] for i in range(0, len(DATA), 5 * CELL_BYTES)]
     head = b"".join((
         FIXED.pack(session_file.MAGIC, 1, len(text), N_CELLS, CELL_BYTES, 0), text,
-        TOKENS.tobytes(), CLASSES.tobytes() if classes is None else classes, *(digest(part.data) for part in parts),
+        TOKENS.tobytes(), CLASSES.tobytes() if classes is None else classes,
+        *(digest(part.data) for part in parts),
     ))  # fmt: skip
     path.write_bytes(head + digest(head) + DATA.tobytes())
     return path

@@ -1,5 +1,7 @@
 """Units, ledger, machine and settings: small things that everything trusts."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -99,3 +101,23 @@ def test_settings_merge_in_rising_order() -> None:
         merge_settings({}, {"EDGEROUTE_THREADS": "two"})
     with pytest.raises(UsageError, match="did you mean n_ctx"):
         merge_settings({"n_ctxt": 5}, {})
+
+
+def test_large_blocks_leave_the_heap_when_they_are_freed() -> None:
+    """In a process of its own, for it concerns all of one."""
+    code = (
+        "import ctypes, psutil\n"
+        "from edgeroute.runtime.host_memory import keep_heap_small\n"
+        "if not keep_heap_small(): print('no such C library'); raise SystemExit\n"
+        "c = ctypes.CDLL(None); c.malloc.restype = ctypes.c_void_p\n"
+        "c.malloc.argtypes = [ctypes.c_size_t]; c.free.argtypes = [ctypes.c_void_p]\n"
+        "def get(n):\n"
+        "    p = c.malloc(n); ctypes.memset(p, 1, n); return p\n"
+        "c.free(get(16 << 20))\n"  # from here on, glibc itself would keep blocks up to this
+        "rss = lambda: psutil.Process().memory_info().rss\n"
+        "before = rss(); blocks = [get(1 << 20) for _ in range(64)]\n"
+        "for block in blocks[:-1]: c.free(block)\n"
+        "print(rss() - before < 8 << 20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("True", "no such C library")

@@ -1,7 +1,6 @@
 """Many clients of every kind at once: what is answered, what is left behind, what memory does."""
 
 import asyncio
-import json
 import random
 import statistics
 import time
@@ -17,7 +16,7 @@ from edgeroute.tools.bench.report import BenchParams, Criterion, Report
 from edgeroute.tools.bench.serve_http import BrokenAnswer, fetch
 from edgeroute.tools.bench.serve_outcome import Place, Tally
 from edgeroute.tools.bench.serve_servers import Served, ServedModel, loaded_server, running
-from edgeroute.tools.bench.serve_visits import CHAT, VISITS, Visit, answer_of, visit
+from edgeroute.tools.bench.serve_visits import VISITS, Visit, answer_of, visit
 
 MODEL: Final = "base"
 MAX_BODY_BYTES: Final = 1 << 20
@@ -36,17 +35,17 @@ class LoadParams:
     """How much load.
 
     Attributes:
-        seconds: until no new visit begins; those under way come to their end.
+        seconds: after the warm-up, until no new visit begins; those under way come to their end.
         seed: of what clients do; the order in which they come is the machine's.
         stall_s: how long the server lets a reader take nothing; slow ones pause in proportion.
-        warmup: visits of every kind that each of some clients makes before the clock starts.
+        warmup_s: of load before memory's first minute, in which caches fill; all else counts.
     """
 
     n_clients: int = 32
     seconds: float = 600.0
     seed: int = 1
     stall_s: float = 5.0
-    warmup: int = 3
+    warmup_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ class Found:
 
     Attributes:
         rss: (seconds since the start, resident bytes), in order.
-        rss_cold: resident bytes after the first answer, before all else.
+        rss_cold: resident bytes after the first answer.
         seconds: until the last visit ended.
         same: whether the server answers afterwards as before.
         in_use: what it holds afterwards for requests, by metric; all should be 0.
@@ -91,11 +90,9 @@ async def _load(server: Served, wanted: LoadParams, progress: Progress) -> Found
     healthy = _place(server, wanted, -1)
     before = await answer_of(healthy, PROMPT)
     cold = server.rss_bytes
-    await _fill_cells(healthy)
-    await _warm_up([_place(server, wanted, -2 - i) for i in range(N_SEQ)], wanted.warmup, progress)
     tally, began = Tally(), time.monotonic()
     rss: list[tuple[float, int]] = []
-    until = began + wanted.seconds
+    until = began + wanted.warmup_s + wanted.seconds
     async with asyncio.TaskGroup() as group:
         watching = group.create_task(_watch(server, rss, tally, progress))
         clients = [group.create_task(_client(_place(server, wanted, i), until, tally))
@@ -108,32 +105,6 @@ async def _load(server: Served, wanted: LoadParams, progress: Progress) -> Found
     same = await answer_of(healthy, PROMPT) == before
     return Found(tally=tally, rss=rss, rss_cold=cold, seconds=seconds, same=same, in_use=in_use,
                  ready=head.status)  # fmt: skip
-
-
-async def _fill_cells(place: Place) -> None:
-    """Fill all cells once: they are promised memory from the start, but the system counts it
-    from their first use on."""
-    n_words = 100
-    for _ in range(N_SEQ + 2):
-        head, told = await fetch(place.address, CHAT, place.chat(n_words, max_tokens=4))
-        if head.status != 200:
-            raise BrokenAnswer(f"status {head.status} while warming up: {told!r:.300}")
-        tokens_a_word = json.loads(told)["usage"]["prompt_tokens"] / n_words
-        n_words = int(0.9 * place.n_ctx / tokens_a_word)
-
-
-async def _warm_up(places: Sequence[Place], n_rounds: int, progress: Progress) -> None:
-    """Make every kind of visit, so that what the server keeps for each is there.
-
-    Raises:
-        BrokenAnswer: one goes wrong already now.
-    """
-    began = time.monotonic()
-    for make in (*VISITS,) * n_rounds:
-        for outcome in await asyncio.gather(*(visit(make, place) for place in places)):
-            if outcome.fault is not None:
-                raise BrokenAnswer(f"while warming up, {outcome.kind}: {outcome.fault}")
-    progress(f"warm after {time.monotonic() - began:.0f} s")
 
 
 def _place(server: Served, wanted: LoadParams, i: int) -> Place:
@@ -225,7 +196,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def _report(params: BenchParams, wanted: LoadParams, found: Found, told: str) -> Report:
     tally, window_s = found.tally, min(60.0, wanted.seconds / 4)
-    grown, first, last = growth(found.rss, window_s)
+    counted = [(at - wanted.warmup_s, n) for at, n in found.rss if at >= wanted.warmup_s]
+    grown, first, last = growth(counted, window_s)
     ttft = {f"p{share * 100:.0f}": percentile(tally.ttft_s, share) for share in (0.5, 0.99)}
     speed = tally.n_events / found.seconds
     rows = tuple((kind, ", ".join(f"{n} x {status}" for status, n in sorted(statuses.items())))
@@ -259,8 +231,8 @@ def _report(params: BenchParams, wanted: LoadParams, found: Found, told: str) ->
             f"{len(tally.ttft_s)} streams; {speed:.1f} texts/s in streams",
             f"resident {format_bytes(first)} at first, {format_bytes(last)} at last "
             f"({grown:+.2%}); largest {format_bytes(max(n for _, n in found.rss))}",
-            told, "before the clock started: all cells used once, every kind of visit made "
-            f"{wanted.warmup * N_SEQ} times ({format_bytes(found.rss_cold)} resident before that)",
+            f"{told}; the first {wanted.warmup_s:g} s do not count for memory: it was "
+            f"{format_bytes(found.rss_cold)} before them",
             *(f"FAULT {fault}" for fault in tally.faults),
         ),
     )  # fmt: skip
