@@ -9,7 +9,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from edgeroute.step_routing import StepRouting
 
 Logits = npt.NDArray[np.float32]
+DECODE_SHARE: Final = 0.5
+"""Time for answers under way, of what a batch of another's prompt took."""
 
 
 class Scheduler:
@@ -72,6 +74,7 @@ class Scheduler:
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
         self._stepping: list[Request] = []  # two models write these, see StepRouting
+        self._owed_s = 0.0  # that answers under way get before the next batch of a prompt
         self.stalled = False
         """Whether the last step had nothing to compute: adapters, or another machine, are waited
         for."""
@@ -113,7 +116,11 @@ class Scheduler:
         self.stalled = False
 
     def step(self) -> None:
-        """Do one round: at most one prefill batch, then one token for all that decode."""
+        """Do one round: at most one prefill batch, then one token for all that decode.
+
+        A batch of a prompt may take as long as a hundred tokens: answers under way get their
+        share of the time before the next one, or each new prompt would stop them all.
+        """
         self._drop_interrupted()
         if self.sessions is not None:
             self.sessions.advance()
@@ -122,8 +129,20 @@ class Scheduler:
         self._admit()
         here = [each for each in self._stepping if each.steps is None or each.steps.phase != "call"]
         self.stalled = not (self._prefilling or self._decoding or here)
-        if self._prefilling:
+        began = time.monotonic()
+        if self._prefilling and (self._owed_s <= 0 or not self._decoding):
             self._prefill(self._prefilling[0])
+            prefilled = time.monotonic()
+            self._owed_s = DECODE_SHARE * (prefilled - began)
+            began = prefilled
+        self._decode_all()
+        self._owed_s -= time.monotonic() - began
+        if self.steps is not None:
+            for request in list(self._stepping):
+                self.steps.advance(request)
+
+    def _decode_all(self) -> None:
+        """Compute one token, or a draft, for every answer under way."""
         running = list(self._decoding)
         if len(running) == 1 and self.speculation is not None and running[0].speculate:
             speculate(self, running.pop(), self.speculation)
@@ -133,9 +152,6 @@ class Scheduler:
             for first in range(0, len(alike), self._max_batch):
                 self._decode(alike[first : first + self._max_batch])
         self._decoding = [request for request in self._decoding if request.sequence is not None]
-        if self.steps is not None:
-            for request in list(self._stepping):
-                self.steps.advance(request)
 
     def use_the_pause(self) -> None:
         """Do what is better done while nobody waits."""

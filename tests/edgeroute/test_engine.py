@@ -11,6 +11,7 @@ import pytest
 
 import edgeroute
 from edgeroute import Runtime
+from edgeroute.request import Request
 from edgeroute.runtime import errors, graph_cache
 
 PROMPTS = [f"{n}. The story of the {n} little lighthouses begins like this:" for n in range(16)]
@@ -446,3 +447,38 @@ def test_graphs_of_many_shapes_are_bounded_in_bytes(
     one = max(each.descriptors.n_bytes for each in graphs._graphs.values())
     assert described <= max(1 << 20, graph_cache.KEPT_AT_LEAST * one)
     assert tiny.generate(PROMPTS[0], max_tokens=4, prefix="off").text == whole.text
+
+
+def test_answers_under_way_get_their_share_between_batches_of_prompts(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that keep asking must not stop what is being written: here, for ever."""
+    with Runtime(tiny_path, n_ctx=512, n_kv=4096, n_ubatch=64, threads=1) as runtime:
+        scheduler = runtime._scheduler
+        done: list[str] = []
+        prefill, decode = scheduler._prefill, scheduler._decode_all
+
+        def slow_prefill(request: Request) -> None:
+            time.sleep(0.05)
+            done.append("prompt")
+            prefill(request)
+
+        def noted_decode() -> None:
+            if scheduler._decoding:
+                done.append("token")
+                time.sleep(0.002)
+            decode()
+
+        monkeypatch.setattr(scheduler, "_prefill", slow_prefill)
+        monkeypatch.setattr(scheduler, "_decode_all", noted_decode)
+        writing = runtime.stream(PROMPTS[0], max_tokens=40, prefix="off")
+        next(writing)
+        done.clear()
+        streams = [runtime.stream("y" * 300, max_tokens=1, prefix="off") for _ in range(8)]
+        list(writing)
+        during = done.copy()
+        for stream in streams:
+            assert list(stream)[-1].finish_reason == "length"
+    tokens = during.count("token")
+    assert tokens >= 30
+    assert during.count("prompt") <= tokens / 2
