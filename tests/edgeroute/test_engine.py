@@ -453,6 +453,7 @@ def test_answers_under_way_get_their_share_between_batches_of_prompts(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients that keep asking must not stop what is being written: here, for ever."""
+    monkeypatch.setattr("edgeroute.scheduler.SHORT_PAUSE_S", 0.0)
     with Runtime(tiny_path, n_ctx=512, n_kv=4096, n_ubatch=64, threads=1) as runtime:
         scheduler = runtime._scheduler
         done: list[str] = []
