@@ -6,7 +6,7 @@ import mmap
 import sys
 from collections.abc import Callable
 
-OWN_PAGES_FROM = 1 << 18
+OWN_PAGES_FROM = 1 << 16
 """Bytes from which a block of the heap gets pages of its own, see `keep_heap_small`."""
 _M_MMAP_THRESHOLD = -3  # Source: malloc.h of glibc
 _ADVICE = {"linux": 4, "darwin": 5}  # MADV_DONTNEED, MADV_FREE: the next touch reads zeros

@@ -27,6 +27,7 @@ from edgeroute.models.pull import resolve
 from edgeroute.models.registry import describe
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.runtime.host_memory import keep_heap_small
 from edgeroute.runtime.units import MIB
 from edgeroute.server import api, dashboard, live
 from edgeroute.server.errors import ApiError
@@ -182,6 +183,7 @@ def demo(folder: Path, *, pair: Sequence[str] = (), pause_s: float = 1.0) -> Ite
 
 
 def main() -> None:
+    keep_heap_small()  # as `edgeroute serve` does
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pair", nargs=2, default=())
