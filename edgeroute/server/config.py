@@ -37,12 +37,10 @@ from edgeroute.models.catalogue import CATALOGUE
 from edgeroute.options import Settings
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import GIB, KIB, MIB
-from edgeroute.server.records import ServerParams
+from edgeroute.server.records import ALIAS, ServerParams
 from edgeroute.shelf_plan import ShelfModel
 
 KEY_ENV: Final = "EDGEROUTE_API_KEY"
-ALIAS: Final = "base"
-"""What the default model is called beside its own name."""
 MAX_MODELS: Final = 32
 MIN_KEY_CHARS, MAX_KEY_CHARS, MAX_KEYS = 8, 512, 64
 _DAY_S: Final = 86_400

@@ -22,13 +22,11 @@ from edgeroute.runtime.errors import CapacityError, ClosedError, EdgerouteError
 from edgeroute.runtime.units import format_bytes
 from edgeroute.server.errors import ApiError
 from edgeroute.server.logs import log
-from edgeroute.server.records import ModelFacts, ServerParams
+from edgeroute.server.records import ALIAS, ModelFacts, ServerParams
 from edgeroute.server.watchdog import Engine
 from edgeroute.shelf_place import Lease, Place
 from edgeroute.shelf_plan import ShelfModel, with_room
 
-ALIAS: Final = "base"
-"""What the default model is called beside its own name."""
 RETRY_S: Final = 2.0
 """When another try may succeed, where nothing better is known."""
 LOAD_S: Final = 5.0

@@ -6,7 +6,6 @@ Plain ASGI: answers pass piece by piece, as they come.
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import Callable
 from typing import Final
@@ -28,7 +27,7 @@ from edgeroute.server.guard_head import (
     preflight,
 )
 from edgeroute.server.logs import REQUEST_ID, log, log_failure
-from edgeroute.server.records import ServerParams
+from edgeroute.server.records import ServerParams, new_request_id
 
 Told = Callable[[int, float], None]
 """Is told the status and the seconds of every answer, refusals included."""
@@ -91,7 +90,7 @@ class Outermost:
                 return
             await self._app(scope, receive, send)
             return
-        request_id = Head(scope).request_id or f"req-{secrets.token_hex(12)}"
+        request_id = Head(scope).request_id or new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         token = REQUEST_ID.set(request_id)
         answer = _Answer(send, request_id)

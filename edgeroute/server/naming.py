@@ -1,14 +1,13 @@
 """What the `model` of a request means: `NAME`, `NAME:ADAPTER`, `NAME:auto`; `base` is the first."""
 
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from edgeroute.engine import Runtime
 from edgeroute.runtime.errors import UsageError
 from edgeroute.server.errors import ApiError
-from edgeroute.server.records import Models
+from edgeroute.server.records import ALIAS, Models
 
-DEFAULT_ALIAS: Final = "base"
 Adapter = str | Mapping[str, float]
 
 
@@ -36,9 +35,7 @@ def find_model(models: Models, asked: str | None) -> Named:
     if asked is None:
         return Named(names[0])
     # A configured name may have a colon of its own, so that the longest one that fits counts.
-    known = {**{name: name for name in (DEFAULT_ALIAS,)}, **{name: name for name in names}}
-    if DEFAULT_ALIAS not in names:
-        known[DEFAULT_ALIAS] = names[0]
+    known = {ALIAS: names[0]} | {name: name for name in names}
     for name in sorted(known, key=len, reverse=True):
         if asked == name:
             return Named(known[name])

@@ -1,16 +1,24 @@
 """What the parts of the server tell each other: settings, one request's record, the models."""
 
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from edgeroute.engine import Runtime
 from edgeroute.stats import Generation
 
 Endpoint = Literal["chat", "completions", "embeddings"]
+ALIAS: Final = "base"
+"""What the default model is called beside its own name."""
+
+
+def new_request_id() -> str:
+    """Make an id for a request that came without one."""
+    return f"req-{secrets.token_hex(12)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

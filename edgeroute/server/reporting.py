@@ -2,20 +2,19 @@
 
 import asyncio
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from starlette.types import Scope
 
 from edgeroute.server.errors import as_api_error
-from edgeroute.server.records import Job, Services
+from edgeroute.server.records import Job, Services, new_request_id
 
 
 def request_id(scope: Scope) -> str:
     """Return the id that the guard gave a request, or a new one."""
     found = scope.get("state", {}).get("request_id")
-    return found if isinstance(found, str) else f"req-{uuid.uuid4().hex[:24]}"
+    return found if isinstance(found, str) else new_request_id()
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +27,6 @@ from tests.edgeroute.session_lab import (
     settled,
     told,
 )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    return str(tmp_path / "sessions")
-
-
-@pytest.fixture
-def one(tiny_path: Path, folder: str) -> Iterator[Runtime]:
-    with Runtime(tiny_path, sessions=folder, **SETTINGS) as runtime:
-        yield runtime
-
-
-@pytest.fixture
-def saved(tiny_path: Path, folder: str) -> Generation:
-    """An answer whose session `a` was saved by a Runtime that is closed now."""
-    with Runtime(tiny_path, sessions=folder, **SETTINGS) as runtime:
-        answer = ask(runtime, session="a")
-    assert told(answer)["saved"] is True
-    return answer
 
 
 class Gate:

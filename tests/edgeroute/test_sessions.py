@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,27 +38,6 @@ from tests.edgeroute.session_lab import (
     settled,
     told,
 )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    return str(tmp_path / "sessions")
-
-
-@pytest.fixture
-def one(tiny_path: Path, folder: str) -> Iterator[Runtime]:
-    with Runtime(tiny_path, sessions=folder, **SETTINGS) as runtime:
-        yield runtime
-
-
-@pytest.fixture
-def saved(tiny_path: Path, folder: str) -> Generation:
-    """An answer whose session `a` was saved by a Runtime that is closed now."""
-    with Runtime(tiny_path, sessions=folder, **SETTINGS) as runtime:
-        answer = ask(runtime, session="a")
-    assert told(answer)["saved"] is True
-    return answer
-
 
 # the same bits as without, whatever computes
 
