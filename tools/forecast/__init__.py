@@ -1,0 +1,1 @@
+"""What a machine would do with a model: device profiles, calibration, forecast."""
