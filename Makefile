@@ -19,7 +19,7 @@ demo: install
 
 test: install-dev lint
 	$(BIN)/python -m edgeroute pull smollm2-135m-instruct
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint:
 	$(BIN)/ruff check .

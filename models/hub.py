@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Announced:
+class Announced:
     """What the hub says of a file. `url` is the hub's own address, `location` the file's."""
 
     url: str
@@ -72,7 +72,7 @@ def fetch_hub(source: HubSource, request: FetchRequest) -> Fetched:
     for _ in range(N_ATTEMPTS):
         n_before = file_size(part)
         try:
-            announced = _ask(source, request)
+            announced = announce(source, request.n_bytes, request.sha256)
             n_idle_max = N_IDLE_ATTEMPTS
             _align(part, announced)
             check_room(request.folder, announced.n_bytes - file_size(part), request.name)
@@ -93,7 +93,7 @@ def fetch_hub(source: HubSource, request: FetchRequest) -> Fetched:
     raise SourceError(f"{source.label}: {N_ATTEMPTS} attempts did not bring {source.file} whole")
 
 
-def _fetched(part: Path, announced: _Announced) -> Fetched:
+def _fetched(part: Path, announced: Announced) -> Fetched:
     is_sha256 = _SHA256.fullmatch(announced.etag) is not None
     return Fetched(
         path=part,
@@ -103,8 +103,17 @@ def _fetched(part: Path, announced: _Announced) -> Fetched:
     )
 
 
-def _ask(source: HubSource, request: FetchRequest) -> _Announced:
-    """Read the hub's metadata of a file and refuse what cannot be the file."""
+def announce(source: HubSource, n_bytes: int | None, sha256: str | None) -> Announced:
+    """Read the hub's metadata of a file and refuse what cannot be the file.
+
+    Args:
+        source: the file.
+        n_bytes, sha256: what it must have, where that is known.
+
+    Raises:
+        OfflineError: the hub could not be reached.
+        SourceError: it refused, or announced another file.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -119,21 +128,20 @@ def _ask(source: HubSource, request: FetchRequest) -> _Announced:
         raise SourceError(f"{source.label} names no hash for {source.file} (ETag {etag[:80]!r})")
     if found.size is None or found.size <= 0:
         raise SourceError(f"{source.label} announces {found.size} bytes for {source.file}")
-    if request.n_bytes is not None and found.size != request.n_bytes:
+    if n_bytes is not None and found.size != n_bytes:
         raise SourceError(
             f"{source.label} announces {found.size} bytes for {source.file}, "
-            f"the catalogue's file has {request.n_bytes}"
+            f"the catalogue's file has {n_bytes}"
         )
-    if request.sha256 is not None and _SHA256.fullmatch(etag) and etag != request.sha256:
+    if sha256 is not None and _SHA256.fullmatch(etag) and etag != sha256:
         raise HashMismatchError(
-            f"{source.label} announces sha256 {etag} for {source.file}, "
-            f"the catalogue's is {request.sha256}"
+            f"{source.label} announces sha256 {etag} for {source.file}, the catalogue's is {sha256}"
         )
     location = _redirected(url, found.location)
-    return _Announced(url=url, location=location, etag=etag, n_bytes=found.size)
+    return Announced(url=url, location=location, etag=etag, n_bytes=found.size)
 
 
-def _align(part: Path, announced: _Announced) -> None:
+def _align(part: Path, announced: Announced) -> None:
     """Drop a part file that belongs to another version of the file or is too long."""
     state = part.with_suffix(".json")
     if read_json(state).get("etag") != announced.etag or file_size(part) > announced.n_bytes:
@@ -141,7 +149,7 @@ def _align(part: Path, announced: _Announced) -> None:
         write_atomically(state, {"etag": announced.etag})
 
 
-def _download(announced: _Announced, part: Path, source: HubSource, request: FetchRequest) -> None:
+def _download(announced: Announced, part: Path, source: HubSource, request: FetchRequest) -> None:
     """Append the missing bytes of a file, never more than were announced."""
     with _translated(source), part.open("ab") as out, _open(announced, out.tell()) as response:
         if _starts_at(response, out.tell(), announced) == 0:
@@ -172,7 +180,27 @@ def _download(announced: _Announced, part: Path, source: HubSource, request: Fet
         )
 
 
-def _starts_at(response: "httpx2.Response", offset: int, announced: _Announced) -> int:
+def fetch_range(announced: Announced, source: HubSource, start: int, end: int) -> bytes:
+    """Read bytes `start` to `end` of a file, and no more of it.
+
+    Raises:
+        OfflineError, BrokenTransferError: trying again may help.
+        SourceError: the server does not serve parts of files, or sent something else.
+    """
+    with _translated(source), _open(announced, start, end) as response:
+        if _starts_at(response, start, announced) != start:
+            raise SourceError(f"{source.label} does not serve parts of files; pull {source.file}")
+        found = bytearray()
+        for chunk in response.iter_raw():
+            found += chunk[: end - start - len(found)]
+            if len(found) == end - start:
+                return bytes(found)
+    raise BrokenTransferError(
+        f"{source.label} sent {len(found)} of {end - start} bytes of {source.file} from {start} on"
+    )
+
+
+def _starts_at(response: "httpx2.Response", offset: int, announced: Announced) -> int:
     """The offset at which a response's body begins, after refusing every other answer."""
     host, status = urlsplit(str(response.url)).netloc, response.status_code
     if status in (408, 429) or status >= 500 or (status == 403 and offset):
@@ -196,7 +224,7 @@ def _starts_at(response: "httpx2.Response", offset: int, announced: _Announced) 
 
 
 @contextlib.contextmanager
-def _open(announced: _Announced, offset: int) -> "Iterator[httpx2.Response]":
+def _open(announced: Announced, offset: int, end: int | None = None) -> "Iterator[httpx2.Response]":
     """Open the file's body from `offset`, following redirects without taking the token along."""
     import httpx2
     from huggingface_hub import get_session
@@ -206,8 +234,8 @@ def _open(announced: _Announced, offset: int) -> "Iterator[httpx2.Response]":
     for _ in range(N_REDIRECTS):
         headers = build_hf_headers(token=None if _origin(url) == _origin(announced.url) else False)
         headers["accept-encoding"] = "identity"
-        if offset:
-            headers["range"] = f"bytes={offset}-"
+        if offset or end is not None:
+            headers["range"] = f"bytes={offset}-{'' if end is None else end - 1}"
         timeout = httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         with get_session().stream(
             "GET", url, headers=headers, timeout=timeout, follow_redirects=False

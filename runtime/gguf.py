@@ -18,7 +18,7 @@ import numpy as np
 
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError, ModelFileError
-from edgeroute.runtime.gguf_header import Header, parse_header
+from edgeroute.runtime.gguf_header import Header, HeldParts, parse_header
 from edgeroute.runtime.gguf_metadata import Metadata
 from edgeroute.runtime.gguf_types import GGMLType, TensorInfo, ValueType
 
@@ -30,21 +30,32 @@ _MIN_FILE_BYTES = 4 + 4 + 8 + 8
 
 
 class GGUFFile(Closing):
-    """A mapped GGUF file; use it as a context manager or call `close`."""
+    """A mapped GGUF file; use it as a context manager or call `close`.
 
-    def __init__(self, path: Path, mapped: "_Mapped", buffer: memoryview, header: Header) -> None:
-        mapping = mapped.mapping
+    One that was made by `from_parts` describes its tensors and has none of their bytes.
+    """
+
+    def __init__(
+        self, path: Path, mapped: "_Mapped | None", buffer: memoryview, header: Header,
+        size_bytes: int,
+    ) -> None:  # fmt: skip
         self.path = path
-        self.status = mapped.status
-        self.size_bytes = len(mapping)
+        self.status = os.stat_result((0,) * 10) if mapped is None else mapped.status
+        self.size_bytes = size_bytes
         self.version = header.version
         self.alignment = header.alignment
         self.data_offset = header.data_offset
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(header.tensors)
         self.metadata: Metadata = header.metadata
-        self._mapping: mmap.mmap | None = mapping
+        self._mapping: mmap.mmap | None = None
         self._buffer = buffer
-        self._base_address = int(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
+        self._base_address = 0
+        self._gone = "is closed; open it again to read tensors"
+        if mapped is None:
+            self._gone = "is not on this machine, only its header; pull it to read tensors"
+        else:
+            self._mapping = mapped.mapping
+            self._base_address = int(np.frombuffer(mapped.mapping, dtype=np.uint8).ctypes.data)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -64,7 +75,25 @@ class GGUFFile(Closing):
             buffer.release()
             mapped.mapping.close()
             raise
-        return cls(where, mapped, buffer, header)
+        return cls(where, mapped, buffer, header, len(mapped.mapping))
+
+    @classmethod
+    def from_parts(cls, name: str, buffer: memoryview, held: HeldParts) -> Self:
+        """Describe a file of which only the header is here.
+
+        Args:
+            name: what messages call it; becomes `path`, which need not exist.
+            buffer: bytes of the file's beginning, format `B`.
+            held: which of them are true, and the size of the whole file.
+
+        Raises:
+            ShortHeaderError: more of the file is needed.
+            ModelFileError: a malformed header.
+
+        Lifetime: the buffer must not change while the file is open.
+        """
+        header = parse_header(buffer, name, held)
+        return cls(Path(name), None, buffer, header, held.size_bytes)
 
     def is_same(self, identity: tuple[int, int, int, int]) -> bool:
         """Whether (size, mtime in ns, inode, device) are those of the file that was mapped."""
@@ -134,7 +163,7 @@ class GGUFFile(Closing):
 
     def _open_mapping(self) -> mmap.mmap:
         if self._mapping is None:
-            raise ClosedError(f"{self.path.name} is closed; open it again to read tensors")
+            raise ClosedError(f"{self.path.name} {self._gone}")
         return self._mapping
 
 

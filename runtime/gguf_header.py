@@ -38,6 +38,8 @@ MAX_STRINGS: Final = 1 << 22
 MAX_KEY_BYTES: Final = (1 << 16) - 1
 """The limit that the format gives for a key."""
 
+_LONG_BYTES: Final = 16 << 10
+"""Arrays of numbers up to this may describe layers, and are always wanted."""
 _MIN_ENTRY_BYTES: Final = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES: Final = 8 + 1 + 4 + 8 + 4 + 8
 _VALUE_TYPES: Final = {int(value): value for value in ValueType}
@@ -56,27 +58,48 @@ class Header:
     metadata: Metadata
 
 
-def parse_header(buffer: memoryview, label: str) -> Header:
-    """Read the header at the start of `buffer`, which holds the whole file.
+class ShortHeaderError(ModelFileError):
+    """The header needs bytes `start` to `end` of the file, which are not all at hand."""
+
+    def __init__(self, message: str, start: int, end: int) -> None:
+        super().__init__(message)
+        self.start, self.end = start, end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldParts:
+    """Which bytes of a file of `size_bytes` a buffer holds: ascending, apart from each other."""
+
+    size_bytes: int
+    parts: tuple[tuple[int, int], ...]
+
+
+def parse_header(buffer: memoryview, label: str, held: HeldParts | None = None) -> Header:
+    """Read the header at the start of `buffer`, which holds the whole file or parts of it.
 
     Args:
         buffer: the file's bytes, format `B`; metadata getters keep reading from it.
         label: how messages name the file.
+        held: which parts are in the buffer; None where all of the file is. Long arrays of
+            numbers need not be: their metadata then has a length and no values.
 
     Raises:
+        ShortHeaderError: a part is wanted that the buffer does not hold.
         ModelFileError: anything is malformed; nothing is kept.
 
     Lifetime: the buffer must outlive `metadata`.
     """
-    return _Parser(buffer, label).parse()
+    whole = HeldParts(size_bytes=len(buffer), parts=((0, len(buffer)),))
+    return _Parser(buffer, label, held or whole).parse()
 
 
 class _Parser:
     """A cursor over the header. Each `_read_*` method moves it or raises."""
 
-    def __init__(self, buffer: memoryview, label: str) -> None:
+    def __init__(self, buffer: memoryview, label: str, held: HeldParts) -> None:
         self._buffer = buffer
-        self._size = len(buffer)
+        self._size = held.size_bytes
+        self._parts, self._part = held.parts or ((0, 0),), 0
         self._label = label
         self._pos = 0
         self._n_strings = 0
@@ -108,6 +131,7 @@ class _Parser:
         )
 
     def _read_version(self) -> int:
+        self._hold(0, min(4, self._size))
         if self._size < 4 or bytes(self._buffer[:4]) != MAGIC:
             found = bytes(self._buffer[:4])
             self._fail(f"it is not a GGUF file: it starts with {found!r}, not {MAGIC!r}")
@@ -157,12 +181,14 @@ class _Parser:
             # ggml refuses these as well, so no model that runs elsewhere is lost.
             self._fail(f"{quote(key)} is an array of arrays, which is not read")
         n = self._read_u64(f"the length of {quote(key)}")
-        start = self._pos
+        start, is_held = self._pos, True
         if item is ValueType.STRING:
             self._skip_strings(key, n)
         else:
-            self._skip(n * SCALAR_SIZES[item], quote(key))
-        return Entry(type=ValueType.ARRAY, item=item, n=n, start=start, end=self._pos)
+            is_held = self._pass(n * SCALAR_SIZES[item], quote(key))
+        return Entry(
+            type=ValueType.ARRAY, item=item, n=n, start=start, end=self._pos, is_held=is_held
+        )
 
     def _skip_strings(self, key: str, n: int) -> None:
         """Step over `n` strings; only a walk over their lengths finds their end."""
@@ -171,14 +197,19 @@ class _Parser:
             self._fail(f"{quote(key)} claims {n} strings; at most {MAX_STRINGS} are read")
         if n * 8 > self._size - self._pos:
             self._fail(f"{quote(key)} claims {n} strings, more than the file can hold")
-        pos, last, buffer, read = self._pos, self._size - 8, self._buffer, _READ_U64
+        self._hold(self._pos, min(self._pos + 8 * n, self._size))
+        pos, buffer, read = self._pos, self._buffer, _READ_U64
+        last = min(self._size, self._parts[self._part][1]) - 8
         # A length cannot move `pos` backwards, so one comparison per string is enough.
         for index in range(n):
             if pos > last:
+                if pos <= self._size - 8:
+                    self._hold(self._pos, min(pos + 8 * (n - index), self._size))
                 self._fail(f"{quote(key)} runs past the end of the file at string {index}")
             pos += 8 + read(buffer, pos)[0]
         if pos > self._size:
             self._fail(f"{quote(key)} runs past the end of the file at its last string")
+        self._hold(self._pos, pos)
         self._pos = pos
 
     def _alignment(self, entries: dict[str, Entry]) -> int:
@@ -300,7 +331,33 @@ class _Parser:
                 f"{what} needs {n_bytes} bytes at byte {self._pos}, but the file ends at "
                 f"{self._size}"
             )
+        self._hold(self._pos, self._pos + n_bytes)
         self._pos += n_bytes
+
+    def _pass(self, n_bytes: int, what: str) -> bool:
+        """Step over numbers that nobody needs to describe a model; False if not at hand."""
+        if n_bytes <= _LONG_BYTES or self._has(self._pos, self._pos + n_bytes):
+            self._skip(n_bytes, what)
+            return True
+        if n_bytes > self._size - self._pos:
+            self._skip(n_bytes, what)
+        self._pos += n_bytes
+        return False
+
+    def _has(self, start: int, end: int) -> bool:
+        """Whether these bytes are at hand; later ones than asked for before."""
+        while self._part + 1 < len(self._parts) and self._parts[self._part][1] <= start:
+            self._part += 1
+        first, last = self._parts[self._part]
+        return first <= start and end <= last
+
+    def _hold(self, start: int, end: int) -> None:
+        """Ask for bytes, which the file has if its sizes are true."""
+        if start < end and not self._has(start, end):
+            raise ShortHeaderError(
+                f"{self._label}: its header needs bytes {start} to {end}, which are not here",
+                start, end,
+            )  # fmt: skip
 
     def _fail(self, message: str) -> Never:
         raise ModelFileError(f"{self._label}: {message}")

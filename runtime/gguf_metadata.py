@@ -38,7 +38,8 @@ class Entry:
     """One key's value inside the buffer: bytes `start` to `end`.
 
     For an array `type` is ARRAY, `item` its element type and `n` its length, and `start`
-    is its first element. For a string `start` is its first byte.
+    is its first element. For a string `start` is its first byte. `is_held` is False for an
+    array whose elements the buffer does not hold.
     """
 
     type: ValueType
@@ -46,6 +47,7 @@ class Entry:
     n: int
     start: int
     end: int
+    is_held: bool = True
 
     @property
     def type_name(self) -> str:
@@ -177,8 +179,7 @@ class Metadata:
 
     def array_bytes(self, key: str) -> bytes:
         """Return a copy of an array's elements as the file stores them, strings with lengths."""
-        entry = self._array(key)
-        return bytes(self._data()[entry.start : entry.end])
+        return bytes(self._elements(key, self._array(key)))
 
     @overload
     def get_array(self, key: str, item: type[str]) -> list[str]: ...
@@ -209,11 +210,11 @@ class Metadata:
         if entry.item not in wanted:
             raise self._type_error(key, entry, f"ARRAY of {words}")
         if item is bytes or item is str:
-            raw = bytes(self._data()[entry.start : entry.end])
+            raw = bytes(self._elements(key, entry))
             if item is bytes:
                 return split_strings(raw, entry.n)
             return self._decode_strings(key, raw, entry.n)
-        view = self._data()[entry.start : entry.end]
+        view = self._elements(key, entry)
         values = np.frombuffer(view, dtype=SCALAR_FORMATS[entry.item]).copy()
         if item is bool:
             if values.size and int(values.max()) > 1:
@@ -240,6 +241,11 @@ class Metadata:
             raise self._error(f"{quote(key)} has {entry.n} elements; {n} are needed")
         values = self.get_array(key, int)
         return tuple(self._ranged(key, int(value), 0, high) for value in values)
+
+    def _elements(self, key: str, entry: Entry) -> memoryview:
+        if not entry.is_held:
+            raise self._error(f"the elements of {quote(key)} were not fetched; pull the model")
+        return self._data()[entry.start : entry.end]
 
     def _data(self) -> memoryview:
         if self._buffer is None:

@@ -22,7 +22,7 @@ import pytest
 from edgeroute.models import catalogue, hub
 from edgeroute.models.catalogue import CatalogueEntry, HubSource
 
-_RANGE = re.compile(r"bytes=(\d+)-")
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 SPEC = "hf:owner/repo/sub/tiny-q4.gguf"
 HUB = HubSource(repo="owner/repo", file="tiny.gguf")
 BODY = b"GGUF" + bytes(range(256)) * 800
@@ -180,9 +180,10 @@ class _Handler(BaseHTTPRequestHandler):
         match = _RANGE.fullmatch(self.headers.get("Range", ""))
         if match and not what.ignore_range:
             first, n_body = int(match[1]), len(body)
-            body, status = body[first:], 206
+            end = min(n_body, int(match[2]) + 1) if match[2] else n_body
+            body, status = body[first:end], 206
             told = 0 if what.lie_range else first
-            headers["Content-Range"] = f"bytes {told}-{n_body - 1}/{n_body}"
+            headers["Content-Range"] = f"bytes {told}-{end - 1}/{n_body}"
         if what.compress:
             body = gzip.compress(body)
             headers["Content-Encoding"] = "gzip"
