@@ -17,7 +17,13 @@ from edgeroute.offload.adapter_load import (
     n_blocks,
 )
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.errors import CapacityError, ClosedError, EdgerouteError, UsageError
+from edgeroute.runtime.errors import (
+    CapacityError,
+    ClosedError,
+    EdgerouteError,
+    NeverFitsError,
+    UsageError,
+)
 from edgeroute.runtime.lora import NO_ADAPTER, LoraRow, LoraSlots
 
 MAX_SLOTS_PER_TOKEN = 16
@@ -147,7 +153,7 @@ class AdapterStore(Closing):
         weights that the adapter changes.
 
         Raises:
-            CapacityError: it takes more slots than there are.
+            NeverFitsError: it takes more slots than there are.
         """
         blocks = self.check_size(source)
         if source.name in self._pages:
@@ -159,11 +165,11 @@ class AdapterStore(Closing):
         """Count the slots that an adapter takes, and check that it can be resident at all.
 
         Raises:
-            CapacityError: it takes more slots than there are.
+            NeverFitsError: it takes more slots than there are.
         """
         blocks = n_blocks(source, self.slots.rank)
         if blocks > min(self.slots.n_slots, MAX_SLOTS_PER_TOKEN):
-            raise CapacityError(
+            raise NeverFitsError(
                 f"adapter {source.name!r} takes {blocks} slots of rank {self.slots.rank}, and "
                 f"there are {self.slots.n_slots}, of which a request may use "
                 f"{MAX_SLOTS_PER_TOKEN}; raise adapter_slots or leave it out"
@@ -194,7 +200,7 @@ class AdapterStore(Closing):
 
         Raises:
             UsageError: an adapter is unknown.
-            CapacityError: together they take more slots than there are.
+            NeverFitsError: together they take more slots than there are.
             AdapterFileError: one of them could not be read just now; those who wait for that
                 load shall hear of it first. Later it is tried again.
         """
@@ -202,7 +208,7 @@ class AdapterStore(Closing):
         pages = tuple(self._page(name) for name in chosen)
         need = sum(page.n_blocks for page in pages)
         if need > min(self.slots.n_slots, MAX_SLOTS_PER_TOKEN):
-            raise CapacityError(
+            raise NeverFitsError(
                 f"the adapters {', '.join(chosen)} take {need} slots together, and there are "
                 f"{self.slots.n_slots}, of which a request may use {MAX_SLOTS_PER_TOKEN}; mix "
                 "fewer, or raise adapter_slots"

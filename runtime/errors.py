@@ -64,6 +64,10 @@ class CapacityError(EdgerouteError):
         self.smallest_bytes = smallest_bytes
 
 
+class NeverFitsError(CapacityError):
+    """What an open Runtime was asked for exceeds its own budget: waiting does not help."""
+
+
 class ComputeError(EdgerouteError):
     """ggml reported a failed computation; the sequences in that batch are lost."""
 

@@ -6,7 +6,7 @@ Nothing large is allocated without an entry, and the sum never exceeds the budge
 import math
 from dataclasses import dataclass
 
-from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.errors import CapacityError, NeverFitsError
 from edgeroute.runtime.units import format_bytes
 
 COMPUTE_BUFFER = "compute buffer"
@@ -47,7 +47,7 @@ class Ledger:
         """Enter several owners at once, all or none.
 
         Raises:
-            CapacityError: they do not fit; the message gives each part and the smallest
+            NeverFitsError: they do not fit; the message gives each part and the smallest
                 budget that would do. Nothing was entered.
         """
         repeated = wants.keys() & self._entries.keys()
@@ -56,7 +56,7 @@ class Ledger:
         need = self.used_bytes + sum(wants.values())
         if need > self.budget_bytes:
             parts = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in wants.items())
-            raise CapacityError(
+            raise NeverFitsError(
                 f"{parts} make {format_bytes(need)} in all, over the budget of "
                 f"{format_bytes(self.budget_bytes)}; raise the memory budget to at least "
                 f"{math.ceil(100 * need / 2**30) / 100:.2f} GiB, lower the context length, or take "
@@ -68,7 +68,7 @@ class Ledger:
         """Enter another number of bytes for an owner, who may have had none; 0 is no entry.
 
         Raises:
-            CapacityError: it does not fit; the entry is as before.
+            NeverFitsError: it does not fit; the entry is as before.
         """
         before = self._entries.pop(owner, None)
         try:

@@ -9,6 +9,7 @@ from edgeroute.runtime.errors import (
     CapacityError,
     ClosedError,
     EdgerouteError,
+    NeverFitsError,
     TemplateError,
     UsageError,
 )
@@ -72,6 +73,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, UsageError | TemplateError):
         return ApiError(400, str(error))
+    if isinstance(error, NeverFitsError):
+        return ApiError(400, str(error), code="does_not_fit")
     if isinstance(error, CapacityError):
         return ApiError(503, str(error), code="does_not_fit", retry_after_s=5)
     if isinstance(error, ClosedError):

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from edgeroute import Runtime
-from edgeroute.runtime.errors import ClosedError
+from edgeroute.runtime.errors import CapacityError, ClosedError, NeverFitsError
+from edgeroute.runtime.ledger import Ledger
+from edgeroute.server.errors import as_api_error
 from edgeroute.server.origins import MAX_REMEMBERED, Origins
 from tests.edgeroute.adapter_lab import make as make_adapter
 from tests.server.api_lab import CHAT, HELLO, Api, api, held, wait_until
@@ -227,3 +229,11 @@ def test_who_leaves_before_his_request_was_made_leaves_nothing_behind(
             await asyncio.sleep(0.005)
 
     asyncio.run(asyncio.wait_for(leave(), 60))
+
+
+def test_what_never_fits_is_the_requests_fault_and_what_may_fit_later_is_not() -> None:
+    with pytest.raises(NeverFitsError) as refused:
+        Ledger(1000).reserve({"hidden states": 1001})
+    never, later = as_api_error(refused.value), as_api_error(CapacityError("no memory just now"))
+    assert (never.status, never.code, never.retry_after_s) == (400, "does_not_fit", None)
+    assert (later.status, later.code) == (503, "does_not_fit") and later.retry_after_s
