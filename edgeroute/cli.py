@@ -65,6 +65,7 @@ COMMANDS: dict[str, str] = {
     "adapters": "Keep LoRA adapters, and train one.",
     "doctor": "Measure this machine and say what is missing.",
     "plan": "Tell whether a model fits, before loading it.",
+    "profile": "Record a model's experts, and say what memory it needs.",
     "convert": "Rewrite models for this engine.",
     "calibrate": "Measure what a model may leave out, or a pair of models.",
     "bench": "Measure speed on this machine.",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from edgeroute.runtime.energy_model import check_energy
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.kv_cache import KV_TYPES
 from edgeroute.runtime.units import parse_bytes
@@ -14,10 +15,15 @@ ENV_PREFIX = "EDGEROUTE_"
 TEXTS = frozenset((
     "memory", "kv_type", "device", "policy", "prefetch", "trace", "adapter_state", "small",
     "speculate", "depth", "depth_file", "steps", "steps_file", "remote", "sessions",
-    "sessions_bytes",
+    "sessions_bytes", "levers", "overlap", "read_bytes",
+    "energy",
 ))  # fmt: skip
 PATHS = frozenset(("small", "depth_file", "steps_file", "sessions"))
 SPECULATE = ("auto", "off", "lookup", "self", "small")
+LEVERS = ("proven", "asked", "off")
+OVERLAP = ("auto", "on", "off")
+READ_BYTES = (1 << 16, 1 << 22)
+"""The shortest and the longest part that a page may be read in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +51,17 @@ class RunParams:
         repack_experts: False keeps the experts of a model that fits in the file's layout, as
             paged ones always are: slower to decode, and the same bits with and without paging.
         io_threads: reads of experts under way at once.
+        read_bytes: the longest of them, as a number or text such as `1MiB`.
+        direct_io: False reads weights through the page cache, True past it where the system can;
+            None is True, unless a proof says otherwise.
+        overlap: `auto` computes the experts that are in memory while others of their layer are
+            read, as long as that is measured to pay; `on` always, with `levers="asked"`; `off`
+            never.
+        levers: `proven` uses, for what is left at `auto` or None, what `edgeroute bench levers`
+            proved to win on this machine and model; whatever is on is watched, and switched off
+            where it loses. `asked` takes the settings as they are given and watches nothing;
+            `off` switches every lever off: no prefetch, policy `lru`, no overlap, no speculation,
+            full depth, no steps.
         trace: a file to record which experts were chosen.
         adapters: LoRA adapters: a folder of them, one, or several. An empty tuple begins with
             none and lets them be added later.
@@ -76,6 +93,10 @@ class RunParams:
             recently used leave first. None is 4 GiB.
         depth_max_kl: divergence from the full model that `auto` accepts, nats per token; None is
             0.05.
+        energy: where joules are from: `auto` counters that cost nothing to read (RAPL, a GPU's),
+            else an estimate, which says so; `all` also sensors that a thread samples ten times a
+            second (a Jetson's rails, a battery); `estimate`, or `estimate:WATTS` of a busy core;
+            `off`.
     """
 
     memory: str | int | None = None
@@ -90,6 +111,11 @@ class RunParams:
     prefetch: str = "auto"
     repack_experts: bool = True
     io_threads: int | None = None
+    read_bytes: str | int | None = None
+    direct_io: bool | None = None
+    overlap: str = "auto"
+    levers: str = "proven"
+    energy: str = "auto"
     trace: str | None = None
     adapters: tuple[str, ...] | None = None
     adapter_slots: int | None = None
@@ -125,10 +151,9 @@ class RunParams:
             raise UsageError(f"n_kv must be at least n_ctx ({self.n_ctx}), got {self.n_kv}")
         if self.repack_experts not in (True, False):
             raise UsageError(f"repack_experts must be true or false, got {self.repack_experts!r}")
-        if self.speculate not in SPECULATE:
-            raise UsageError(
-                f"speculate must be one of {', '.join(SPECULATE)}, got {self.speculate!r}"
-            )
+        for name, known in (("speculate", SPECULATE), ("levers", LEVERS), ("overlap", OVERLAP)):
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.speculate == "small" and self.small is None:
             raise UsageError("speculate='small' needs a small model; name one by small=")
         kl, silence_s = self.depth_max_kl, self.remote_timeout_s
@@ -142,10 +167,21 @@ class RunParams:
         for size in (self.memory, self.sessions_bytes):
             if size is not None:
                 parse_bytes(size)
+        self._check_reads()
+        check_energy(self.energy)
         if self.sessions is not None and (not isinstance(self.sessions, str) or not self.sessions):
             raise UsageError(f"sessions must be a folder, got {self.sessions!r}")
         if (self.policy, self.prefetch) != ("auto", "auto"):
             self._check_paging()
+
+    def _check_reads(self) -> None:
+        if self.direct_io not in (None, True, False):
+            raise UsageError(f"direct_io must be true or false, got {self.direct_io!r}")
+        low, high = READ_BYTES
+        n_bytes = low if self.read_bytes is None else parse_bytes(self.read_bytes)
+        if not low <= n_bytes <= high or n_bytes % 4096:
+            raise UsageError(f"read_bytes must be a multiple of 4096 from {low} to {high}, "
+                             f"got {self.read_bytes!r}")  # fmt: skip
 
     def _check_steps(self) -> None:
         if self.small is not None and self.remote is not None:

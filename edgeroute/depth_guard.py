@@ -1,9 +1,13 @@
-"""Scores tokens of finished answers again with the full model, while nobody waits.
+"""Scores tokens of answers again with the full model, while nobody waits if that can be.
 
 The full model has no keys of a text that a plan computed, so a sampled token costs a pass over
 the text before it, by either model. That is done in pauses, and given up when a request comes.
+Where there are no pauses it is done all the same, now and then, also on answers under way: a plan
+that breaks its promise must not last for as long as people ask.
 """
 
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +15,7 @@ import numpy.typing as npt
 
 from edgeroute.depth import Depth
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.request import Request
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import Region
 from edgeroute.runtime.prefix import PrefixCache
@@ -23,6 +28,15 @@ MAX_SPAN = 64
 OVERDUE = 64
 """Answers without a pause after which one is checked though others wait."""
 MAX_TRIES = 3
+EARLY_SAMPLES, EARLY_STEP = 64, 4
+"""Scored tokens before which a plan is new here; of an answer under a new plan every so many-th
+token of the last MAX_SPAN is scored, for little more than one of them."""
+EARLY_S, LATE_S = 5.0, 60.0
+"""Seconds without a check after which one is made though others wait, of a new plan and later."""
+EARLY_SHARE, LATE_SHARE = 0.2, 0.01
+"""Of all time, what such checks may take at most."""
+SHORT_CONTEXT = 128
+"""Tokens before a sampled one that both models read while others wait."""
 
 Logits = npt.NDArray[np.float32]
 
@@ -39,32 +53,75 @@ class _Sample:
 class DepthGuard:
     """Feeds a plan's guard. Not thread-safe: the engine thread owns it, except `interrupt`."""
 
-    def __init__(self, depth: Depth, forward: Forward, prefix: PrefixCache, n_ubatch: int) -> None:
+    def __init__(
+        self, depth: Depth, forward: Forward, prefix: PrefixCache, n_ubatch: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self._depth = depth
         self._forward = forward
         self._prefix = prefix
         self._n_ubatch = n_ubatch
         self._sample: _Sample | None = None
         self._n_unchecked = 0
+        self._clock = clock
+        self._due: float | None = None
         self.checking = False
         """Whether a check runs that a new request should end by `device.stop_flag`."""
 
     def note(self, tokens: list[int], n_prompt: int) -> None:
         """Draw places from an answer that was computed under the plan."""
-        guard = self._depth.guard
-        if guard is None:
-            return
-        self._n_unchecked += 1
-        places = [i for i in range(max(1, n_prompt), len(tokens)) if guard.wants()]
-        if places:
-            near = [place for place in places if places[-1] - place < MAX_SPAN]
-            first = max(0, near[-1] - MAX_CONTEXT)
-            self._sample = _Sample(tokens[first : near[-1]], [place - first - 1 for place in near])
+        if self._depth.guard is not None:
+            self._n_unchecked += 1
+            self._sample = self._draw(tokens, n_prompt, MAX_CONTEXT) or self._sample
 
-    @property
-    def overdue(self) -> bool:
-        """Whether a check should not wait for a pause any longer."""
-        return self._sample is not None and self._n_unchecked >= OVERDUE
+    def _draw(self, tokens: list[int], n_prompt: int, n_context: int) -> _Sample | None:
+        guard, n = self._depth.guard, len(tokens)
+        if guard is None or guard.verdict != "keep":
+            return None
+        drawn = {i for i in range(max(1, n_prompt), n) if guard.wants()}
+        if guard.estimate.n_samples < EARLY_SAMPLES:
+            drawn.update(range(max(1, n_prompt, n - MAX_SPAN), n, EARLY_STEP))
+        places = sorted(drawn)
+        if not places:
+            return None
+        near = [place for place in places if places[-1] - place < min(MAX_SPAN, n_context)]
+        first = max(0, near[-1] - n_context)
+        return _Sample(tokens[first : near[-1]], [place - first - 1 for place in near])
+
+    def advance(self, running: Iterable[Request]) -> None:
+        """Make a check that should not wait for a pause any longer, if there is one.
+
+        Args:
+            running: answers under way.
+        """
+        guard = self._depth.guard
+        if guard is None or guard.verdict != "keep":
+            return
+        now = self._clock()
+        if self._due is None:
+            self._due = now + EARLY_S
+        if now >= self._due and (sample := self._under_way(running)) is not None:
+            self._sample = sample
+        elif self._sample is None or (now < self._due and self._n_unchecked < OVERDUE):
+            return
+        self.check(in_pause=False)
+        self._set_due(now)
+
+    def _under_way(self, running: Iterable[Request]) -> _Sample | None:
+        """Draw from the longest answer under way; its last token is not scored yet."""
+        mine = [each for each in running if each.depth is self._depth and each.sequence]
+        if not mine:
+            return None
+        longest = max(mine, key=lambda request: len(request.token_ids))
+        assert longest.sequence is not None
+        return self._draw(longest.sequence.tokens, len(longest.prompt_ids), SHORT_CONTEXT)
+
+    def _set_due(self, began: float) -> None:
+        """Wait as long as keeps what checks cost a small share of all time."""
+        guard, now = self._depth.guard, self._clock()
+        early = guard is not None and guard.estimate.n_samples < EARLY_SAMPLES
+        wait_s, share = (EARLY_S, EARLY_SHARE) if early else (LATE_S, LATE_SHARE)
+        self._due = now + max(wait_s, (now - began) / share)
 
     def check(self, *, in_pause: bool = True) -> None:
         """Score what was drawn; stopped, it is tried again in the next pause.
@@ -88,6 +145,8 @@ class DepthGuard:
             self._sample = None
         if found is not None:
             self._n_unchecked = 0
+            if in_pause:
+                self._set_due(self._clock())
             for divergence in found:
                 guard.observe(divergence)
 

@@ -48,7 +48,7 @@ class Runtime(Closing):
         self.path = _find(model)
         self._engine = EngineThread(self.path, self.params)
         self._loaded, self._scheduler = self._engine.loaded, self._engine.scheduler
-        self._asking = Asking(self._loaded, self.params)
+        self._asking = Asking(self._loaded, self._loaded.params)
 
     def feedback(self, generation_id: str, reward: float) -> None:
         """Tell what an answer was worth: 0 useless, 1 perfect.
@@ -66,6 +66,19 @@ class Runtime(Closing):
                 self._asking.adapters().routing.feedback(generation_id, reward)
 
         self._engine.order(learn)
+
+    def mark_trace(self, label: str) -> None:
+        """Enter into the trace's file that what follows is a new sequence, of a domain `label`.
+
+        Raises:
+            UsageError: no trace is recorded, or the label is too long.
+        """
+        store = self._loaded.experts
+        if store is None:
+            raise UsageError("no trace is recorded: nothing is paged; open the Runtime with "
+                             "trace=FILE and a memory budget below a model with experts"
+                             )  # fmt: skip
+        self._engine.order(lambda: store.mark(label))
 
     def add_adapter(self, path: str | Path) -> str:
         """Check an adapter and put it into the library, also while requests run.
@@ -217,10 +230,7 @@ class Runtime(Closing):
 
     def stats(self) -> dict[str, object]:
         """Return what the runtime holds and has done, as plain JSON types."""
-        return runtime_stats(
-            self._loaded, self._scheduler, speculate=self.params.speculate,
-            n_queued=self._engine.n_queued,
-        )  # fmt: skip
+        return runtime_stats(self._loaded, self._scheduler, n_queued=self._engine.n_queued)
 
     def residency(self) -> dict[str, object] | None:
         """Return which experts, layers and adapters are in memory; None where all always are.

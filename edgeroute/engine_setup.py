@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from edgeroute.config import RunParams
+from edgeroute.energy_book import open_book
 from edgeroute.runtime import machine
 from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.scheduler import Scheduler
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def make_scheduler(
-    loaded: "LoadedModel", params: RunParams, meter: machine.LoadMeter, wake: Callable[[], None]
+    loaded: "LoadedModel", meter: machine.LoadMeter, wake: Callable[[], None]
 ) -> Scheduler:
     """Return a Scheduler over a loaded model.
 
     Args:
-        loaded: the model.
-        params: settings.
+        loaded: the model, whose `params` are the settings.
         meter: how busy the machine is; its first reading covers the time of loading.
         wake: called from other threads when something that was waited for has arrived.
     """
-    n_max = params.threads or machine.usable_cores()
+    params = loaded.params
+    n_max = params.threads or loaded.levers.most_threads or machine.usable_cores()
     fixed = params.threads is not None
     policy = ThreadPolicy(n_max, meter, time.monotonic, fixed=fixed)
     scheduler = Scheduler(
@@ -33,6 +33,7 @@ def make_scheduler(
         is_eog=loaded.tokenizer.is_eog, experts=loaded.experts, adapters=loaded.adapters,
         layers=loaded.layers,
     )  # fmt: skip
+    scheduler.energy = open_book(loaded, params.energy)
     if loaded.why_no_drafts(params.speculate) is None:
         # Models that do not draft should not wait for its import.
         from edgeroute.speculation import Speculation

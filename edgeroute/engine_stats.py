@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Final
 
+from edgeroute.lever_guard import lever_stats
+
 if TYPE_CHECKING:
     from edgeroute.loaded import LoadedModel
     from edgeroute.scheduler import Scheduler
@@ -24,7 +26,7 @@ def warnings_of(loaded: "LoadedModel") -> list[str]:
 
 
 def runtime_stats(
-    loaded: "LoadedModel", scheduler: "Scheduler", *, speculate: str, n_queued: int
+    loaded: "LoadedModel", scheduler: "Scheduler", *, n_queued: int
 ) -> dict[str, object]:
     """Return all figures as plain JSON types.
 
@@ -43,8 +45,9 @@ def runtime_stats(
     adapters = {} if loaded.adapters is None else {"adapters": loaded.adapters.stats()}
     routing = {} if scheduler.steps is None else {"steps": scheduler.steps.stats()}
     sessions = {} if scheduler.sessions is None else {"sessions": scheduler.sessions.stats()}
+    energy = {} if scheduler.energy is None else {"energy": scheduler.energy.stats()}
     drafts: dict[str, object] = {
-        "on": False, "why": loaded.why_no_drafts(speculate)
+        "on": False, "why": loaded.why_no_drafts(loaded.params.speculate)
     } if scheduler.speculation is None else scheduler.speculation.stats()  # fmt: skip
     return (
         {
@@ -74,8 +77,9 @@ def runtime_stats(
         | experts
         | layers
         | adapters
-        | {"speculation": drafts}
+        | {"speculation": drafts, "levers": lever_stats(loaded, scheduler)}
         | depth
         | routing
         | sessions
+        | energy
     )

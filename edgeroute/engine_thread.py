@@ -187,7 +187,7 @@ class EngineThread(Closing):
             try:
                 from edgeroute.engine_setup import make_scheduler
 
-                scheduler = make_scheduler(loaded, self._params, meter, self._wake)
+                scheduler = make_scheduler(loaded, meter, self._wake)
             except BaseException as error:
                 ready.set_exception(error)
                 return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from edgeroute.config import RunParams
+from edgeroute.lever_choice import choose_levers
 from edgeroute.models.base import Hparams, Model
 from edgeroute.models.forward import Forward
 from edgeroute.models.registry import describe
@@ -74,8 +75,12 @@ def budget_bytes(params: RunParams) -> int:
     """Return the budget given, or the memory really available less a reserve."""
     if params.memory is not None:
         return parse_bytes(params.memory)
-    free = machine.memory().available_bytes
-    return max(0, free - max(RESERVE_MIN_BYTES, int(RESERVE_RATIO * free)))
+    return less_reserve(machine.memory().available_bytes)
+
+
+def less_reserve(free_bytes: int) -> int:
+    """Return what may be used of memory that is free, when no budget is given."""
+    return max(0, free_bytes - max(RESERVE_MIN_BYTES, int(RESERVE_RATIO * free_bytes)))
 
 
 def kv_shape(hparams: Hparams, params: RunParams, n_repeat: int = 0) -> KvShape:
@@ -144,6 +149,8 @@ def _n_values_ff(hparams: Hparams) -> int:
 class LoadedModel:
     """Everything one model owns, freed in reverse order by `close`.
 
+    `params` are its settings, proofs of levers applied.
+
     Made, used and closed by the engine thread. An `opening` of the same path is taken over;
     `wake` is called from other threads when something that was waited for has arrived.
 
@@ -168,6 +175,8 @@ class LoadedModel:
 
     def _load(self, opening: Opening, params: RunParams) -> None:
         self.file = opening.file
+        self.levers = choose_levers(opening.file, params, budget_bytes(params))
+        params = self.params = self.levers.params
         self.small = self._load_small(opening, params)
         self._load_weights(params)  # while the vocabulary is being read
         self.tokenizer = opening.tokenizer

@@ -30,6 +30,11 @@ class Settings(TypedDict, total=False):
     prefetch: str | None
     repack_experts: bool | None
     io_threads: int | None
+    read_bytes: str | int | None
+    direct_io: bool | None
+    overlap: str | None
+    levers: str | None
+    energy: str | None
     trace: str | None
     adapters: str | Path | Sequence[str | Path] | None
     adapter_slots: int | None

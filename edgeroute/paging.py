@@ -11,15 +11,15 @@ from edgeroute.models.base import Model, MoeHparams, MoeModel
 from edgeroute.models.carry import Carry
 from edgeroute.models.paged import MAX_PAIRS
 from edgeroute.offload.disk import DiskFile
-from edgeroute.offload.disk_profile import profile
 from edgeroute.offload.expert_pool import ExpertLayer, PoolPlan, plan_pools
 from edgeroute.offload.expert_store import ExpertParams, ExpertStore
+from edgeroute.offload.throttle import ThrottledDisk, profile, throttled
 from edgeroute.offload.trace import TraceMeta, TraceRecorder, TraceWriter
 from edgeroute.offload.transfer import Transfer
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ModelFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.units import MIB, format_bytes
+from edgeroute.runtime.units import MIB, format_bytes, parse_bytes
 from edgeroute.runtime.weights import ResidentWeights
 
 STAGING_MIN_BYTES, STAGING_PAGES = 8 * MIB, 12
@@ -47,7 +47,8 @@ class PagedPlan:
 class MoeSource:
     """A model with experts that is being opened.
 
-    `beside_bytes` of this process belong to what has ledger entries already.
+    `beside_bytes` of this process belong to what has ledger entries already. `program_bytes`
+    stand in for this process, for a plan that is not about it.
     """
 
     file: GGUFFile
@@ -55,6 +56,7 @@ class MoeSource:
     model: MoeModel
     params: RunParams
     beside_bytes: int = 0
+    program_bytes: int | None = None
 
     @property
     def moe(self) -> MoeHparams:
@@ -101,7 +103,9 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
     pools = tuple(plan_pools(source.layers(), moe.n_expert))
     page_bytes = max(pool.page_bytes for pool in pools)
     staging = max(STAGING_MIN_BYTES, STAGING_PAGES * page_bytes)
-    rss = max(0, psutil.Process().memory_info().rss - source.beside_bytes)
+    rss = source.program_bytes
+    if rss is None:
+        rss = max(0, psutil.Process().memory_info().rss - source.beside_bytes)
     fixed = fixed | {
         "expert compute": max(MAX_PAIRS, source.params.n_ubatch)
         * 4
@@ -125,13 +129,16 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
     return PagedPlan(pools=pools, fixed=fixed, staging_bytes=staging, slots_bytes=min(left, most))
 
 
-def open_disk(own: contextlib.ExitStack, file: GGUFFile) -> DiskFile:
-    """Open a model's file for reads by offset; `own` closes it.
+def open_disk(
+    own: contextlib.ExitStack, file: GGUFFile, *, direct: bool = True
+) -> DiskFile | ThrottledDisk:
+    """Open a model's file for reads by offset, past the page cache if `direct`; `own` closes it.
 
     Raises:
         ModelFileError: it was changed since its header was read.
     """
-    disk = own.enter_context(DiskFile.open(file.path))
+    disk = throttled(DiskFile.open(file.path, direct=direct))
+    own.callback(disk.close)
     if not file.is_same(disk.identity):
         raise ModelFileError(f"{file.path} was changed while it was opened; open it again")
     return disk
@@ -147,18 +154,24 @@ def open_store(
         ModelFileError: the file was changed since its header was read.
     """
     params = source.params
-    disk = open_disk(own, source.file)
+    disk = open_disk(own, source.file, direct=params.direct_io is not False)
     reads = profile(disk)
     n_threads = params.io_threads or max(MIN_IO_THREADS, reads.n_threads)
-    transfer = own.enter_context(Transfer([disk], n_threads, reads.read_bytes, plan.staging_bytes))
+    read_bytes = reads.read_bytes if params.read_bytes is None else parse_bytes(params.read_bytes)
+    transfer = own.enter_context(Transfer([disk], n_threads, read_bytes, plan.staging_bytes))
     forced = params.prefetch not in ("auto", "off")
     predictor = {"auto": "gate", "off": "none"}.get(params.prefetch, params.prefetch)
     store = ExpertStore(base, source.device, plan.pools, transfer, ExpertParams(
         slots_bytes=plan.slots_bytes, n_expert_used=source.moe.n_expert_used,
         policy=params.policy, prefetch=predictor, forced=forced,
+        overlap=params.overlap != "off", watched=params.levers == "proven",
+        overlap_forced=params.overlap == "on" and params.levers == "asked",
     ))  # fmt: skip
     own.callback(store.close)
     store.recorder = _recorder(own, source, plan)
+    if store.recorder.writes:
+        store.begin_log()
+        own.callback(store.end_log)
     return store
 
 

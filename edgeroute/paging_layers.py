@@ -11,8 +11,9 @@ from edgeroute.config import RunParams
 from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward
 from edgeroute.models.layered import LayeredForward
-from edgeroute.offload.disk_profile import MOST_READ_BYTES, profile
+from edgeroute.offload.disk_profile import MOST_READ_BYTES
 from edgeroute.offload.layer_store import LayerParams, LayerStore
+from edgeroute.offload.throttle import profile
 from edgeroute.offload.transfer import Transfer
 from edgeroute.paging import MIN_IO_THREADS, STAGING_MIN_BYTES, VOCABULARY_RATIO, open_disk
 from edgeroute.runtime.device import Device
@@ -20,7 +21,7 @@ from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.rooms import Unit, make_unit, mirrors, room_bytes
-from edgeroute.runtime.units import MIB, format_bytes
+from edgeroute.runtime.units import MIB, format_bytes, parse_bytes
 from edgeroute.runtime.weights import ResidentWeights, check_specs
 
 N_ROOMS = 2
@@ -37,7 +38,8 @@ HEAD = "output.weight"
 class LayerSource:
     """A dense model that is being opened.
 
-    `beside_bytes` of this process belong to what has ledger entries already.
+    `beside_bytes` of this process belong to what has ledger entries already. `program_bytes`
+    stand in for this process, for a plan that is not about it.
     """
 
     file: GGUFFile
@@ -45,6 +47,7 @@ class LayerSource:
     model: Model
     params: RunParams
     beside_bytes: int = 0
+    program_bytes: int | None = None
 
     def units(self) -> list[Unit]:
         """List what may stream: the matrices of each layer, and last those of the head.
@@ -120,7 +123,7 @@ def plan_layers(
     # A head that is also the embedding may be both mapped and repacked: its sum is asked for.
     head = source.resident_bytes(units[:-1]) - source.resident_bytes(units)
     layers = sum(unit.room_bytes for unit in units[:-1])
-    program = max(0, _program_bytes(source.file) - source.beside_bytes)
+    program = _program_bytes(source)
     least: LayerPlan | None = None
     for streamed in _splits(units, drafting=source.params.speculate in DRAFTING):
         entries = _entries(source, units, (streamed, n_rooms))
@@ -164,14 +167,16 @@ def open_layers(
     """
     if not plan.streamed:
         return None, Forward(source.model, source.device, base, kv)
-    disk = open_disk(own, source.file)
+    params = source.params
+    disk = open_disk(own, source.file, direct=params.direct_io is not False)
     reads = profile(disk)
-    n_threads = source.params.io_threads or max(MIN_IO_THREADS, reads.n_threads)
+    n_threads = params.io_threads or max(MIN_IO_THREADS, reads.n_threads)
+    read_bytes = reads.read_bytes if params.read_bytes is None else parse_bytes(params.read_bytes)
     staging = plan.entries["layer staging"]
-    transfer = own.enter_context(Transfer([disk], n_threads, reads.read_bytes, staging))
+    transfer = own.enter_context(Transfer([disk], n_threads, read_bytes, staging))
     store = LayerStore(base, source.device, transfer, LayerParams(
         units=plan.streamed, n_units=plan.n_units, n_rooms=plan.n_rooms, resident=plan.resident,
-        keeper=_keeper(source, plan.resident), together=source.params.speculate in DRAFTING,
+        keeper=_keeper(source, plan.resident), together=params.speculate in DRAFTING,
     ))  # fmt: skip
     own.callback(store.close)
     return store, LayeredForward(source.model, source.device, store, kv)
@@ -241,6 +246,10 @@ def _keeper(source: LayerSource, resident: Sequence[Unit]) -> _FilePages | None:
     return _FilePages(source.file) if mirrors(source.device, infos) else None
 
 
-def _program_bytes(file: GGUFFile) -> int:
+def _program_bytes(source: LayerSource) -> int:
     """Bytes of this process as it is now, and of the vocabulary that is about to be loaded."""
-    return psutil.Process().memory_info().rss + VOCABULARY_RATIO * file.data_offset
+    vocabulary = VOCABULARY_RATIO * source.file.data_offset
+    if source.program_bytes is not None:
+        return source.program_bytes + vocabulary
+    rss = psutil.Process().memory_info().rss
+    return max(0, rss + vocabulary - source.beside_bytes)

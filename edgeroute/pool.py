@@ -10,10 +10,10 @@ import hashlib
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Unpack
+from typing import Any, Final, Unpack, cast
 
 import platformdirs
 
@@ -21,13 +21,15 @@ from edgeroute.config import RunParams, merge_settings
 from edgeroute.loaded import budget_bytes
 from edgeroute.options import KNOWN, Options
 from edgeroute.pool_answer import PoolGeneration, PoolSettings, PoolStream, PoolTry, Reason, Route
-from edgeroute.pool_config import PoolParams, Profile, read_pool
+from edgeroute.pool_config import PoolParams, read_pool
 from edgeroute.pool_learning import PoolLearner, Query
+from edgeroute.pool_seats import Seat, seat_all
 from edgeroute.pool_shelf import SETTINGS, Shelf
+from edgeroute.pool_text import chat_text
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError, UsageError
-from edgeroute.shelf_plan import ShelfModel
-from edgeroute.skippers.pool_choice import DIMENSIONS, Candidate, rank
+from edgeroute.shelf_place import Place
+from edgeroute.skippers.pool_choice import DIMENSIONS, Candidate, rank, rank_by_worth
 from edgeroute.stats import Generation
 
 MAX_REMEMBERED: Final = 10_000
@@ -40,7 +42,7 @@ NOMINAL_LOAD: Final = 1e9
 """Bytes per second that opening a model is taken to read, until it was measured."""
 OF_ONE_MODEL: Final = frozenset({"score", "adapter", "depth", "steps"})
 """Options of a Runtime that mean nothing here."""
-OWN: Final = ("memory", "tolerance", "max_tries", "state")
+OWN: Final = ("memory", "tolerance", "max_tries", "energy", "state")
 
 Verify = Callable[[Generation], bool]
 """Tells whether an answer will do."""
@@ -55,12 +57,13 @@ class _Plan:
     deadline: float | None
     options: Options
 
-    def left(self) -> Options:
-        """The options of a Runtime, with the time that is left."""
-        if self.deadline is None:
-            return self.options
-        # At the deadline, the engine shall say so, as it does otherwise.
-        return {**self.options, "timeout_s": max(1e-3, self.deadline - time.monotonic())}
+    def left(self, seat: Seat) -> Options:
+        """The options of a Runtime: a configuration's, with the time that is left."""
+        options = cast(Options, {**self.options, **seat.options})
+        if self.deadline is not None:
+            # At the deadline, the engine shall say so, as it does otherwise.
+            options["timeout_s"] = max(1e-3, self.deadline - time.monotonic())
+        return options
 
     def left_s(self) -> float | None:
         return None if self.deadline is None else self.deadline - time.monotonic()
@@ -93,10 +96,8 @@ class Pool(Closing):
         self._learner = PoolLearner(self.params, state_path(self.params, state))
         run_params = _run_params(self.params, shared)
         self._n_ctx = run_params.n_ctx
-        self._shelf = Shelf(
-            (_on_shelf(each, run_params) for each in self.params.models.values()),
-            budget_bytes(run_params),
-        )
+        self._seats, models = seat_all(list(self.params.models.values()), run_params)
+        self._shelf = Shelf(models, budget_bytes(run_params))
         self._lock = threading.Lock()  # of everything below, and of the learner
         self._remembered: OrderedDict[str, tuple[str, Query]] = OrderedDict()
         self._answers: Counter[str] = Counter()
@@ -133,11 +134,12 @@ class Pool(Closing):
         tries: list[PoolTry] = []
         for chosen, _ in plan.order:
             began = time.monotonic()
-            with self._shelf.lease(chosen.name, plan.left_s()) as lease:
+            seat = self._seats[chosen.name]
+            with self._shelf.lease(seat.place, plan.left_s()) as lease:
                 runtime = lease.runtime
                 wait_s = time.monotonic() - began
                 try:
-                    answer = runtime.generate(prompt, **plan.left())
+                    answer = runtime.generate(prompt, **plan.left(seat))
                 except ClosedError:
                     lease.broke()
                     raise
@@ -159,11 +161,12 @@ class Pool(Closing):
         """
         plan = self._plan(prompt, options, model)
         name, began = plan.order[0][0].name, time.monotonic()
-        lease = self._shelf.lease(name, plan.left_s())
+        seat = self._seats[name]
+        lease = self._shelf.lease(seat.place, plan.left_s())
         try:
             runtime = lease.runtime
             wait_s = time.monotonic() - began
-            stream = runtime.stream(prompt, **plan.left())
+            stream = runtime.stream(prompt, **plan.left(seat))
         except BaseException as error:
             if isinstance(error, ClosedError):
                 lease.broke()
@@ -213,19 +216,23 @@ class Pool(Closing):
             "waiting": shelf.n_waiting,
             "evicted": shelf.n_evicted,
             "tolerance": self.params.tolerance,
+            "energy": self.params.energy,
             "models": models,
         }
 
     def _model_stats(self, name: str) -> dict[str, object]:
-        place, cost = self._shelf.places[name], self._learner.cost_s(name)
+        place, cost = self._place(name), self._learner.cost_s(name)
+        joules = self._learner.joules_per_token(name)
         return {
             "state": place.state,
+            "place": place.name,
             "bytes": place.n_bytes,
             "whole_bytes": place.whole_bytes,
             "running": place.n_leases,
             "opened": place.n_opened,
             "load_s": None if place.load_s is None else round(place.load_s, 6),
             "s_per_token": None if cost is None else round(cost, 6),
+            "joules_per_token": None if joules is None else round(joules, 6),
             "answers": self._answers[name],
             "refused": self._refused[name],
             "rewards": round(self._learner.n_plays(name), 3),
@@ -258,7 +265,7 @@ class Pool(Closing):
         timeout_s = options.get("timeout_s")
         if timeout_s is not None and not 0 < timeout_s < 1e9:
             raise UsageError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
-        text = prompt if isinstance(prompt, str) else _chat_text(options.get("messages"))
+        text = prompt if isinstance(prompt, str) else chat_text(options.get("messages"))
         query = self._learner.look(text)
         with self._lock:
             order = self._rank(query, options.get("max_tokens", DEFAULT_TOKENS))
@@ -272,17 +279,33 @@ class Pool(Closing):
     def _rank(self, query: Query, max_tokens: object) -> "tuple[tuple[Candidate, Reason], ...]":
         n_tokens = max_tokens if isinstance(max_tokens, int) else DEFAULT_TOKENS
         n_tokens = min(max(1, n_tokens), self._n_ctx)
-        prices = {name: self._price_s(name, n_tokens) for name in self.params.models}
-        return rank(self._learner.candidates(query, prices), self.params.tolerance)
+        costs = {name: self._cost_s(name) for name in self.params.models}
+        prices = {name: n_tokens * each + self._load_s(name) for name, each in costs.items()}
+        if not self.params.energy:
+            return rank(self._learner.candidates(query, prices), self.params.tolerance)
+        energies = {
+            name: each * prices[name] / (n_tokens * costs[name]) if costs[name] > 0 else each
+            for name, each in self._learner.energies(costs).items()
+        }  # opening a model takes the watts of answering
+        found = self._learner.candidates(query, prices, energies)
+        return rank_by_worth(found, self.params.energy)
 
-    def _price_s(self, name: str, n_tokens: int) -> float:
-        """Seconds that an answer may take: its tokens, and opening where others must close."""
-        place, cost = self._shelf.places[name], self._learner.cost_s(name)
-        if cost is None:
-            paged = place.whole_bytes - place.n_bytes
-            cost = place.whole_bytes / NOMINAL_READ + paged / NOMINAL_LOAD
+    def _cost_s(self, name: str) -> float:
+        """Seconds per token, as measured, or as its bytes suggest."""
+        place, cost = self._place(name), self._learner.cost_s(name)
+        if cost is not None:
+            return cost
+        paged = place.whole_bytes - place.n_bytes
+        return place.whole_bytes / NOMINAL_READ + paged / NOMINAL_LOAD
+
+    def _load_s(self, name: str) -> float:
+        """Seconds that opening a model takes where others must close for it."""
+        place = self._place(name)
         load_s = place.n_bytes / NOMINAL_LOAD if place.load_s is None else place.load_s
-        return n_tokens * cost + (load_s if self._shelf.must_evict(name) else 0.0)
+        return load_s if self._shelf.must_evict(place.name) else 0.0
+
+    def _place(self, name: str) -> Place:
+        return self._shelf.places[self._seats[name].place]
 
     def _note(self, name: str, plan: "_Plan", answer: Generation, accepted: bool | None) -> None:
         """Learn what an answer cost, and what `verify` said of it; else await its feedback."""
@@ -291,6 +314,7 @@ class Pool(Closing):
             self._refused[name] += accepted is False
             if answer.stats.decode_tok_s > 0:
                 self._learner.paid(name, 1 / answer.stats.decode_tok_s)
+            self._learner.used(name, answer.stats.energy, answer.stats.n_generated)
             if accepted is not None:
                 self._learner.learn(name, plan.query, float(accepted))
                 return
@@ -302,11 +326,14 @@ class Pool(Closing):
         self, plan: "_Plan", answer: Generation, tries: tuple[PoolTry, ...]
     ) -> PoolGeneration:
         chosen, why = plan.order[len(tries) - 1]
+        weight = self.params.energy
         route = Route(
             model=chosen.name, why="refused before" if tries[1:] else why,
             demand={name: round(float(each), 6)
                     for name, each in zip(DIMENSIONS, plan.query.demand, strict=True)},
             stated=chosen.stated, shortfall=chosen.shortfall, price_s=chosen.price, tries=tries,
+            joules_per_token=self._learner.joules_per_token(chosen.name) if weight else None,
+            worth=chosen.worth(weight) if weight else None,
         )  # fmt: skip
         self._last = route
         parts = {each.name: getattr(answer, each.name) for each in dataclasses.fields(answer)}
@@ -340,14 +367,10 @@ def _run_params(params: PoolParams, shared: Mapping[str, Any]) -> RunParams:
     alone = (found.small, found.remote, found.adapters) == (None, None, None)
     if not alone or found.depth != "full":
         raise UsageError(
-            "a pool's models have no small or remote model, adapters or depth plan; unset "
-            "EDGEROUTE_SMALL, _REMOTE, _ADAPTERS and _DEPTH"
+            "a pool's models share no small or remote model, adapters or depth plan: give a model "
+            "its own under [models.NAME], and unset EDGEROUTE_SMALL, _REMOTE, _ADAPTERS and _DEPTH"
         )
     return found
-
-
-def _on_shelf(profile: Profile, params: RunParams) -> ShelfModel:
-    return ShelfModel(name=profile.name, path=profile.path, memory=profile.memory, params=params)
 
 
 def _check_known(what: str, given: Iterable[object], known: Iterable[str]) -> None:
@@ -366,21 +389,3 @@ def _try(
         model=name, seconds=seconds[0], wait_s=seconds[1], n_prompt=answer.stats.n_prompt,
         n_generated=answer.stats.n_generated, accepted=accepted,
     )  # fmt: skip
-
-
-def _chat_text(messages: object) -> str:
-    """Join what a choice looks at of a chat: its system texts and the last of its others.
-
-    What is no chat gives what text it has; the model refuses it.
-    """
-    each = [one for one in messages if isinstance(one, Mapping)] \
-        if isinstance(messages, Sequence) else []  # fmt: skip
-    kept = [one for one in each[:-1] if one.get("role") == "system"] + each[-1:]
-    return "\n".join(_content(one.get("content")) for one in kept)
-
-
-def _content(content: object) -> str:
-    if isinstance(content, list | tuple):
-        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        return "".join(part for part in parts if isinstance(part, str))
-    return content if isinstance(content, str) else ""

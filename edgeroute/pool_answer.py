@@ -21,14 +21,15 @@ Reason = Why | Literal["asked for", "refused before"]
 class PoolSettings(TypedDict, total=False):
     """Keyword arguments of Pool beyond its configuration.
 
-    `memory`, `tolerance` and `max_tries` override those of `[pool]`. `state` is the file that
-    keeps what feedback taught: `off` for nowhere, None for one of the user's. The others are a
-    Runtime's, the same for every model.
+    `memory`, `tolerance`, `max_tries` and `energy` override those of `[pool]`. `state` is the file
+    that keeps what feedback taught: `off` for nowhere, None for one of the user's. The others are
+    a Runtime's, the same for every model.
     """
 
     memory: str | int | None
     tolerance: float | None
     max_tries: int | None
+    energy: float | None
     state: str | Path | None
     threads: int | None
     n_ctx: int | None
@@ -67,6 +68,8 @@ class Route:
         shortfall: the same with what feedback taught, and what it is given on trust.
         price_s: seconds that the answer was expected to take.
         tries: every model asked, in order; the last is `model`.
+        joules_per_token: that the answer was expected to take, where energy counts.
+        worth: of it in accuracy and energy, where energy counts.
     """
 
     model: str
@@ -76,10 +79,14 @@ class Route:
     shortfall: float
     price_s: float
     tries: tuple[PoolTry, ...]
+    joules_per_token: float | None = None
+    worth: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return all of it as plain JSON types."""
-        return {
+        energy = {"joules_per_token": self.joules_per_token, "worth": self.worth}
+        known = {name: round(each, 6) for name, each in energy.items() if each is not None}
+        return known | {
             "model": self.model,
             "why": self.why,
             "demand": dict(self.demand),

@@ -5,16 +5,21 @@ memory = "4GiB"
 tolerance = 0.1
 max_tries = 3
 weights = { math = 2.0 }                # of the shortfall; 1 where not named
+energy = 0.5                            # weight of joules per token against accuracy; 0: none
 
 [models.small]
 path = "qwen2.5-coder-0.5b-instruct"    # or a .gguf, relative to this file
 capabilities = { math = 0.3, code = 0.5, reasoning = 0.3, language = 0.4, instruction = 0.4 }
 cost = 0.025                            # seconds per token; measured where not given
 memory = "1GiB"                         # pages what does not fit into it; optional
+depth = "auto"                          # these four as of a Runtime; optional. Profiles of one
+depth_max_kl = 0.05                     # file that differ in them share one model in memory
+small = "smollm2-135m-instruct"
+steps = "auto"
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +35,8 @@ Vector = npt.NDArray[np.float64]
 MAX_MODELS: Final = 32
 MAX_WEIGHT: Final = 1000.0
 MAX_COST_S: Final = 3600.0
+SETTINGS: Final = ("depth", "depth_max_kl", "small", "steps")
+"""Of a Runtime, those that a profile may give its model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,6 +50,7 @@ class Profile:
         cost_s: seconds per generated token; None: measured.
         memory: bytes that it may take, the rest of it being paged; None: all of it in memory,
             or the pool's whole budget where that is less.
+        settings: of its Runtime, those of SETTINGS that are given.
     """
 
     name: str
@@ -50,6 +58,7 @@ class Profile:
     capabilities: Vector
     cost_s: float | None = None
     memory: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,6 +72,8 @@ class PoolParams:
         tolerance: shortfall that a capable model may have, 0 to 1.
         max_tries: models that one query may be put to.
         weights: F64 (n_dimensions,), of the shortfall.
+        energy: weight of joules per token, 0 to 1, accuracy having the rest. At 0 the cheapest
+            capable model answers, which is another rule: see `skippers.pool_choice`.
     """
 
     models: Mapping[str, Profile]
@@ -71,6 +82,7 @@ class PoolParams:
     tolerance: float = 0.1
     max_tries: int = 3
     weights: Vector
+    energy: float = 0.0
 
 
 def read_pool(pool: str | Path | Mapping[str, Any], given: Mapping[str, Any]) -> PoolParams:
@@ -99,7 +111,8 @@ class _Reader(Reader):
     def pool(self, content: Mapping[str, Any], given: Mapping[str, Any]) -> PoolParams:
         self.known("", content, ("models", "pool"))
         stated = self.table("pool", content.get("pool", {}))
-        self.known("pool", stated, ("memory", "tolerance", "max_tries", "weights"))
+        own = ("memory", "tolerance", "max_tries", "weights", "energy")
+        self.known("pool", stated, own)
         found = {**stated, **given}
         memory = found.get("memory")
         return PoolParams(
@@ -108,6 +121,7 @@ class _Reader(Reader):
             tolerance=self.number("pool.tolerance", found.get("tolerance", 0.1), 1.0),
             max_tries=self.count("pool.max_tries", found.get("max_tries", 3), MAX_MODELS),
             weights=self._vector("pool.weights", found.get("weights", {}), MAX_WEIGHT, 1.0),
+            energy=self.number("pool.energy", found.get("energy", 0.0), 1.0),
         )  # fmt: skip
 
     def _models(self, value: object) -> dict[str, Profile]:
@@ -122,7 +136,7 @@ class _Reader(Reader):
     def _profile(self, name: str, value: object) -> Profile:
         key = f"models.{self.name('models', name)}"
         table = self.table(key, value)
-        self.known(key, table, ("path", "capabilities", "cost", "memory"))
+        self.known(key, table, ("path", "capabilities", "cost", "memory", *SETTINGS))
         for needed in ("path", "capabilities"):
             if needed not in table:
                 raise self.error(key, f"it has no {needed}")
@@ -132,7 +146,20 @@ class _Reader(Reader):
             capabilities=self._vector(f"{key}.capabilities", table["capabilities"], 1.0, None),
             cost_s=None if cost is None else self.number(f"{key}.cost", cost, MAX_COST_S),
             memory=None if memory is None else self.n_bytes(f"{key}.memory", memory),
+            settings=self._settings(key, table),
         )  # fmt: skip
+
+    def _settings(self, key: str, table: Mapping[str, Any]) -> dict[str, Any]:
+        """Read how a model is run; what the values mean is checked with the others of a run."""
+        found = {name: table[name] for name in SETTINGS if name in table}
+        for name, value in found.items():
+            if name == "small":
+                found[name] = str(self.model(f"{key}.small", value))
+            elif name == "depth_max_kl":
+                found[name] = self.number(f"{key}.{name}", value, 100.0)
+            elif not isinstance(value, str):
+                raise self.error(f"{key}.{name}", f"a text is needed, not {value!r:.80}")
+        return found
 
     def _vector(self, key: str, value: object, most: float, other: float | None) -> Vector:
         """Read a number for all dimensions, or a table; `other` is for those not named."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -28,6 +29,7 @@ from edgeroute.skippers.pool_choice import (
     demand,
     hashed_words,
     optimism,
+    relative,
     shortfall,
 )
 
@@ -45,8 +47,11 @@ FORGET_EVERY, KEEP = 32, 0.95
 About 640 rewards count, and a model that was given up is tried again in time."""
 COST_SMOOTHING: Final = 0.2
 """Weight of the newest answer in a model's seconds per token."""
+ENERGY_SMOOTHING: Final = 0.05
+"""The same for joules, which differ more from answer to answer; the first ones weigh alike."""
 SAVE_EVERY: Final = 64
 """Rewards between two saves, beside the one at the end."""
+NO_ENERGIES: Final[Mapping[str, float]] = MappingProxyType({})
 _CHARS_PER_TOKEN: Final = 4
 """For the length of a query that no model's vocabulary has seen yet."""
 
@@ -66,18 +71,21 @@ class PoolLearner:
         params: the pool's models.
         state: where what was learned is kept; None keeps it nowhere. What was learned of a
             model with another file or other capabilities is dropped.
+        alpha: confidence widths that a model is given on trust, see `optimism`.
 
     Raises:
         OSError: the state cannot be read, or a damaged one not be set aside.
     """
 
-    def __init__(self, params: PoolParams, state: Path | None = None) -> None:
-        self._params, self._state = params, state
+    def __init__(self, params: PoolParams, state: Path | None = None, alpha: float = ALPHA) -> None:
+        self._params, self._state, self._alpha = params, state, alpha
         self._words = PromptFeatures(N_BUCKETS, D_WORDS + 2)
         self.d = len(DIMENSIONS) + D_WORDS + 2
         self._bandit = LinUCB(self.d, RIDGE)
         self._identities = {each.name: _identity(each) for each in params.models.values()}
         self._cost_s: dict[str, float] = {}
+        self._energy: dict[str, tuple[float, float, int]] = {}  # joules, tokens, answers
+        self._energy_source: object = None
         self._n_learned = 0
         self._unsaved = False
         self._n_unsaved = 0
@@ -100,21 +108,25 @@ class PoolLearner:
         demanded = demand(text)
         return Query(demand=demanded, x=np.concatenate((demanded, words)))
 
-    def candidates(self, query: Query, prices: Mapping[str, float]) -> list[Candidate]:
+    def candidates(
+        self, query: Query, prices: Mapping[str, float], energies: Mapping[str, float] = NO_ENERGIES
+    ) -> list[Candidate]:
         """Judge every model for a query, in the order of the configuration.
 
         Args:
             query: from `look`.
             prices: seconds that each model's answer is expected to take, by name.
+            energies: joules per token of each model's answer, where they count.
         """
+        shares = relative(energies)
         means, widths = self._bandit.score(query.x)
-        trust = optimism(ALPHA, float(self._bandit.n_plays.sum()))
+        trust = optimism(self._alpha, float(self._bandit.n_plays.sum()))
         rows = {name: i for i, name in enumerate(self._bandit.names)}
         return [
             Candidate(
                 name=name, price=prices[name], stated=self._stated(name, query),
                 learned=float(np.clip(means[rows[name]], -1.0, 1.0)),
-                trust=trust * float(widths[rows[name]]),
+                trust=trust * float(widths[rows[name]]), energy=shares.get(name, 0.0),
             )
             for name in self._params.models
         ]  # fmt: skip
@@ -158,6 +170,43 @@ class PoolLearner:
         given = self._params.models[name].cost_s
         return self._cost_s.get(name) if given is None else given
 
+    def used(self, name: str, energy: Mapping[str, object] | None, n_tokens: int) -> None:
+        """Enter what an answer took, `energy` as of its statistics.
+
+        Joules of another source mean something else: with the first of them, all begin anew. They
+        are not saved, since the next process may have another source.
+        """
+        joules = None if energy is None else energy.get("joules")
+        if energy is None or not isinstance(joules, int | float) or n_tokens < 1:
+            return
+        if not 0.0 <= joules < math.inf:
+            return
+        source = energy.get("source"), energy.get("scope")
+        if source != self._energy_source:
+            self._energy.clear()
+            self._energy_source = source
+        # Joules and tokens apart: else a short answer to a long prompt would weigh too much.
+        mean_j, mean_n, n = self._energy.get(name, (0.0, 0.0, 0))
+        part = max(ENERGY_SMOOTHING, 1 / (n + 1))
+        mean_j, mean_n = mean_j + part * (joules - mean_j), mean_n + part * (n_tokens - mean_n)
+        self._energy[name] = mean_j, mean_n, n + 1
+
+    def joules_per_token(self, name: str) -> float | None:
+        """Return what a model's answers took per token, their prompts included; None: unknown."""
+        found = self._energy.get(name)
+        return None if found is None else found[0] / found[1]
+
+    def energies(self, costs_s: Mapping[str, float]) -> dict[str, float]:
+        """Return joules per token of every model; of those not known, as their seconds suggest.
+
+        Args:
+            costs_s: seconds per token of each.
+        """
+        known = {name: self.joules_per_token(name) for name in costs_s}
+        watts = [j / costs_s[name] for name, j in known.items() if j and costs_s[name] > 0]
+        typical = sum(watts) / len(watts) if watts else 1.0
+        return {name: typical * costs_s[name] if j is None else j for name, j in known.items()}
+
     def n_plays(self, name: str) -> float:
         """Return how many rewards are known of a model, less what was forgotten."""
         row = self._bandit.row(name)
@@ -198,4 +247,6 @@ def _identity(profile: Profile) -> str:
     Rewards are learned beyond the profile, so that they mean nothing with another.
     """
     stated = (profile.path.name, profile.path.stat().st_size, profile.capabilities.tolist())
-    return hashlib.sha256(repr(stated).encode("utf-8", "replace")).hexdigest()
+    run = sorted(profile.settings.items())
+    text = repr(stated) + (repr(run) if run else "")
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

@@ -21,6 +21,7 @@ from edgeroute.stats import Chunk, FinishReason, Generation, GenerationStats, Sp
 if TYPE_CHECKING:
     from edgeroute.adapter_routing import Turn
     from edgeroute.depth import Depth, RoutedRequest
+    from edgeroute.energy_book import EnergySource
     from edgeroute.offload.adapter_store import Lease
     from edgeroute.session_visit import Visit
     from edgeroute.skippers.steps import Who
@@ -49,6 +50,7 @@ class EngineState(NamedTuple):
     threads: int
     experts: LayerCount | None
     layers: dict[str, int | float] | None
+    energy: "EnergySource | None" = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -105,6 +107,9 @@ class Request:
     n_cached: int = 0
     started: float | None = None
     prefill_s: float = 0.0
+    energy_j: float = 0.0
+    energy_s: float = 0.0
+    """Seconds of passes since the meter was last read."""
     first_token: float | None = None
     last_token: float = 0.0
     pieces: list[str] = field(default_factory=list)
@@ -204,6 +209,17 @@ class Request:
         found = {"used": used, "hit": lease.hit, "wait_s": round(self.adapter_s, 6)}
         return found if self.turn is None else found | {"auto": self.turn.to_dict()}
 
+    def _energy_stats(self, source: "EnergySource | None") -> dict[str, object] | None:
+        """Tell its share of the joules, and where they are from."""
+        if source is None:
+            return None
+        n = len(self.token_ids)
+        return {
+            "joules": round(self.energy_j, 6),
+            "joules_per_token": round(self.energy_j / n, 6) if n else None,
+            **source._asdict(),
+        }
+
     def _stats(self, engine: EngineState) -> GenerationStats:
         now = time.monotonic()
         first = self.first_token or now
@@ -218,7 +234,7 @@ class Request:
             speculation=None if self.speculated is None else self.speculated.to_dict(),
             depth=None if self.depth is None else self.depth.cost(),
             steps=None if self.steps is None else tuple(self.steps.account.parts),
-            session=self._session_stats(),
+            session=self._session_stats(), energy=self._energy_stats(engine.energy),
         )  # fmt: skip
 
 

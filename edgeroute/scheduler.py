@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from edgeroute.adapters import Adapters
     from edgeroute.depth import DepthSource
     from edgeroute.depth_guard import DepthGuard
+    from edgeroute.energy_book import EnergyBook
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
     from edgeroute.sessions import Sessions
@@ -69,6 +70,7 @@ class Scheduler:
         self.depth_guard: DepthGuard | None = None
         self.steps: StepRouting | None = None
         self.sessions: Sessions | None = None
+        self.energy: EnergyBook | None = None
         self._states = States(forward, ledger, n_ubatch)
         self._compute_bytes = forward.graphs.n_bytes
         self._waiting: deque[Request] = deque()
@@ -114,6 +116,8 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a request."""
         request.max_tokens = min(request.max_tokens, self._n_ctx - len(request.prompt_ids) + 1)
+        if self.energy is not None and not self.busy:
+            self.energy.wake()
         self._waiting.append(request)
         self.stalled = False
 
@@ -126,8 +130,8 @@ class Scheduler:
         self._drop_interrupted()
         if self.sessions is not None:
             self.sessions.advance()
-        if self.depth_guard is not None and self.depth_guard.overdue:
-            self.depth_guard.check(in_pause=False)
+        if self.depth_guard is not None:
+            self.depth_guard.advance(self._decoding)
         self._admit()
         here = [each for each in self._stepping if each.steps is None or each.steps.phase != "call"]
         self.stalled = not (self._prefilling or self._decoding or here)
@@ -271,7 +275,8 @@ class Scheduler:
         if self._experts is not None:
             self._experts.end_sequence()
         request.finish(reason, EngineState(
-            self._ledger.used_bytes, self.threads.n_threads, self._spent(), self._layer_stats()
+            self._ledger.used_bytes, self.threads.n_threads, self._spent(), self._layer_stats(),
+            None if self.energy is None else self.energy.settle(request),
         ))  # fmt: skip
 
     def _layer_stats(self) -> dict[str, int | float] | None:
@@ -440,6 +445,8 @@ class Scheduler:
             if self.steps is not None and logits is not None:
                 n_tokens = sum(len(piece.tokens) for piece in pieces)
                 self.steps.saw(n_tokens, time.perf_counter() - began)
+            if self.energy is not None:
+                self.energy.passed(pieces, requests, time.perf_counter() - began)
             return logits
         except EdgerouteError as error:
             for request in requests:

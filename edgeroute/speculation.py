@@ -74,7 +74,8 @@ class Speculation:
             self._small = SmallDrafter(loaded.small, n_vocab, ends)
             self._drafters["small"] = self._small
         self._asked = asked
-        self.policy = Speculator(most, forced=asked != "auto")
+        watched = params.levers == "proven"
+        self.policy = Speculator(most, forced=asked != "auto", watched=watched)
         self.total = Speculated()
 
     def draft(self, request: Request) -> Draft:

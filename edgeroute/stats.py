@@ -87,6 +87,12 @@ class GenerationStats:
     its cells are being saved while the caller has its answer, else why not). Where two models
     write, only those of the answer's own model are saved; the other one reads the text again."""
 
+    energy: dict[str, object] | None = None
+    """What it took: joules, joules_per_token (of the answer, the prompt's included; None without
+    a token), source (of the joules), estimated (whether a model stands in for a counter) and scope
+    (what they cover: what other programs do meanwhile is in a machine's counters). Of requests
+    that ran at the same time each has its share, see `edgeroute.energy_book`."""
+
     @property
     def prefill_tok_s(self) -> float:
         """Prompt tokens computed (not reused) per second."""
@@ -106,6 +112,7 @@ class GenerationStats:
         depth = {} if self.depth is None else {"depth": self.depth}
         steps = {} if self.steps is None else {"steps": [asdict(part) for part in self.steps]}
         session = {} if self.session is None else {"session": self.session}
+        energy = {} if self.energy is None else {"energy": self.energy}
         return (
             {
                 "n_prompt": self.n_prompt,
@@ -127,6 +134,7 @@ class GenerationStats:
             | depth
             | steps
             | session
+            | energy
         )
 
 

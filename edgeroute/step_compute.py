@@ -42,6 +42,8 @@ def other_compute(scheduler: "Scheduler", model: StepModel, request: Request) ->
                 logits = forward.run([piece], spans, borrow=True)
         seconds = time.perf_counter() - began
         _spent(request, piece, seconds)
+        if scheduler.energy is not None:
+            scheduler.energy.passed([piece], [request], seconds)
         if logits is not None:
             model.cost.observe(len(piece.tokens), seconds)
             if len(piece.tokens) == 1:

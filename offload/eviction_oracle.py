@@ -3,9 +3,10 @@
 import heapq
 from collections.abc import Collection, Container, Iterable, Sequence
 
-from edgeroute.offload.eviction import PoolShape
+from edgeroute.offload.eviction import MAX_PAGES, PoolShape
 
-_NEVER = 1 << 62
+_NEVER = 1 << 40
+_SPARE = 1024
 
 
 class Belady:
@@ -25,52 +26,58 @@ class Belady:
 
     def __init__(self, shape: PoolShape, future: Iterable[Sequence[int]]) -> None:
         self._uses: list[list[int]] = [[] for _ in range(shape.n_page_ids)]
+        uses = self._uses
         for when, pages in enumerate(future):
             for page in pages:
-                self._uses[page].append(when)
-        for uses in self._uses:
-            uses.reverse()  # the next use is then popped from the end
+                uses[page].append(when)
+        for times in uses:
+            times.append(_NEVER)
+            times.reverse()  # the next use is then the last, and passing it is a pop
         self._members: set[int] = set()
-        self._entries: list[tuple[int, int]] = []
+        # A page and its next use in one number, the furthest first, ties by page.
+        self._entries: list[int] = []
 
     def begin_step(self) -> None:
         """Positions in the future are the clock."""
 
     def used(self, layer: int, pages: Sequence[int]) -> None:
+        uses, entries, push = self._uses, self._entries, heapq.heappush
         for page in pages:
-            self._advance(page)
+            times = uses[page]
+            if len(times) > 1:
+                times.pop()
+            push(entries, page - times[-1] * MAX_PAGES)
+        if len(entries) > _SPARE + 4 * len(self._members):
+            self._rebuild()
 
-    def _advance(self, page: int) -> None:
-        """Pass the use that is happening now."""
-        uses = self._uses[page]
-        if uses:
-            uses.pop()
-        heapq.heappush(self._entries, (-self._next(page), page))
-
-    def _next(self, page: int) -> int:
-        uses = self._uses[page]
-        return uses[-1] if uses else _NEVER
+    def _rebuild(self) -> None:
+        """Drop entries of uses that have passed."""
+        uses = self._uses
+        self._entries[:] = [page - uses[page][-1] * MAX_PAGES for page in self._members]
+        heapq.heapify(self._entries)
 
     def add(self, page: int) -> None:
         self._members.add(page)
-        self._advance(page)
+        self.used(-1, (page,))
 
     def remove(self, page: int) -> None:
         self._members.remove(page)
 
     def victim(self, pinned: Container[int]) -> int | None:
+        entries, members, uses = self._entries, self._members, self._uses
         aside, found = [], None
-        while self._entries:
-            when, page = self._entries[0]
-            if page not in self._members or -when != self._next(page):
-                heapq.heappop(self._entries)
+        while entries:
+            entry = entries[0]
+            page = entry % MAX_PAGES
+            if page not in members or page - uses[page][-1] * MAX_PAGES != entry:
+                heapq.heappop(entries)
             elif page in pinned:
-                aside.append(heapq.heappop(self._entries))
+                aside.append(heapq.heappop(entries))
             else:
                 found = page
                 break
         for entry in aside:
-            heapq.heappush(self._entries, entry)
+            heapq.heappush(entries, entry)
         return found
 
     def members(self) -> Collection[int]:

@@ -1,6 +1,6 @@
 """A pool: experts of equal shape and type, over all layers that have such, and their slots."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,22 +90,6 @@ def share_slots(pools: Sequence[PoolPlan], budget_bytes: int, n_used: int) -> li
             counts[i] -= 1
             over -= pools[i].slot_bytes
     return counts
-
-
-def cut_groups(
-    experts: Sequence[int], counts: Mapping[int, int], n_most: int, most: int
-) -> Iterator[list[int]]:
-    """Cut experts into groups of up to `n_most`, and in sum of counts up to `most` where a group
-    has several."""
-    group, total = list[int](), 0
-    for expert in experts:
-        if group and (len(group) == n_most or total + counts[expert] > most):
-            yield group
-            group, total = [], 0
-        group.append(expert)
-        total += counts[expert]
-    if group:
-        yield group
 
 
 class ExpertPool(Closing):

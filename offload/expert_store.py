@@ -3,10 +3,11 @@
 Answers `runtime.experts.ExpertPager`. All of it runs on the engine thread but the reads.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from edgeroute.offload import expert_stats
@@ -14,11 +15,13 @@ from edgeroute.offload.counters import LayerCount
 from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
 from edgeroute.offload.eviction_registry import make_policy
 from edgeroute.offload.expert_ahead import ExpertsAhead
-from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, cut_groups, share_slots
+from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
+from edgeroute.offload.expert_turns import TurnParams, Turns, cut_turns
 from edgeroute.offload.overlap_gate import OverlapGate
-from edgeroute.offload.policy_choice import better_policy, latest
+from edgeroute.offload.paging_log import PagingLog, writing
+from edgeroute.offload.policy_choice import MIN_GAIN, better_policy, latest
 from edgeroute.offload.prefetch import make_predictor
-from edgeroute.offload.prefetch_gate import GateParams, PrefetchGate
+from edgeroute.offload.prefetch_gate import WATCHED, GateParams, GateReport, PrefetchGate
 from edgeroute.offload.pressure import Pressure
 from edgeroute.offload.trace import TraceRecorder
 from edgeroute.offload.transfer import Ticket, Transfer
@@ -46,8 +49,10 @@ class ExpertParams:
     """How experts are kept: bytes for slots, the eviction policy, the predictor.
 
     `policy` "auto" begins with the default, or with what does not collapse below the LRU
-    cliff. `prefetch` names a predictor; it is on only while it pays, or always if `forced`.
-    `overlap` allows resident experts to be computed while others arrive, while that pays.
+    cliff. `prefetch` names a predictor; it is on only while it pays, or always if `forced`, or,
+    if `watched` as well, until it loses. A named policy that is watched gives way to one that
+    would have hit `WATCHED_GAIN` more. `overlap` allows resident experts to be computed while
+    others arrive, while that pays, or always with `overlap_forced`.
     """
 
     slots_bytes: int
@@ -56,6 +61,8 @@ class ExpertParams:
     prefetch: str = "gate"
     forced: bool = False
     overlap: bool = True
+    overlap_forced: bool = False
+    watched: bool = False
 
 
 class _Load(NamedTuple):
@@ -70,7 +77,9 @@ class _Load(NamedTuple):
     began: float
 
 
-DEFAULT_POLICY = "lfru"
+DEFAULT_POLICY, OFF_POLICY = "lfru", "lru"
+WATCHED_GAIN = 0.02
+"""Hit rate by which another policy must be better than the one that was asked for."""
 
 
 class ExpertStore(Closing):
@@ -111,22 +120,29 @@ class ExpertStore(Closing):
         self._tensors: dict[str, Tensor] = {}
         for pool in self.pools:
             self._tensors |= pool.tensors()
-        allowed = params.prefetch != "none" and self.cliff.fallback is None
-        gate = PrefetchGate(GateParams(step_budget_bytes=params.slots_bytes // 4), allowed)
-        self._ahead = ExpertsAhead(transfer, self._pool_of, predictor, gate, params.forced)
-        self.overlap = OverlapGate(allowed=params.overlap)
+        allowed = params.prefetch != "none" and (params.forced or self.cliff.fallback is None)
+        watched = params.forced and params.watched
+        how = replace(WATCHED if watched else GateParams(),
+                      step_budget_bytes=params.slots_bytes // 4)  # fmt: skip
+        gate = PrefetchGate(how, allowed, begin_on=watched)
+        forced = params.forced and not watched
+        self._ahead = ExpertsAhead(transfer, self._pool_of, predictor, gate, forced)
+        self.overlap = OverlapGate(allowed=params.overlap, forced=params.overlap_forced)
         self.overlapped_s = 0.0
         """Seconds in which experts were computed while others of their layer were read."""
         self._measured: float | None = None
-        self._chooses = params.policy == "auto" and self.cliff.fallback is None
+        self._chooses = params.policy == "auto" or (params.watched and params.policy != OFF_POLICY)
+        self._chooses = self._chooses and self.cliff.fallback is None
+        self._min_gain = MIN_GAIN if params.policy == "auto" else WATCHED_GAIN
         self._n_steps, self._next_choice = 0, FIRST_CHOICE
         self._loads: list[_Load] = []
         self._prefill = False
-        self._began = self._next_reading = 0.0
+        self._began = self._next_reading = self._stalled = 0.0
         self.stalled_s = 0.0
         """Seconds that passes over the model have waited for reads so far."""
         self.pressure = Pressure(self.slots_bytes)
         self.recorder: TraceRecorder | None = None
+        self._log: PagingLog | None = None  # where the recorder writes a file
 
     # weights
 
@@ -145,6 +161,7 @@ class ExpertStore(Closing):
         """Begin a pass: a token per sequence, or a ubatch of a prompt."""
         self._prefill = prefill
         self._began = time.perf_counter()
+        self._stalled = self.stalled_s
         if self._began >= self._next_reading:
             self._read_pressure()
         for pool in self.pools:
@@ -205,6 +222,8 @@ class ExpertStore(Closing):
         """Hold distinct experts of a layer group by group, resident ones first."""
         self._let_go()
         self._ahead.collect()
+        if self._log is not None:
+            self._log.turns_begin(most)
         waiting = deque(self._groups(il, counts, most))
         under_way: deque[_Load] = deque()
         while waiting or under_way:
@@ -217,6 +236,8 @@ class ExpertStore(Closing):
                 self._ahead.read_on(il + 1, 2 * GROUP_BYTES)
             yield Held([page % self._n_expert for page in load.pages], load.slots)
             self._release(load)
+        if self._log is not None:
+            self._log.turns_end()
 
     def end(self) -> None:
         """Let go of everything held, whatever has happened."""
@@ -225,13 +246,11 @@ class ExpertStore(Closing):
         self._ahead.end(prefill=self._prefill)
         if not self._prefill:
             self._n_steps += 1
-        if self.recorder is not None:
-            try:
-                self.recorder.end_step()
-            except OSError as error:
-                raise UsageError(
-                    f"cannot write the trace: {error.strerror}; make room, or run without a trace"
-                ) from error
+        if self._log is not None:
+            with writing():
+                self._log.end(time.perf_counter() - self._began, self.stalled_s - self._stalled)
+        elif self.recorder is not None:
+            self.recorder.end_step()
 
     def end_sequence(self) -> None:
         """An answer is complete: what follows may be about something else."""
@@ -253,11 +272,15 @@ class ExpertStore(Closing):
             table = pool.table
             layers = [layer.il for layer in pool.plan.layers]
             try:
-                better = better_policy(trace, table.n_slots, table.policy.name, layers)
+                better = better_policy(
+                    trace, table.n_slots, table.policy.name, layers, self._min_gain
+                )
             except CapacityError:  # several sequences at once, more than a replay can hold
                 continue
             if better is not None:
                 table.set_policy(make_policy(better, pool.shape, table.n_slots))
+                if self._log is not None:
+                    self._log.changed()
         self.policy = "+".join(sorted({pool.table.policy.name for pool in self.pools}))
 
     def close(self) -> None:
@@ -322,6 +345,8 @@ class ExpertStore(Closing):
                     pass
             for result in ticket.results:
                 (table.loaded if result.outcome == "ok" else table.failed)(result.id)
+                if result.outcome != "ok" and self._log is not None:
+                    self._log.broke()
         load.tickets.clear()
 
     def _release(self, load: _Load) -> None:
@@ -335,19 +360,12 @@ class ExpertStore(Closing):
 
     # prompts
 
-    def _groups(self, il: int, counts: Mapping[int, int], most: int) -> Iterator[list[int]]:
-        """Cut a layer's experts into groups: resident ones, those on their way, then the others
-        by place on disk."""
-        pool, first = self._pool_of[il], il * self._n_expert
-        here = [e for e in counts if pool.table.slot_of(first + e) is not None]
-        # What was read ahead is pinned first: unpinned, it would make room for what comes after.
-        absent = sorted(set(counts).difference(here))
-        absent.sort(key=lambda e: first + e not in self._ahead.coming)
-        n_slots = pool.table.n_slots
-        size = max(1, min(GROUP_BYTES // pool.plan.page_bytes, n_slots // (GROUPS_AHEAD + 2)))
-        room = max(1, n_slots - (GROUPS_AHEAD + 1) * size)
-        yield from cut_groups(here, counts, room, most)
-        yield from cut_groups(absent, counts, size, most)
+    def _groups(self, il: int, counts: Mapping[int, int], most: int) -> list[list[int]]:
+        """Cut a layer's experts into groups that slots can be had for."""
+        pool = self._pool_of[il]
+        turns = Turns(first=il * self._n_expert, page_bytes=pool.plan.page_bytes, counts=counts,
+                      most=most)  # fmt: skip
+        return cut_turns(pool.table, turns, _turn_params(), self._ahead.coming)
 
     def _fill_ahead(self, il: int, waiting: deque[list[int]], under_way: deque[_Load]) -> None:
         """Begin the loads of the next groups, as far as slots allow; of one group always."""
@@ -359,6 +377,31 @@ class ExpertStore(Closing):
                     return
                 raise
             waiting.popleft()
+
+    # the trace's file
+
+    def begin_log(self) -> None:
+        """Enter what the pools do into the recorder's file from now on."""
+        assert self.recorder is not None
+        self._log = PagingLog(self.recorder, self.pools, _turn_params())
+
+    def end_log(self) -> None:
+        """Enter what the pools have counted; a file that takes no more is whole without that."""
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # the step before has said so
+                self._log.count()
+            self._log = None
+
+    def mark(self, label: str) -> None:
+        """Enter into the trace's file that a sequence begins, of a domain `label`.
+
+        Raises:
+            UsageError: no file is recorded or can be written, or the label is too long.
+        """
+        if self.recorder is None:
+            raise UsageError("no trace is recorded here; open the Runtime with trace=FILE")
+        with writing():
+            self.recorder.mark(label)
 
     # size and statistics
 
@@ -383,7 +426,14 @@ class ExpertStore(Closing):
         plans = [pool.plan for pool in self.pools]
         least = self._n_used * sum(plan.slot_bytes for plan in plans)
         counts = share_slots(plans, max(slots_bytes, least), self._n_used)
-        return sum(pool.resize(n) for pool, n in zip(self.pools, counts, strict=True))
+        given = sum(pool.resize(n) for pool, n in zip(self.pools, counts, strict=True))
+        if self._log is not None:
+            self._log.changed()
+        return given
+
+    def prefetch_report(self) -> GateReport:
+        """Return what is known of prefetch: whether it is on, and why not."""
+        return self._ahead.gate.report()
 
     def spent(self) -> LayerCount:
         """Return what the experts cost so far, decode and prefill together."""
@@ -403,6 +453,10 @@ class ExpertStore(Closing):
             "warning": self.cliff.warning,
             **expert_stats.by_kind(self.pools),
         }
+
+
+def _turn_params() -> TurnParams:
+    return TurnParams(group_bytes=GROUP_BYTES, n_ahead=GROUPS_AHEAD)
 
 
 def check_tightest(pools: Sequence[PoolPlan], counts: Sequence[int], n_used: int) -> CliffReport:

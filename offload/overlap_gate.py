@@ -50,12 +50,16 @@ class _Kind:
 class OverlapGate:
     """Switches overlap on and off by what layers cost. Not thread-safe.
 
-    Ask `begin` for each layer that misses some experts, and tell `end` what it took.
+    Ask `begin` for each layer that misses some experts, and tell `end` what it took. `forced`
+    has it on whether it pays or not.
     """
 
-    def __init__(self, params: OverlapParams | None = None, allowed: bool = True) -> None:
+    def __init__(
+        self, params: OverlapParams | None = None, allowed: bool = True, *, forced: bool = False
+    ) -> None:
         self.params = params or OverlapParams()
         self.allowed = allowed
+        self._forced = allowed and forced
         self.on = allowed
         """What the latest trial decided."""
         self.gain_ratio: float | None = None
@@ -72,12 +76,16 @@ class OverlapGate:
         """The state as a word, for `stats`."""
         if not self.allowed:
             return "forbidden"
+        if self._forced:
+            return "forced"
         return "trial" if self._trying else "on" if self.on else "off"
 
     def begin(self, n_missing: int) -> bool:
         """Begin a layer; True where its resident experts are to be computed at once."""
         if not self.allowed:
             return False
+        if self._forced:
+            return True
         kind = min(n_missing, MOST_MISSES)
         on = self.on
         if self._trying:

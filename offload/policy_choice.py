@@ -25,7 +25,9 @@ def latest(trace: Trace) -> Trace | None:
     return Trace(meta=trace.meta, steps=tuple(steps[-wanted:]))
 
 
-def better_policy(trace: Trace, n_slots: int, current: str, layers: Collection[int]) -> str | None:
+def better_policy(
+    trace: Trace, n_slots: int, current: str, layers: Collection[int], min_gain: float = MIN_GAIN
+) -> str | None:
     """Name the policy that a pool should change to; None where that gains too little.
 
     Raises:
@@ -34,4 +36,4 @@ def better_policy(trace: Trace, n_slots: int, current: str, layers: Collection[i
     names = tuple(dict.fromkeys((current, *CANDIDATES)))
     choice = choose_policy(trace, n_slots, names, layers=layers)
     gain = choice.hit_ratios[choice.name] - choice.hit_ratios[current]
-    return choice.name if gain > MIN_GAIN else None
+    return choice.name if gain > min_gain else None

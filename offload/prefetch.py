@@ -3,6 +3,7 @@
 Whether prefetch pays at all is decided in `prefetch_gate`; a prediction moves no byte.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -213,6 +214,28 @@ class Eam(NoPredictor):
         return one if self._likeness.max() > likeness[nearest] else nearest
 
 
+class RandomGuess(NoPredictor):
+    """Experts of the next layer by chance: the control that a predictor must beat.
+
+    Forced, it reads for nothing; what watches prefetch must find that out.
+    """
+
+    name = "random"
+
+    def __init__(self, n_layer: int, n_expert: int) -> None:
+        super().__init__(n_layer, n_expert)
+        self._n_layer, self._n_expert = n_layer, n_expert
+        self._random = random.Random(0)
+
+    def predict(
+        self, layer: int, ids: Sequence[int], guess: Sequence[int] | None
+    ) -> Sequence[Guess]:
+        if layer + 1 >= self._n_layer:
+            return ()
+        first, n = (layer + 1) * self._n_expert, min(len(ids), self._n_expert, MAX_GUESSES)
+        return [Guess(first + e, 1.0) for e in self._random.sample(range(self._n_expert), n)]
+
+
 def _shares(counts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Normalise each layer's counts to sum 1; a layer without any stays 0."""
     totals: npt.NDArray[np.float32] = np.maximum(counts.sum(axis=1, keepdims=True), np.float32(1))
@@ -236,7 +259,7 @@ def check_size(n_layer: int, n_expert: int) -> None:
 
 
 PREDICTORS: dict[str, Callable[[int, int], Predictor]] = {
-    predictor.name: predictor for predictor in (NoPredictor, GateReuse, Eam, Frequency)
+    predictor.name: predictor for predictor in (NoPredictor, GateReuse, Eam, Frequency, RandomGuess)
 }
 
 

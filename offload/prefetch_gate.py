@@ -6,6 +6,7 @@ A pure state machine. The engine reports what each step cost; nothing here reads
 from dataclasses import dataclass
 from enum import Enum
 from statistics import median
+from typing import Final
 
 from edgeroute.runtime.errors import UsageError
 
@@ -22,6 +23,9 @@ class GateParams:
     to `max_wait_steps`; after a win as long as the latest wait, and a second win in a row
     waits longer too. A step's prefetches may take up to `step_budget_bytes`.
 
+    With `max_loss_ratio`, prefetch that is on when a trial begins need not win it: it stays on
+    while the median on-step costs at most (1 + `max_loss_ratio`) of the median off-step.
+
     Raises:
         UsageError: a value outside its range.
     """
@@ -36,6 +40,7 @@ class GateParams:
     wait_growth: float = 2.0
     max_wait_steps: int = 16384
     step_budget_bytes: int = 64 << 20
+    max_loss_ratio: float | None = None
 
     def __post_init__(self) -> None:
         good = (
@@ -47,6 +52,7 @@ class GateParams:
             and 1 <= self.first_wait_steps <= self.max_wait_steps
             and self.wait_growth >= 1
             and self.step_budget_bytes >= 0
+            and (self.max_loss_ratio is None or 0 <= self.max_loss_ratio < 1)
         )
         if not good:
             raise UsageError(f"prefetch gate settings contradict each other: {self}")
@@ -73,6 +79,16 @@ class GateReport:
     stall_off_s: float | None
     useful_ratio: float | None
     next_trial_steps: int
+    off_at_step: int | None = None
+    """The decode step at which it was last switched off; None if it never was."""
+    off_because: str = ""
+
+
+WATCHED: Final = GateParams(
+    window_steps=4, skip_steps=1, n_rounds=3, warmup_steps=16, max_loss_ratio=0.02
+)
+"""For prefetch that is on from the start, because somebody asked for it or a proof says so: it is
+tried within 40 steps, less than a minute at a token a second, and stays on unless it loses."""
 
 
 class _State(Enum):
@@ -85,13 +101,20 @@ class PrefetchGate:
     """Switches prefetch on and off by what steps cost. Not thread-safe.
 
     Call `begin_step`, prefetch only if it says so and `take` grants the bytes, then
-    `end_step`. `allowed=False` (slots below one token's cycle, say) keeps it off for good.
+    `end_step`. `allowed=False` (slots below one token's cycle, say) keeps it off for good;
+    `begin_on` has it on until it has lost a trial.
     """
 
-    def __init__(self, params: GateParams | None = None, allowed: bool = True) -> None:
+    def __init__(
+        self, params: GateParams | None = None, allowed: bool = True, *, begin_on: bool = False
+    ) -> None:
         self.params = params or GateParams()
         self.allowed = allowed
-        self._state = _State.OFF
+        self._state = _State.ON if begin_on else _State.OFF
+        self._was_on = False
+        self._n_steps = 0
+        self._off_at: int | None = None
+        self._off_because = ""
         self._until_trial = self.params.warmup_steps
         self._wait = self.params.first_wait_steps
         self._n_trials = self._n_wins = 0
@@ -129,6 +152,7 @@ class PrefetchGate:
 
     def end_step(self, cost: StepCost) -> None:
         """Enter what the step cost."""
+        self._n_steps += 1
         if self._state is _State.TRIAL:
             self._end_trial_step(cost)
             return
@@ -137,7 +161,12 @@ class PrefetchGate:
             self._watch(cost)
 
     def _watch(self, cost: StepCost) -> None:
-        """Off at once where a window's prefetches were mostly in vain."""
+        """Off at once where a window's prefetches were mostly in vain.
+
+        Not in the first steps: a predictor that learns knows nothing yet.
+        """
+        if self._n_steps <= self.params.warmup_steps:
+            return
         self._prefetched += cost.prefetched_bytes
         self._useful += cost.useful_bytes
         self._position += 1
@@ -145,13 +174,27 @@ class PrefetchGate:
             return
         if self._is_wasteful():
             self._state = _State.OFF
+            self._note_off(was_on=True)
             self._back_off()
         self._position = self._prefetched = self._useful = 0
+
+    def _note_off(self, *, was_on: bool) -> None:
+        """Remember why what was on is off now."""
+        if not was_on:
+            return
+        self._off_at = self._n_steps
+        if self._is_wasteful():
+            share = self._useful / self._prefetched
+            self._off_because = f"only {share:.0%} of the bytes it read ahead were asked for"
+        elif self._latest is not None:
+            on, off, _ = self._latest
+            self._off_because = f"tokens took {1e3 * on:.3g} ms with it and {1e3 * off:.3g} without"
 
     def _is_wasteful(self) -> bool:
         return self._useful < self.params.min_useful_ratio * self._prefetched
 
     def _begin_trial(self) -> None:
+        self._was_on = self._state is _State.ON
         self._state = _State.TRIAL
         self._n_trials += 1
         self._costs = {False: [], True: []}
@@ -173,10 +216,15 @@ class PrefetchGate:
         on, off = median(self._costs[True]), median(self._costs[False])
         useful = self._useful / self._prefetched if self._prefetched else None
         self._latest = (on, off, useful)
-        won = on < off * (1 - self.params.min_gain_ratio) and useful is not None
+        if self._was_on and self.params.max_loss_ratio is not None:
+            won = on <= off * (1 + self.params.max_loss_ratio)
+        else:
+            won = on < off * (1 - self.params.min_gain_ratio) and useful is not None
         won = won and not self._is_wasteful()
         if won:
             self._n_wins += 1
+        else:
+            self._note_off(was_on=self._was_on)
         self._state = _State.ON if won else _State.OFF
         self._back_off()
         self._position = self._prefetched = self._useful = 0
@@ -198,4 +246,6 @@ class PrefetchGate:
             stall_off_s=off,
             useful_ratio=useful,
             next_trial_steps=max(0, self._until_trial),
+            off_at_step=self._off_at,
+            off_because=self._off_because,
         )

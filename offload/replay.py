@@ -1,7 +1,8 @@
-"""A recorded trace through any policy, slot count and predictor, by the live page table.
+"""A recorded trace through any policy, slot count and predictor.
 
-The page table is the engine's own, so the counters of a replay equal those of a live run
-with the same steps, slots and policy and with prefetch off.
+The policies are the engine's own, and `ReplayTable` counts as its page table does, so the
+counters of a replay equal those of a live run with the same steps, slots and policy, with
+prefetch off and each layer's experts held at once. `replay_live` compares with a run itself.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -11,9 +12,9 @@ from edgeroute.offload.counters import CounterSnapshot
 from edgeroute.offload.eviction import EvictionPolicy, PolicyParams, PoolShape
 from edgeroute.offload.eviction_oracle import Belady
 from edgeroute.offload.eviction_registry import POLICIES, make_policy
-from edgeroute.offload.page_table import PageTable
 from edgeroute.offload.prefetch import Predictor
-from edgeroute.offload.trace import Trace, TraceError, pages_of
+from edgeroute.offload.replay_table import ReplayTable
+from edgeroute.offload.trace_records import Trace, TraceError, pages_of
 from edgeroute.runtime.errors import UsageError
 
 BELADY = "belady"
@@ -56,17 +57,24 @@ Steps = list[tuple[bool, list[list[int]]]]
 def steps_of(trace: Trace, layers: Collection[int] | None = None) -> Steps:
     """What a trace, or some of its layers, asks of a page table."""
     n_expert = trace.meta.n_expert
-    return [
-        (
-            step.prefill,
-            [
-                pages_of(layer, ids.tolist(), n_expert)
-                for layer, ids in step.parts()
-                if layers is None or layer in layers
-            ],
-        )
-        for step in trace.steps
-    ]
+    # Numbers that all requests share: a long trace asks for few pages many times.
+    numbers = list(range(n_expert * (trace.meta.layers[-1] + 1)))
+    page_of = {
+        layer: numbers[layer * n_expert : (layer + 1) * n_expert].__getitem__
+        for layer in trace.meta.layers
+        if layers is None or layer in layers
+    }
+    found: Steps = []
+    for step in trace.steps:
+        experts, at, wanted = step.flat.tolist(), 0, []
+        for layer, size in zip(step.layers, step.sizes, strict=True):
+            page = page_of.get(layer)
+            if page is not None:
+                # As `pages_of`, which is the rule.
+                wanted.append(list(dict.fromkeys(map(page, experts[at : at + size]))))
+            at += size
+        found.append((step.prefill, wanted))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +91,7 @@ class _Pool:
             chosen = Belady(self.shape, future)
         else:
             chosen = make_policy(policy, self.shape, n_slots, params)
-        table = PageTable(n_slots, chosen, self.shape)
+        table = ReplayTable(n_slots, chosen, self.shape)
         run_steps(table, self.steps)
         return ReplayResult(
             policy=policy,
@@ -100,7 +108,7 @@ def replay(
     params: PolicyParams = _DEFAULT,
     layers: Collection[int] | None = None,
 ) -> ReplayResult:
-    """Run a trace through one pool's page table, each page arriving at once.
+    """Run a trace through one pool, each page arriving at once.
 
     Args:
         policy: a registered name, or `belady` for the optimum.
@@ -115,15 +123,11 @@ def replay(
     return pool.run(policy, n_slots, params)
 
 
-def run_steps(table: PageTable, steps: Steps) -> None:
-    """Lease, load and release the pages of each (prefill, pages per layer)."""
-    acquire, release, loaded = table.acquire, table.release, table.loaded
+def run_steps(table: ReplayTable, steps: Steps) -> None:
+    """Ask for the pages of each (prefill, pages per layer)."""
+    run_step = table.run_step
     for prefill, wanted in steps:
-        table.begin_step(prefill)
-        for pages in wanted:
-            for page in acquire(pages)[1]:
-                loaded(page.page)
-            release(pages)
+        run_step(prefill, wanted)
 
 
 def count_uses(trace: Trace) -> dict[int, int]:

@@ -16,7 +16,7 @@ the demand with a trained encoder and learns nothing afterwards.
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -38,7 +38,7 @@ _MAX_WORDS: Final = 2048
 _MOST: Final = 64
 """Marks of one kind beyond which more of them change nothing."""
 
-Why = Literal["cheapest capable", "least shortfall"]
+Why = Literal["cheapest capable", "least shortfall", "most worth"]
 
 _WORDS: Final = re.compile(r"\w+")
 _MARKS: Final[tuple[tuple[str, float, str], ...]] = (
@@ -150,6 +150,7 @@ class Candidate:
         stated: its shortfall by its profile, 0 to 1.
         learned: reward by which it did better than its profile on such queries, -1 to 1.
         trust: reward it is given on trust beside that, 0 or more.
+        energy: joules per token of its answer, against those of the dearest, 0 to 1.
     """
 
     name: str
@@ -157,11 +158,16 @@ class Candidate:
     stated: float
     learned: float = 0.0
     trust: float = 0.0
+    energy: float = 0.0
 
     @property
     def shortfall(self) -> float:
         """What it lacks, as far as is known, 0 to 1."""
         return min(1.0, max(0.0, self.stated - self.learned - self.trust))
+
+    def worth(self, weight: float) -> float:
+        """What its answer is worth, 0 to 1, where energy weighs `weight` and accuracy the rest."""
+        return (1.0 - weight) * (1.0 - self.shortfall) + weight * (1.0 - self.energy)
 
 
 def rank(candidates: Sequence[Candidate], tolerance: float) -> tuple[tuple[Candidate, Why], ...]:
@@ -187,3 +193,31 @@ def rank(candidates: Sequence[Candidate], tolerance: float) -> tuple[tuple[Candi
     others.sort(key=order)
     first: list[tuple[Candidate, Why]] = [(each, "cheapest capable") for each in capable]
     return (*first, *((each, "least shortfall") for each in others))
+
+
+def rank_by_worth(
+    candidates: Sequence[Candidate], weight: float
+) -> tuple[tuple[Candidate, Why], ...]:
+    """Order models by what their answers are worth in accuracy and energy, the best first.
+
+    Args:
+        candidates: with their energies, see `relative`.
+        weight: of energy, above 0 to 1; of 0, `rank` knows more.
+
+    Raises:
+        ValueError: there is no candidate, which is a bug of the caller's.
+
+    Source: GreenServ's reward, (1 - w) accuracy + w (1 - energy per token). Departures: energy is
+    taken against the dearest model's instead of between least and most, so that two that cost
+    nearly the same count so; and it is learned apart from accuracy, from every answer.
+    """
+    if not candidates:
+        raise ValueError("a pool without models ranks nothing")
+    found = sorted(candidates, key=lambda each: (-each.worth(weight), each.price, each.name))
+    return tuple((each, "most worth") for each in found)
+
+
+def relative(joules: Mapping[str, float]) -> dict[str, float]:
+    """Set energies against the greatest of them, 0 to 1."""
+    most = max(joules.values(), default=0.0)
+    return {name: each / most if most > 0 else 0.0 for name, each in joules.items()}

@@ -29,6 +29,9 @@ FADE: Final = 0.25
 """What a source's past counts for when it is left: it may be another one when tried again."""
 PLAIN_FIRST: Final = 3
 """Plain passes that are measured before anything is tried; the first is often a slow one."""
+WATCH_FROM, WATCH_ROUNDS, GAIN_WATCHED = 24, 16, 0.98
+"""Passes after which a watched source is compared with plain ones; drafts that this takes; the
+speed over plain passes below which it is left."""
 FORCED_FIRST: Final = 4
 """Tokens of a forced draft before anything is measured."""
 DRAFT_GUESS: Final = 0.1
@@ -157,12 +160,17 @@ class Speculator:
     Args:
         longest: most tokens of a draft.
         forced: draft always, whatever it costs; the best length is still chosen.
+        watched: of a forced one: until its drafts have lost time; then as if it were not forced.
     """
 
-    def __init__(self, longest: int, *, forced: bool = False) -> None:
+    def __init__(self, longest: int, *, forced: bool = False, watched: bool = False) -> None:
         self._lengths = tuple(n for n in LENGTHS if n <= longest)
         self._longest = longest
         self._forced = forced
+        self._watched = forced and watched
+        self.left_because = ""
+        """Why drafts that were on are not any more; empty if they never were left."""
+        self.left_at_pass = 0
         self._pass_s = Line()
         self._plain: deque[float] = deque(maxlen=N_PLAIN)
         self._sources: dict[str, _Source] = {}
@@ -203,13 +211,13 @@ class Speculator:
                     source.trial, source.next_trial = TRIAL_ROUNDS, 0
                 if source.trial > 0 and (source.rounds or plain_s / token_s >= GAIN_ON):
                     return choice  # nothing is tried that would lose even if it went well
-                if not self._pays(source, plain_s / token_s):
+                if not self._pays(name, plain_s / token_s):
                     continue
             elif plain_s is None and not self._forced:
                 continue
             if choice.n_tokens and token_s < best_s:
                 best, best_s = choice, token_s
-        if self._forced:
+        if self._forced and not (self._watched and self._n_passes >= WATCH_FROM):
             return best
         return PLAIN if self._n_passes >= self._next_control else best
 
@@ -223,7 +231,8 @@ class Speculator:
             self._plain.append(seconds)
             usual = statistics.median(self._plain)
             unlike = max(seconds, usual) > UNLIKE * min(seconds, usual)
-            self._next_control = self._n_passes + (CONTROL_SOON if unlike else CONTROL_EVERY)
+            soon = unlike or len(self._plain) < PLAIN_FIRST
+            self._next_control = self._n_passes + (CONTROL_SOON if soon else CONTROL_EVERY)
         self._pass_s.observe(n_tokens, seconds)
         guess, each_s = self._pass_s.slope_guess, computing_s / n_tokens
         self._pass_s.slope_guess = guess + (each_s - guess) / min(self._n_passes, Line.MEMORY)
@@ -241,7 +250,9 @@ class Speculator:
         source.rounds += 1
         source.drafted += drafted
         source.accepted += accepted
-        if source.trial:
+        if self._forced:
+            self._watch(name, source)
+        elif source.trial:
             source.trial -= 1
             if not source.trial:
                 self._end_trial(name, source)
@@ -259,6 +270,20 @@ class Speculator:
             found[name] = {"drafted": source.drafted, "accepted": source.accepted,
                            "passes": source.rounds, "on": source.on, "gain": gain}  # fmt: skip
         return found
+
+    def _watch(self, name: str, source: _Source) -> None:
+        """Force no more what has lost time over enough drafts, against plain passes measured."""
+        if not self._watched or source.n_recent < WATCH_ROUNDS or len(self._plain) < PLAIN_FIRST:
+            return
+        gain = statistics.median(self._plain) * source.tokens / source.seconds
+        if gain < GAIN_WATCHED:
+            self._forced = False
+            self._note_left(name, gain)
+            self._leave(source)
+
+    def _note_left(self, name: str, gain: float) -> None:
+        self.left_because = f"drafts by {name} made {gain:.2f} times the speed of plain passes"
+        self.left_at_pass = self._n_passes
 
     def _source(self, name: str) -> _Source:
         source = self._sources.get(name)
@@ -288,12 +313,14 @@ class Speculator:
     def _due(self, source: _Source) -> bool:
         return bool(source.next_trial) and not source.on and self._n_passes >= source.next_trial
 
-    def _pays(self, source: _Source, gain: float) -> bool:
+    def _pays(self, source_name: str, gain: float) -> bool:
         """Tell whether a source that is not on trial should draft, by estimate and by result."""
+        source = self._source(source_name)
         realised_s, plain_s = source.realised_s, self.plain_s
         if source.on and realised_s and plain_s is not None:
             gain = min(gain, plain_s / realised_s)
         if source.on and gain < GAIN_OFF:
+            self._note_left(source_name, gain)
             self._leave(source)
         return source.on
 

@@ -13,6 +13,7 @@ _EPILOG = """\b
 Examples:
   edgeroute doctor
   edgeroute doctor --no-measure
+  edgeroute doctor --device orin-nano-8gb-super
   edgeroute doctor --json
 """
 _CACHE_NOTES = {
@@ -29,17 +30,29 @@ _CACHE_NOTES = {
     show_default=True,
     help="Measure disk and memory bandwidth (a few seconds, at most 256 MiB read).",
 )
+@click.option(
+    "--device",
+    metavar="NAME",
+    help="Compare with this device's profile (or FILE.toml), not with that of the board here.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.pass_context
-def command(ctx: click.Context, /, measure: bool, as_json: bool) -> None:
+def command(ctx: click.Context, /, measure: bool, device: str | None, as_json: bool) -> None:
     """Measure this machine, check the ggml build, and say what is missing.
 
-    Whatever could not be found out is shown as failed, with its reason. Ends with code 3
-    when ggml cannot be used here, so that no model would run.
+    Compares what was measured with earlier runs here and with the profile of such a device, and
+    names what is throttled. Whatever could not be found out is shown as failed, with its reason.
+    Ends with code 3 when ggml cannot be used here, so that no model would run.
     """
+    from edgeroute.commands.doctor_compare import compare
     from edgeroute.commands.doctor_facts import gather
+    from edgeroute.runtime.board import board
+    from edgeroute.tools.forecast.devices import find_device
 
+    profile = None if device is None else find_device(device)
+    before = board()
     facts = gather(measured=measure)
+    facts |= compare(facts, (before, board()), profile)
     if as_json:
         click.echo(json.dumps(facts))
     else:
@@ -58,10 +71,27 @@ def _print(facts: dict[str, Any]) -> None:
         *_section(facts, "memory_bandwidth", _memory_bandwidth),
         *_section(facts, "disk_bandwidth", _disk_bandwidth),
     ])  # fmt: skip
+    show("Compared", _compared(facts))
     show("ggml", [*_section(facts, "ggml", _ggml), *_section(facts, "build", _build)])
     show("Models", _section(facts, "models", _models))
     rows = [(each["what"], f"{each['why']}\n{each['command']}") for each in facts["missing"]]
     show("Missing", _plain_lines(rows) or [("nothing", "")])
+
+
+def _compared(facts: dict[str, Any]) -> list[Row]:
+    """What is throttled, each with its remedy; or that nothing is."""
+    found, about = facts["findings"], facts["comparison"]
+    board = facts["board"]
+    mode = f", power mode {board['power_mode']}" if board["power_mode"] else ""
+    rows = [("board", f"{board['model']} ({board['kind']}{mode})")]
+    if about["device"]:
+        rows.append(("profile", about["device"]))
+    rows += _plain_lines([(each["what"], f"{each['why']}\n{each['remedy']}") for each in found])
+    if not found:
+        n_known = sum(each["ratio"] is not None for each in about["figures"].values())
+        earlier = f"{n_known} figures are as usual" if n_known else "no earlier figures yet"
+        rows.append(("throttled", f"nothing is known to be ({earlier})"))
+    return rows
 
 
 def _plain_lines(rows: list[Row]) -> list[Row]:

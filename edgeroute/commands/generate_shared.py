@@ -11,6 +11,7 @@ import click
 
 from edgeroute.commands.answer_writer import StepWriter, writer
 from edgeroute.commands.steps_part import steps_part
+from edgeroute.lever_guard import switched_off
 from edgeroute.runtime.units import format_bytes
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ _RUNTIME_OPTIONS = (
                  "where --adapter is given, the library of `edgeroute adapters`."),
     click.option("--depth", metavar="PLAN", help="Leave out what a plan of `edgeroute calibrate` "
                  "names; auto takes the fastest that is nearly lossless.  [default: full]"),
+    click.option("--levers", metavar="WHICH", help="proven: what `edgeroute bench levers` proved, "
+                 "and what loses is switched off; asked: as the other options say; off: none.  "
+                 "[default: proven]"),
 )  # fmt: skip
 _ANSWER_OPTIONS = (
     click.option("--model", "-m", metavar="NAME", help="Catalogue name, hf:owner/repo/file.gguf, "
@@ -79,7 +83,7 @@ _SAMPLING_OPTIONS = (
 SETTINGS = (
     *("memory", "threads", "n_ctx", "kv_type", "device"),
     *("policy", "prefetch", "trace", "adapters", "depth", "speculate", "small", "steps"),
-    "remote",
+    *("remote", "levers"),
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 
@@ -234,6 +238,8 @@ def listen(
             try:
                 for chunk in stream:
                     _take(answer, chunk, write)
+                if lost := switched_off(cast("dict[str, Any]", runtime.stats()["levers"])):
+                    answer.stats["switched_off"] = lost
                 return answer
             except KeyboardInterrupt:
                 stream.cancel()  # what was produced still comes, with its statistics
@@ -267,6 +273,8 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
     parts.append(_prompt_part(stats))
     memory = f"memory {format_bytes(stats['memory_bytes'])} of {format_bytes(budget_bytes)}"
     parts += [memory, f"{stats['threads']} thread{'' if stats['threads'] == 1 else 's'}"]
+    if (energy := stats.get("energy")) and energy["joules_per_token"] is not None:
+        parts.append(_energy_part(energy))
     if experts := stats.get("experts"):
         parts.append(_experts_part(experts))
     if layers := stats.get("layers"):
@@ -283,11 +291,17 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
         parts.append(steps_part(steps))
     if session := stats.get("session"):
         parts.append(_session_part(session))
+    parts += stats.get("switched_off", ())
     ends = {"length": "ended at --max-tokens or --n-ctx", "cancelled": "stopped",
             "timeout": "ended by --timeout"}  # fmt: skip
     if answer.finish_reason in ends:
         parts.append(ends[answer.finish_reason])
     return f"[{'; '.join(parts)}]"
+
+
+def _energy_part(energy: dict[str, Any]) -> str:
+    how = "estimated" if energy["estimated"] else f"by {energy['source']}"
+    return f"{energy['joules_per_token']:.2g} J/token, {how}"
 
 
 def _experts_part(experts: dict[str, Any]) -> str:

@@ -3,19 +3,15 @@
 import contextlib
 import dataclasses
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgeroute.commands.plan_layers import Streaming, plan_streaming
 from edgeroute.config import RunParams
 from edgeroute.loaded import MemoryPlan, budget_bytes, kv_shape, plan_memory
 from edgeroute.models.base import Hparams, Model, MoeHparams
 from edgeroute.models.registry import describe
-from edgeroute.offload.disk import DiskFile
-from edgeroute.offload.disk_profile import profile
 from edgeroute.offload.eviction_cliff import CliffReport
 from edgeroute.offload.expert_pool import PoolPlan, share_slots
 from edgeroute.offload.expert_store import DEFAULT_POLICY, check_tightest
@@ -23,31 +19,25 @@ from edgeroute.paging import VOCABULARY_RATIO, MoeSource, moe_source, plan_paged
 from edgeroute.paging_layers import LayerSource
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import CELL_BUCKET, round_cells
 from edgeroute.runtime.weights import ResidentWeights, TensorSpec
-from edgeroute.tools.bench.experts_ceiling import Ceiling
-from edgeroute.tools.measure import disk_read_bandwidth, memory_bandwidth
-
-HIT_RATIOS = (0.5, 0.7, 0.9)
-"""What speed is forecast for, beside the hits that routing without any locality has."""
 
 _MIN_N_CTX, _MAX_N_CTX = 32, 1 << 20
 """What RunParams allows."""
 _NO_LIMIT = 1 << 62
-_DISK_BYTES = 128 << 20
+PROGRAM_BYTES = 64 << 20
+"""What an engine finds of itself when it opens a model: 56 to 68 MiB, measured on Linux."""
 _ENGINE_BYTES = 16 << 20
-"""What the engine has loaded, and this command has not, when it looks at its own size."""
+"""What it may have beyond that, as in a program that has more than edgeroute in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paging:
     """What a model takes whose experts are paged, whatever the budget. Bytes.
 
-    `fixed` are the ledger's entries of all but the slots, with this program as it is now. An
-    engine looks at itself later, with more modules loaded and some of the vocabulary read:
-    that is allowed for, so slots are rather more than planned than fewer.
+    `fixed` are the ledger's entries of all but the slots. An engine looks at its own size when it
+    opens a model; something is allowed for that, so slots are rather more than planned than fewer.
     """
 
     fixed: Mapping[str, int]
@@ -178,8 +168,21 @@ def plan_model(path: Path, params: RunParams) -> ModelPlan:
         ModelFileError, UnsupportedModelError: the file cannot be used.
         UsageError: the device does not exist.
     """
+    with GGUFFile.open(path) as file:
+        return plan_file(file, params)
+
+
+def plan_file(file: GGUFFile, params: RunParams) -> ModelPlan:
+    """Plan a model's memory by its header, which may be all that is here of the file.
+
+    The same header and settings give the same plan, wherever the header is from, as long as a
+    budget is given.
+
+    Raises:
+        ModelFileError, UnsupportedModelError: the file cannot be used.
+        UsageError: the device does not exist.
+    """
     with contextlib.ExitStack() as own:
-        file = own.enter_context(GGUFFile.open(path))
         model = describe(file)
         device = own.enter_context(Device.open(params.device))
         weights = ResidentWeights(file, device, model.specs(), repack_experts=params.repack_experts)
@@ -187,7 +190,9 @@ def plan_model(path: Path, params: RunParams) -> ModelPlan:
         if model.hparams.moe is None:
             plan = _plan(file, model, weights, (params, None, weights))
             return plan if plan.is_resident else _streamed(plan, file, device)
-        source = moe_source(file, device, model, params)
+        source = dataclasses.replace(
+            moe_source(file, device, model, params), program_bytes=PROGRAM_BYTES
+        )
         base = source.other_weights()
         own.callback(base.close)
         return _plan(file, model, weights, (params, _paging(source, base), base))
@@ -225,7 +230,8 @@ def _plan(
 def _streamed(plan: ModelPlan, file: GGUFFile, device: Device) -> ModelPlan:
     """Plan a dense model that does not fit with layers streamed, where that takes less."""
     params, model = plan.params, describe(file)
-    source = LayerSource(file=file, device=device, model=model, params=params)
+    source = LayerSource(file=file, device=device, model=model, params=params,
+                         program_bytes=PROGRAM_BYTES)  # fmt: skip
     allowance = _ENGINE_BYTES + VOCABULARY_RATIO * file.data_offset
     streaming = plan_streaming(source, plan.budget_bytes, allowance)
     if not streaming.helps(plan.memory):
@@ -305,77 +311,3 @@ def _is_per_expert(spec: TensorSpec, moe: MoeHparams) -> bool:
     """Whether a tensor has a slice, or a row of biases, for each expert."""
     rows = spec.use == "elementwise" and len(spec.ne) == 2 and spec.ne[1] == moe.n_expert
     return rows or spec.use == "mul_mat_id"
-
-
-def predict(plan: ModelPlan) -> dict[str, Any]:
-    """Measure bandwidths and divide: upper bounds of decode speed.
-
-    Arithmetic, a cold page cache and other programs only make it slower. It holds for
-    weights larger than the processor's caches.
-    """
-    threads = plan.params.threads or machine.usable_cores()
-    bandwidth = memory_bandwidth(threads).read_bytes_s
-    found: dict[str, Any] = {
-        "bandwidth_bytes_s": round(bandwidth),
-        "threads": threads,
-        "ceiling_tok_s": round(bandwidth / plan.read_bytes(0), 2),
-        "ceiling_tok_s_full_context": round(bandwidth / plan.read_bytes(plan.params.n_ctx), 2),
-    }
-    if plan.slots is not None:
-        found |= _predict_paged(plan, plan.read_bytes(0) / bandwidth)
-    elif plan.streaming is not None and plan.streaming.fits:
-        found |= _predict_streamed(plan, plan.streaming, plan.read_bytes(0) / bandwidth)
-    return found
-
-
-def _predict_streamed(plan: ModelPlan, streaming: Streaming, resident_s: float) -> dict[str, Any]:
-    """Add the reads of streamed layers to the seconds that a token takes without."""
-    try:
-        disk = _disk(plan)
-    except (EdgerouteError, OSError) as error:
-        return {"disk": {"error": str(error)}, "streamed": None}
-    ceiling = Ceiling(moved_bytes=streaming.token_bytes, store_bytes_s=disk["bytes_s"],
-                      resident_s=resident_s)  # fmt: skip
-    return {"disk": disk, "streamed": {
-        "read_bytes": streaming.token_bytes,
-        "serial_ceiling_tok_s": round(1 / ceiling.serial_s, 2),
-        "overlapped_ceiling_tok_s": round(1 / ceiling.overlapped_s, 2),
-    }}  # fmt: skip
-
-
-def _predict_paged(plan: ModelPlan, resident_s: float) -> dict[str, Any]:
-    """Add the reads of missing experts to the seconds that a token takes with none missing."""
-    paging, slots = plan.paging, plan.slots
-    assert paging is not None and slots is not None
-    try:
-        disk = _disk(plan)
-    except (EdgerouteError, OSError) as error:
-        return {"disk": {"error": str(error)}, "paged": []}
-    uniform = slots.n_slots / paging.n_pages
-    found = []
-    for ratio, routing in [*((ratio, "any") for ratio in HIT_RATIOS), (uniform, "uniform")]:
-        ceiling = Ceiling(
-            moved_bytes=(1 - ratio) * paging.token_bytes, store_bytes_s=disk["bytes_s"],
-            resident_s=resident_s,
-        )  # fmt: skip
-        found.append({
-            "routing": routing,
-            "hit_ratio": round(ratio, 4),
-            "miss_bytes": round(ceiling.moved_bytes),
-            "serial_ceiling_tok_s": round(1 / ceiling.serial_s, 2),
-            "overlapped_ceiling_tok_s": round(1 / ceiling.overlapped_s, 2),
-        })  # fmt: skip
-    return {"disk": disk, "paged": found}
-
-
-def _disk(plan: ModelPlan) -> dict[str, Any]:
-    """Read a part of the model file that the last measurement hardly read too."""
-    n_threads = plan.params.io_threads
-    if n_threads is None:
-        with DiskFile.open(plan.path) as disk:
-            n_threads = profile(disk).n_threads
-    room = max(0.0, 1 - _DISK_BYTES / plan.path.stat().st_size)
-    found = disk_read_bandwidth(
-        plan.path, queue_depth=n_threads, max_bytes=_DISK_BYTES, start=random.random() * room
-    )
-    return dataclasses.asdict(found)

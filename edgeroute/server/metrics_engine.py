@@ -178,6 +178,15 @@ FIGURES: Final = (
     _one("edgeroute_session_restored_tokens", "counter",
          "Tokens of prompts that were read from disk instead of computed.",
          "sessions", "restored_tokens"),
+    # energy
+    Figure("edgeroute_energy_joules", "counter",
+           "Joules spent while answering, by what told them; estimated: a model stands in for a "
+           "counter. A counter of the machine has what other programs used meanwhile, too.",
+           (Place(("energy", "measured", "*"), (("estimated", "false"),), "source"),
+            Place(("energy", "modelled", "*"), (("estimated", "true"),), "source"))),
+    _one("edgeroute_energy_joules_per_token", "gauge",
+         "Joules per token of the answers that were finished since the model was opened, their "
+         "prompts included.", "energy", "joules_per_token"),
     # drafts
     _several("edgeroute_draft_tokens", "counter",
              "Tokens that were drafted, and those of them that the model accepted.",

@@ -12,14 +12,38 @@ from click.testing import CliRunner, Result
 import edgeroute
 from edgeroute import paging, paging_layers
 from edgeroute.cli import cli
-from edgeroute.commands import doctor_facts, doctor_table, plan_model
+from edgeroute.commands import doctor_facts, doctor_table, plan_forecast, plan_model
 from edgeroute.config import RunParams
+from edgeroute.offload.eviction_cliff import CycleShape, cyclic_trace
+from edgeroute.offload.trace import TraceWriter
 from edgeroute.runtime import machine
 from edgeroute.runtime.errors import LibraryError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.units import MIB
 from edgeroute.tools import measure, synth
+from edgeroute.tools.forecast.records import Speeds, StoragePoint
 from edgeroute.tools.synth import make
+
+SPEEDS = Speeds(
+    name="this machine", memory_bytes=8 << 30, available_bytes=6 << 30,
+    weight_bytes_s={"F32": 4e9}, prefill_flops_s={"F32": 5e10}, kv_bytes_s=4e9, graph_s=0.0,
+    layer_s=1e-5, paged_layer_s=1e-5,
+    storage=(StoragePoint(read_bytes=1 << 20, depth=1, bytes_s=1e8),), threads=2,
+    origins={"weight_bytes_s": "measured"},
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def known_speeds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """No plan measures this machine; what it would have measured is noted."""
+    asked: list[Any] = []
+
+    def calibrate(threads: int | None, params: Any, progress: Any) -> Speeds:
+        asked.append(params)
+        return SPEEDS
+
+    monkeypatch.setattr(plan_forecast, "calibrate", calibrate)
+    return asked
 
 
 def run(*arguments: str) -> Result:
@@ -67,10 +91,14 @@ def test_a_token_reads_all_weights_but_one_row_of_the_embedding(tiny_path: Path)
     table = 4 * found["n_vocab"] * found["n_embd"]
     total = sum(found["type_bytes"].values())
     assert found["weight_read_bytes"] == total - table + 4 * found["n_embd"]
-    decode = found["decode"]
-    assert decode["ceiling_tok_s"] > decode["ceiling_tok_s_full_context"] > 0
-    speed = decode["bandwidth_bytes_s"] / found["weight_read_bytes"]
-    assert decode["ceiling_tok_s"] == pytest.approx(speed, rel=0.01)
+    forecast = found["forecast"]
+    weights_s, overhead_s = found["weight_read_bytes"] / 4e9, 1e-5 * found["n_layer"]
+    parts = forecast["parts"]
+    assert parts["dense"] + parts["head"] == pytest.approx(weights_s, rel=0.01)
+    assert parts["layers"] == pytest.approx(overhead_s)
+    tok_s = forecast["decode_tok_s"]
+    assert tok_s["likely"] == pytest.approx(1 / sum(parts.values()), rel=1e-3)
+    assert 0 < tok_s["low"] < tok_s["likely"] < tok_s["high"]
 
 
 def test_a_refusal_names_the_budget_and_the_context_that_would_do(tiny_path: Path) -> None:
@@ -155,6 +183,7 @@ def slim(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test runner's own memory, which is larger than the model, counts as nothing."""
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     monkeypatch.setattr(paging, "psutil", SimpleNamespace(Process=lambda: process))
+    monkeypatch.setattr(plan_model, "PROGRAM_BYTES", 0)
 
 
 def plan_moe(path: Path, memory: int, *options: str, code: int = 0) -> dict[str, Any]:
@@ -170,7 +199,7 @@ def budgets(path: Path) -> tuple[int, int]:
 def test_a_mixture_that_fits_is_not_paged(moe_path: Path) -> None:
     found = plan_moe(moe_path, 1 << 30)
     assert (found["verdict"], found["fits"], found["slots"]) == ("FITS", True, None)
-    assert found["experts"]["n_pages"] == N_PAGES and "paged" not in found["decode"]
+    assert found["experts"]["n_pages"] == N_PAGES and found["forecast"]["hit_ratio"] is None
     assert found["total_bytes"] == found["resident_bytes"]
     # A token reads few of the experts, and one row of the embeddings.
     weights = sum(found["type_bytes"].values())
@@ -181,7 +210,7 @@ def test_a_mixture_that_fits_is_not_paged(moe_path: Path) -> None:
 def test_a_mixture_that_does_not_fit_is_paged(moe_path: Path, slim: None) -> None:
     smallest, useful = budgets(moe_path)
     found = plan_moe(moe_path, useful + 10 * MIB)
-    assert (found["verdict"], found["fits"]) == ("PAGED", True)
+    assert (found["verdict"], found["pages"], found["fits"]) == ("PAGES", "experts", True)
     assert found["total_bytes"] == sum(found["parts"].values()) <= found["budget_bytes"]
     assert found["resident_bytes"] > found["budget_bytes"]
     slots = found["slots"]
@@ -213,7 +242,7 @@ def test_below_the_cliff_another_policy_is_named(moe_path: Path, slim: None) -> 
     assert (given["policy"], given["prefetch"]) == ("lru", "eam")
     text = run("plan", str(moe_path), *SMALL, "--memory", str(smallest))
     assert text.exit_code == 0
-    for words in ("FITS with experts paged", "below it", "of use from", "if reads hide"):
+    for words in ("PAGES: ", "of its experts", "below it", "of use from", "experts found"):
         assert words in text.stdout
     assert run("plan", str(moe_path), "--policy", "newest").exit_code == 2
 
@@ -242,38 +271,23 @@ def test_the_longest_context_that_pages(moe_path: Path, slim: None) -> None:
     assert plan_moe(moe_path, MIB, code=4)["largest_n_ctx"] is None
 
 
-def test_ceilings_by_hit_ratio(moe_path: Path, slim: None) -> None:
+def test_a_trace_says_what_is_found(moe_path: Path, slim: None, tmp_path: Path) -> None:
+    """One route for all tokens: with a cycle's slots and a page, all but the first hit."""
     _, useful = budgets(moe_path)
-    found = plan_moe(moe_path, useful)
-    decode, slots = found["decode"], found["slots"]
-    rows = decode["paged"]
-    assert [row["hit_ratio"] for row in rows[:3]] == list(plan_model.HIT_RATIOS)
-    assert rows[3]["routing"] == "uniform"
-    assert rows[3]["hit_ratio"] == pytest.approx(slots["n_slots"] / N_PAGES, abs=1e-4)
-    resident_s = found["weight_read_bytes"] / decode["bandwidth_bytes_s"]
-    for row in rows:
-        assert row["miss_bytes"] == pytest.approx(
-            (1 - row["hit_ratio"]) * TOKEN_PAGES * PAGE, rel=1e-3
-        )
-        disk_s = row["miss_bytes"] / decode["disk"]["bytes_s"]
-        serial, overlapped = 1 / (disk_s + resident_s), 1 / max(disk_s, resident_s)
-        assert row["serial_ceiling_tok_s"] == pytest.approx(serial, rel=0.02, abs=0.01)
-        assert row["overlapped_ceiling_tok_s"] == pytest.approx(overlapped, rel=0.02, abs=0.01)
-        assert serial <= overlapped
-
-
-def test_a_disk_that_cannot_be_measured_is_told(
-    moe_path: Path, slim: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise UsageError("too small to measure")
-
-    _, useful = budgets(moe_path)
-    monkeypatch.setattr(plan_model, "disk_read_bandwidth", refuse)
-    decode = plan_moe(moe_path, useful)["decode"]
-    assert decode["disk"] == {"error": "too small to measure"} and decode["paged"] == []
-    text = run("plan", str(moe_path), *SMALL, "--memory", str(useful))
-    assert text.exit_code == 0 and "not measured, so nothing is predicted" in text.stdout
+    guessed = plan_moe(moe_path, useful + 10 * MIB)["forecast"]
+    assert "models like it" in " ".join(guessed["notes"])
+    shape = CycleShape(n_layer=8, n_expert=48, n_expert_used=3)
+    trace = cyclic_trace(shape, 50, keep=1.0)
+    with TraceWriter(tmp_path / "t.trace", trace.meta) as writer:
+        for step in trace.steps:
+            writer.append(step)
+    option = ("--trace", str(tmp_path / "t.trace"))
+    traced = plan_moe(moe_path, useful + 10 * MIB, *option)["forecast"]
+    assert traced["hit_ratio"]["likely"] > 0.9 > guessed["hit_ratio"]["likely"]
+    assert traced["decode_tok_s"]["likely"] > guessed["decode_tok_s"]["likely"]
+    missed = (1 - traced["hit_ratio"]["likely"]) * TOKEN_PAGES * PAGE
+    assert traced["read_bytes_token"] == pytest.approx(missed)
+    assert run("plan", str(moe_path), "--trace", str(moe_path)).exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -312,12 +326,13 @@ def dense_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slim_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     monkeypatch.setattr(paging_layers, "psutil", SimpleNamespace(Process=lambda: process))
+    monkeypatch.setattr(plan_model, "PROGRAM_BYTES", 0)
 
 
 def test_a_dense_model_that_fits_streams_nothing(dense_path: Path) -> None:
     found = plan_moe(dense_path, 1 << 30)
     assert (found["verdict"], found["layers"]) == ("FITS", None)
-    assert "streamed" not in found["decode"]
+    assert found["forecast"]["read_bytes_token"] == 0
 
 
 def test_a_dense_model_that_does_not_fit_streams(dense_path: Path, slim_layers: None) -> None:
@@ -325,8 +340,8 @@ def test_a_dense_model_that_does_not_fit_streams(dense_path: Path, slim_layers: 
     n_streamed = []
     for budget in (smallest, smallest + 20 * MIB, smallest + 40 * MIB):
         found = plan_moe(dense_path, budget)
-        layers, decode = found["layers"], found["decode"]
-        assert (found["verdict"], found["fits"]) == ("STREAMED", True)
+        layers, forecast = found["layers"], found["forecast"]
+        assert (found["verdict"], found["pages"], found["fits"]) == ("PAGES", "layers", True)
         assert sum(found["parts"].values()) == found["total_bytes"] <= budget
         assert layers["n_resident"] + layers["n_streamed"] == 41
         assert found["smallest_budget_bytes"] == smallest < found["resident_bytes"]
@@ -334,33 +349,22 @@ def test_a_dense_model_that_does_not_fit_streams(dense_path: Path, slim_layers: 
             stats: Any = runtime.stats()
         # What is allowed for loading holds layers where it was not needed.
         assert layers["n_streamed"] >= stats["layers"]["streamed"]
-        disk_s = layers["token_bytes"] / decode["disk"]["bytes_s"]
-        resident_s = found["weight_read_bytes"] / decode["bandwidth_bytes_s"]
-        predicted = decode["streamed"]
-        overlapped, serial = 1 / max(disk_s, resident_s), 1 / (disk_s + resident_s)
-        assert predicted["overlapped_ceiling_tok_s"] == pytest.approx(overlapped, rel=0.02)
-        assert predicted["serial_ceiling_tok_s"] == pytest.approx(serial, rel=0.02)
-        assert predicted["read_bytes"] == layers["token_bytes"]
+        # What is read begins and ends where the disk allows it to.
+        assert forecast["read_bytes_token"] == pytest.approx(layers["token_bytes"], rel=0.01)
+        serial_s = layers["token_bytes"] / 1e8 + found["weight_read_bytes"] / 4e9
+        assert forecast["decode_tok_s"]["likely"] == pytest.approx(1 / serial_s, rel=0.05)
         n_streamed.append(layers["n_streamed"])
     assert n_streamed == sorted(n_streamed, reverse=True) and n_streamed[0] == 41 > n_streamed[2]
     assert plan_moe(dense_path, smallest - 1, code=4)["verdict"] == "REFUSED"
 
 
-def test_streaming_is_told_in_words(
-    dense_path: Path, slim_layers: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streaming_is_told_in_words(dense_path: Path, slim_layers: None) -> None:
     smallest = plan_moe(dense_path, MIB, code=4)["smallest_budget_bytes"]
     arguments = ("plan", str(dense_path), *SMALL, "--memory", str(smallest + 20 * MIB))
     text = run(*arguments)
     assert text.exit_code == 0
-    for words in ("layers streamed", "layer rooms", "of layers read per token"):
+    for words in ("layers are streamed", "layer rooms", "from the disk"):
         assert words in text.stdout
-
-    def refuse(*_: object, **__: object) -> None:
-        raise UsageError("too small to measure")
-
-    monkeypatch.setattr(plan_model, "disk_read_bandwidth", refuse)
-    assert "not measured, so nothing is predicted" in run(*arguments).stdout
     refused = run("plan", str(dense_path), *SMALL, "--memory", "1MiB")
     assert refused.exit_code == 4 and "even with all layers streamed" in refused.stdout
 

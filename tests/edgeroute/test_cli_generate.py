@@ -22,7 +22,7 @@ from edgeroute.models.sources import PullProgress, Report
 LINE = re.compile(
     r"\[(\d+) tokens, [\d.]+ tok/s; first token after [\d.]+ s; "
     r"prompt (\d+) tokens at \d+ tok/s; memory [\d.]+ [KMG]iB of [\d.]+ [KMG]iB; "
-    r"\d+ threads?(; ended at --max-tokens or --n-ctx)?\]\n"
+    r"\d+ threads?; [\d.e-]+ J/token, (?:estimated|by \w+)(; ended at --max-tokens or --n-ctx)?\]\n"
 )
 ENDLESS = "root ::= b{10}\nb ::= a{100}\na ::= [a-z]{100}\n"  # a hundred thousand letters
 
@@ -145,7 +145,7 @@ def test_grammar_and_schema_come_from_files(model: str, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_code_4(model: str) -> None:
     result = run("Hi", "-m", model, "--memory", "1MiB", "--json")
     assert result.exit_code == 4
-    assert json.loads(result.stdout)["error"]["type"] == "CapacityError"
+    assert json.loads(result.stdout)["error"]["type"] == "NeverFitsError"
 
 
 def test_a_bad_file_is_code_3(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A Runtime under a depth plan: answers, statistics, batches, paging, adapters, and its guard."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from gguf import GGMLQuantizationType
 from edgeroute import Runtime
 from edgeroute.config import RunParams
 from edgeroute.depth import Depth
+from edgeroute.depth_guard import DepthGuard
 from edgeroute.depth_routing import MODEL, load_router, route_prefill, stamp_of
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.depth_file import fingerprint
@@ -180,6 +182,7 @@ def test_the_guard_is_heard_while_there_is_never_a_pause(
 ) -> None:
     """No cell is free and no pause is left alone: checks that are overdue are made all the same."""
     monkeypatch.setattr("edgeroute.scheduler.Scheduler.use_the_pause", lambda self: None)
+    monkeypatch.setattr("edgeroute.depth_guard.EARLY_S", 1e9)
     with Runtime(path, depth="liar", **SETTINGS) as runtime:
         guarded = runtime._loaded.depth
         assert isinstance(guarded, Depth) and guarded.guard is not None
@@ -191,9 +194,51 @@ def test_the_guard_is_heard_while_there_is_never_a_pause(
         assert not guarded.on and seed >= 64
 
 
+def test_a_plan_that_skips_layer_0_leaves_during_one_long_answer(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No pause, no second answer: by the clock, within a minute of a token a second."""
+    model = tmp_path / "llama.gguf"
+    model.write_bytes(path.read_bytes())
+    write(model, (plan("headless", {0: SKIP}, speed=1.1, kl=0.001, kl_error=0.0),), standins=False)
+    made = DepthGuard.__init__
+    ticks = itertools.count()  # a second per round of the scheduler, which is a token
+
+    def clocked(self: DepthGuard, *given: Any) -> None:
+        made(self, *given, clock=lambda: float(next(ticks)))
+
+    monkeypatch.setattr(DepthGuard, "__init__", clocked)
+    with Runtime(model, depth="headless", **SETTINGS) as runtime:
+        guarded = runtime._loaded.depth
+        assert isinstance(guarded, Depth) and guarded.guard is not None and guarded.on
+        with runtime.stream(prompt_ids=[5, 6, 7], max_tokens=180, prefix="off") as stream:
+            for n_tokens, _ in enumerate(stream):  # noqa: B007
+                if not guarded.on:
+                    break
+        assert not guarded.on and n_tokens <= 120
+        levers: Any = runtime.stats()["levers"]
+        assert not levers["depth"]["on"] and "nats" in levers["depth"]["switched_off"]
+
+
+def test_a_plan_that_keeps_its_promise_stays_on_under_the_clock(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeroute.scheduler.Scheduler.use_the_pause", lambda self: None)
+    monkeypatch.setattr("edgeroute.depth_guard.EARLY_S", 0.0)
+    monkeypatch.setattr("edgeroute.depth_guard.LATE_S", 0.0)
+    monkeypatch.setattr("edgeroute.depth_guard.EARLY_SHARE", 1.0)
+    monkeypatch.setattr("edgeroute.depth_guard.LATE_SHARE", 1.0)
+    with Runtime(path, depth="half", **SETTINGS) as runtime:
+        for seed in range(40):
+            answer(runtime, seed)
+        guarded = runtime._loaded.depth
+        assert isinstance(guarded, Depth) and guarded.guard is not None
+        assert guarded.on and guarded.guard.estimate.n_samples > 32
+
+
 def test_the_guards_divergence_is_that_of_the_two_models(path: Path) -> None:
     """What it enters equals the divergence between two separate computations."""
-    from edgeroute.depth_guard import DepthGuard, kl_nats
+    from edgeroute.depth_guard import kl_nats
 
     loaded = LoadedModel(path, RunParams(depth="half", **SETTINGS))
     try:

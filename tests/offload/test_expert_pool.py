@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeroute.offload.expert_pool import cut_groups
+from edgeroute.offload.expert_turns import cut_groups
 from edgeroute.runtime import slots
 
 

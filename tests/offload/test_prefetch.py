@@ -114,7 +114,7 @@ def test_predictors_are_judged_by_a_trace() -> None:
 
 
 def test_unknown_predictors_and_sizes_are_refused() -> None:
-    assert sorted(PREDICTORS) == ["eam", "frequency", "gate", "none"]
+    assert sorted(PREDICTORS) == ["eam", "frequency", "gate", "none", "random"]
     with pytest.raises(UsageError, match="no predictor is called 'oracle'"):
         make_predictor("oracle", 1, 1)
     for name in PREDICTORS:

@@ -1,6 +1,5 @@
 """Trace files: read as written, readable when cut off, refused when wrong."""
 
-import csv
 import json
 import random
 import struct
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 
 from edgeroute.offload.trace import (
     MAGIC,
-    Trace,
     TraceError,
     TraceMeta,
     TraceRecorder,
@@ -23,7 +21,6 @@ from edgeroute.offload.trace import (
     make_step,
     pages_of,
     read_trace,
-    write_csv,
 )
 from edgeroute.runtime.errors import EdgerouteError
 
@@ -114,7 +111,7 @@ def test_a_file_cut_anywhere_gives_its_whole_steps_and_can_be_continued(tmp_path
     header = data.index(b"}") + 1
     lengths = []
     cut = tmp_path / "cut"
-    for n_bytes in range(len(data) + 1):
+    for n_bytes in (*range(0, header, 16), *range(header, len(data) + 1)):
         cut.write_bytes(data[:n_bytes])
         if n_bytes < header:
             with pytest.raises(TraceError):
@@ -123,7 +120,7 @@ def test_a_file_cut_anywhere_gives_its_whole_steps_and_can_be_continued(tmp_path
         trace = read_trace(cut)
         lengths.append(len(trace.steps))
         assert all(map(same, trace.steps, steps))
-        if n_bytes % 7 == 0:
+        if n_bytes % 17 == 0:
             with TraceWriter(cut, meta) as writer:
                 writer.append(steps[0])
             again = read_trace(cut)
@@ -264,25 +261,6 @@ def test_a_refused_step_does_not_spoil_the_next() -> None:
     recorder.record(1, [1, 2])
     recorder.end_step()
     assert len(recorder.trace().steps) == 1
-
-
-def test_csv_has_one_row_per_choice(tmp_path: Path) -> None:
-    meta = new_meta()
-    steps = (
-        make_step(meta, True, [(1, [5, 6, 7, 8]), (2, [1, 2])]),
-        make_step(meta, False, [(4, [9, 10])]),
-    )
-    write_csv(Trace(meta=meta, steps=steps), tmp_path / "t.csv")
-    with (tmp_path / "t.csv").open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == ["step", "prefill", "layer", "token", "rank", "expert"]
-    assert rows[1:5] == [
-        ["0", "1", "1", "0", "0", "5"],
-        ["0", "1", "1", "0", "1", "6"],
-        ["0", "1", "1", "1", "0", "7"],
-        ["0", "1", "1", "1", "1", "8"],
-    ]
-    assert rows[-1] == ["1", "0", "4", "0", "1", "10"] and len(rows) == 9
 
 
 def test_pages_are_distinct_in_order_of_first_use() -> None:

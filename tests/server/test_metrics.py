@@ -39,6 +39,8 @@ FULL: Mapping[str, object] = {
     "speculation": {"on": True, "drafted": 20, "accepted": 15, "draft_s": 0.2},
     "sessions": {"saved": 1, "failed": 2, "restored": 3, "refused": 4, "restored_tokens": 50,
                  "read_bytes": 60, "written_bytes": 70, "last_error": None},
+    "energy": {"joules": 12.0, "joules_per_token": 0.5, "source": "estimate", "estimated": True,
+               "scope": "x", "measured": {"rapl": 8.0}, "modelled": {"estimate": 4.0}},
 }  # fmt: skip
 
 
@@ -230,6 +232,10 @@ def test_figures_are_where_they_should_be() -> None:
     assert value("edgeroute_model_bytes", **base) == 77
     assert value("edgeroute_engine_silent_seconds", **base) == 1.5
     assert value("edgeroute_server_budget_bytes") == 1000
+    joules = "edgeroute_energy_joules_total"
+    assert value(joules, estimated="false", source="rapl", **base) == 8
+    assert value(joules, estimated="true", source="estimate", **base) == 4
+    assert value("edgeroute_energy_joules_per_token", **base) == 0.5
     assert value("edgeroute_server_lost_bytes") is None  # not every fleet tells
 
 

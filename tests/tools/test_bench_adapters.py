@@ -200,6 +200,6 @@ def test_one_part_without_a_peer(params: BenchParams) -> None:
 
 
 def test_the_command_offers_every_part() -> None:
-    from edgeroute.commands.bench import ADAPTER_PARTS
+    from edgeroute.commands.bench_lossy import ADAPTER_PARTS
 
     assert ADAPTER_PARTS == PARTS

@@ -37,10 +37,12 @@ class DeviceProfile:
 
     `memory_bytes` is all there is, `system_bytes` what its system takes of it when nothing
     else runs. `memory_bytes_s` is the peak; `decode_ratio` the share of it that decoding has
-    been seen to reach with ggml there (None: as on the machine that calibrates). `flops_s` is of
+    been seen to reach with ggml there (None: as on the machine that calibrates), and `layer_s`
+    what each layer costs there beyond that (None: as there). `flops_s` is of
     dense multiplications as ggml does them on what computes (`processor`: cpu or gpu).
-    `active_watts` is while decoding, beyond nothing: the whole board. `sources` says for each
-    field where its figure is from.
+    `active_watts` is while decoding, beyond nothing: the whole board. `boards` are parts of the
+    names by which such a board calls itself. `sources` says for each field where its figure is
+    from; one that begins with `estimate:` is nobody's measurement.
     """
 
     name: str
@@ -56,7 +58,9 @@ class DeviceProfile:
     active_watts: float
     idle_watts: float
     decode_ratio: float | None = None
+    layer_s: float | None = None
     power_modes: tuple[PowerMode, ...] = ()
+    boards: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -68,7 +72,12 @@ class Speeds:
     decoding of one token goes through per second, all arithmetic included; `prefill_flops_s`
     the same for prompts, in multiply-adds times two per second. `graph_s` is spent per token
     whatever the model, `layer_s` per layer, `paged_layer_s` more per layer whose experts are
-    paged. `storage` is what the pager's reads get.
+    paged, `expert_layer_s` more where they are resident. `storage` is what the pager's reads
+    get, and `overlap_ratio` what of reading hides behind computing at the same time: 1 all, 0
+    none of it. `kv_bytes_s` counts a cell once for every query head that reads it.
+
+    A type's name alone is for matrices as a resident model has them; `Q4_K:plain` for those of
+    streamed layers, `Q4_K:experts` for resident experts, `Q4_K:slots` for paged ones.
     """
 
     name: str
@@ -82,6 +91,8 @@ class Speeds:
     paged_layer_s: float
     storage: tuple[StoragePoint, ...]
     threads: int
+    expert_layer_s: float = 0.0
+    overlap_ratio: float = 0.0
     active_watts: float | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

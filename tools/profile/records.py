@@ -109,6 +109,8 @@ class Skew:
     load_sd: tuple[float, ...]
     domains: tuple[str, ...]
     overlap: tuple[tuple[float, ...], ...]
+    loads: tuple[tuple[int, ...], ...] = ()
+    """Requests of each expert, per layer; what two profiles are correlated by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
