@@ -263,7 +263,7 @@ def _load(threads: int) -> Entry:
     if not isinstance(entry, dict) or not _number(entry.get("measured")):
         return {}
     others = entry.get("others")
-    if not _number(others, zero=True):
+    if not isinstance(others, int | float) or not _number(others, zero=True):
         return {}
     valid_s = VALID_S if others <= NOISY_CORES else VALID_BUSY_S
     if not 0 <= time.time() - entry["measured"] < valid_s:
