@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from edgeroute.cli import EXIT_INTERRUPTED
+from edgeroute.commands.foreseen import foreseen
 from edgeroute.commands.generate_shared import (
     SAMPLING,
     Answer,
@@ -82,6 +83,9 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     with open_runtime(path, given) as runtime:
         answer = listen(runtime, None if "messages" in options else prompt, options, show)
         budget_bytes = budget_of(runtime)
+        params = runtime.params
+    if (expected := foreseen(path, params, budget_bytes, answer.stats)) is not None:
+        answer.stats["forecast_tok_s"] = expected
     _report(answer, given["model"] or path.stem, budget_bytes, as_json=as_json)
     if answer.finish_reason == "cancelled":
         ctx.exit(EXIT_INTERRUPTED)

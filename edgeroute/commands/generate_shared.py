@@ -266,7 +266,7 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
     n = stats["n_generated"]
     head = [f"{n} token{'' if n == 1 else 's'}"]
     if stats["decode_tok_s"]:
-        head.append(f"{stats['decode_tok_s']:.1f} tok/s")
+        head.append(f"{stats['decode_tok_s']:.1f} tok/s{_forecast_part(stats)}")
     parts = [", ".join(head)]
     if n:
         parts.append(f"first token after {stats['ttft_s']:.2f} s")
@@ -297,6 +297,11 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
     if answer.finish_reason in ends:
         parts.append(ends[answer.finish_reason])
     return f"[{'; '.join(parts)}]"
+
+
+def _forecast_part(stats: dict[str, Any]) -> str:
+    found = stats.get("forecast_tok_s")
+    return "" if found is None else f" (forecast {found['low']:.1f} to {found['high']:.1f})"
 
 
 def _energy_part(energy: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from edgeroute.runtime.units import format_bytes
 from edgeroute.tools.forecast.calibrate import kept
 from edgeroute.tools.forecast.devices import find_device
 from edgeroute.tools.forecast.emulate import EmulateParams, emulate
-from edgeroute.tools.forecast.hits import hit_model
+from edgeroute.tools.forecast.hits import hit_model, with_pace
 from edgeroute.tools.forecast.model_cost import model_cost
 from edgeroute.tools.forecast.records import HitModel, Speeds
 from edgeroute.tools.profile.analyse import About, analyse, load
@@ -101,7 +101,8 @@ def profile_model(model: str, prompts: Sequence[Prompt], given: Mapping[str, Any
             notes += _run_notes(run, prompts)
             about = dataclasses.replace(_about(plan, given["trace_out"]), notes=tuple(notes))
             found = analyse(path, about, progress, run)
-        return _finished(Outcome(profile=found, interrupted=run.interrupted), plan, path, given)
+        outcome = Outcome(profile=found, interrupted=run.interrupted)
+        return _finished(outcome, plan, path, given, ran=True)
 
 
 def _plan(model: str, given: Mapping[str, Any]) -> ModelPlan:
@@ -211,24 +212,29 @@ def _profile_dense(plan: ModelPlan, prompts: Sequence[Prompt], given: Mapping[st
 
 
 def _finished(
-    outcome: Outcome, plan: ModelPlan | None, path: Path, given: Mapping[str, Any]
-) -> Outcome:
-    """Add forecasts, and write what is to be written."""
+    outcome: Outcome, plan: ModelPlan | None, path: Path, given: Mapping[str, Any], *,
+    ran: bool = False,
+) -> Outcome:  # fmt: skip
+    """Add forecasts, and write what is to be written; `ran` if the trace is of this machine."""
     profile = outcome.profile
     assert isinstance(profile, Profile)
     if given["devices"] and plan is not None:
-        hits = _hits(plan, path)
+        hits = _hits(plan, path, ran)
         profile = dataclasses.replace(profile, forecasts=_forecasts(plan, given, hits))
         outcome.profile = profile
     outcome.written += _write(profile, path, given)
     return outcome
 
 
-def _hits(plan: ModelPlan, trace: Path) -> HitModel | None:
+def _hits(plan: ModelPlan, path: Path, ran: bool) -> HitModel | None:
     """Replay the trace for what a forecast asks of it, once for all devices."""
     with GGUFFile.open(plan.path) as file:
-        cost = model_cost(file, plan.params)
-    return None if cost.pages is None else hit_model(first_part(load(trace)[0]), cost.pages)
+        pages = model_cost(file, plan.params).pages
+    if pages is None:
+        return None
+    trace = load(path)[0]
+    found = hit_model(first_part(trace), pages)
+    return with_pace(found, trace, pages) if ran else found
 
 
 def _forecasts(

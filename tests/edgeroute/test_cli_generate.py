@@ -15,9 +15,12 @@ from click.testing import CliRunner, Result
 import edgeroute
 from edgeroute.cli import cli
 from edgeroute.commands import generate_shared
+from edgeroute.config import RunParams
 from edgeroute.models import pull as pulling
 from edgeroute.models.catalogue import DEFAULT_MODEL
 from edgeroute.models.sources import PullProgress, Report
+from edgeroute.tools.forecast.forecast import Ask
+from edgeroute.tools.forecast.records import Range
 
 LINE = re.compile(
     r"\[(\d+) tokens, [\d.]+ tok/s; first token after [\d.]+ s; "
@@ -258,3 +261,24 @@ def test_a_models_text_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch
         text = "a\x1b]0;owned\x07\tb\n"
         generate_shared.writer()(text)
         assert stream.getvalue() == (shown or text)
+
+
+def test_a_speed_that_was_forecast_is_set_beside_the_one_that_was_had(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only from what is remembered of the machine, and only for answers that say something."""
+    asked = []
+
+    def predicted(path: Path, params: RunParams, ask: Ask) -> Range:
+        asked.append((path, params.memory, ask.n_prompt))
+        return Range(low=11.0, likely=12.0, high=13.0)
+
+    arguments = ("-m", str(tiny_path), "--raw", "--threads", "1", "--n-ctx", "128", "Once upon")
+    assert "forecast" not in run(*arguments, "--max-tokens", "20").stderr  # nothing remembered
+    monkeypatch.setattr("edgeroute.tools.forecast.predicted.predicted_tok_s", predicted)
+    assert " tok/s (forecast 11.0 to 13.0); first" in run(*arguments, "--max-tokens", "20").stderr
+    ((path, budget, n_prompt),) = asked
+    assert path == tiny_path and isinstance(budget, int) and n_prompt > 1
+    assert "forecast" not in run(*arguments, "--max-tokens", "8").stderr
+    found = json.loads(run(*arguments, "--max-tokens", "20", "--json").stdout)["stats"]
+    assert found["forecast_tok_s"] == {"low": 11.0, "likely": 12.0, "high": 13.0}

@@ -9,12 +9,13 @@ import pytest
 
 from edgeroute.config import RunParams
 from edgeroute.offload.trace import Trace, TraceMeta, make_step
+from edgeroute.offload.trace_records import Pools, PoolState, StepPaging
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.tools.bench import forecast as bench
 from edgeroute.tools.bench.report import BenchParams
 from edgeroute.tools.forecast.forecast import Ask, forecast, rate, read_s
-from edgeroute.tools.forecast.hits import hit_model, hit_ratio
+from edgeroute.tools.forecast.hits import hit_model, hit_ratio, with_pace
 from edgeroute.tools.forecast.model_cost import ModelCost, PageShape, Work, model_cost
 from edgeroute.tools.forecast.placement import Placement, from_plan, place, streamed_units
 from edgeroute.tools.forecast.records import HitModel, Range, Speeds, StoragePoint
@@ -274,6 +275,40 @@ def test_a_constant_route_hits_always_above_one_cycle() -> None:
     trace = dataclasses.replace(trace, steps=trace.steps * 60)
     model = hit_model(trace, PAGES)
     assert hit_ratio(model, PAGES.cycle_pages / PAGES.n_pages).likely == 1.0
+
+
+def _with_costs(trace: Trace, seconds: float) -> Trace:
+    """Add what a run with half of all experts in memory noted beside its steps."""
+    n_steps = len(trace.steps)
+    pool = PoolState(layers=(0, 1, 2, 3), n_slots=32, policy="lru", page_bytes=10, slot_bytes=10)
+    steps = [
+        StepPaging(step=i, seconds=seconds if i >= n_steps // 3 else 9.0, stall_s=0.0, hits=4,
+                   late=0, misses=4, demand_bytes=40, prefetch_bytes=0)
+        for i in range(n_steps)
+    ]  # fmt: skip
+    pools = Pools(step=0, begins=True, pools=(pool,), group_bytes=1, n_ahead=1)
+    return dataclasses.replace(trace, live=(pools,), paging=tuple(steps))
+
+
+def test_a_run_on_this_machine_sets_the_level_of_what_is_missing() -> None:
+    """Its tokens took a second beyond the arithmetic; with fewer missing, less of that."""
+    trace = _trace(np.random.default_rng(1), 60)
+    plain = hit_model(trace, PAGES)
+    paced = with_pace(plain, _with_costs(trace, 1.0), PAGES)
+    assert with_pace(plain, trace, PAGES) == plain  # a trace without costs says nothing
+    ratio = hit_ratio(plain, 0.5).likely
+    assert paced.pace == (pytest.approx(ratio), pytest.approx(1.0))
+
+    def decoded(hits: HitModel, n_slots: int, speeds: Speeds = SPEEDS) -> float:
+        placed = _placed(verdict="PAGES", pages="experts", n_slots=n_slots, n_pages=64)
+        found = forecast(placed, _cost(PAGES), speeds, hits).decode_tok_s
+        assert found is not None
+        return found.likely
+
+    assert 1 / decoded(paced, 32) == pytest.approx(1.0, rel=0.01)
+    assert 1.0 > 1 / decoded(paced, 48) > 1 / decoded(plain, 48)
+    elsewhere = dataclasses.replace(SPEEDS, origins={"storage": "stated"})
+    assert decoded(paced, 32, elsewhere) == decoded(plain, 32, elsewhere)
 
 
 def test_a_trace_of_another_model_is_refused() -> None:

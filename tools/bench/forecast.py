@@ -28,7 +28,7 @@ from edgeroute.tools.bench.text import text_tokens
 from edgeroute.tools.bench.workers import Worker
 from edgeroute.tools.forecast.calibrate import CalibrateParams, calibrate
 from edgeroute.tools.forecast.forecast import Ask, forecast
-from edgeroute.tools.forecast.hits import hit_model
+from edgeroute.tools.forecast.hits import hit_model, with_pace
 from edgeroute.tools.forecast.model_cost import ModelCost, model_cost
 from edgeroute.tools.forecast.placement import Placement, place
 from edgeroute.tools.forecast.records import Forecast, HitModel, Speeds
@@ -137,16 +137,20 @@ class Bench:
         self._engine = Streamed if self.cost.pages is None else Paged
 
     def cells(self) -> list[Cell]:
-        """Forecast all cells, then measure them."""
+        """Forecast each cell, then measure it.
+
+        The disk is measured right before, as its speed changes within minutes.
+        """
         placed = [self._place(self._budget(text)) for text in self._wanted.budgets]
         hits = self._hits(placed)
-        speeds = self._speeds()
         ask = Ask(n_prompt=self._wanted.n_prompt,
                   n_past=self._wanted.n_prompt + N_WARM + self._params.tokens // 2)  # fmt: skip
-        found = [forecast(each, self.cost, speeds, hits, ask) for each in placed]
-        for each, said in zip(placed, found, strict=True):
+        found = []
+        for number, each in enumerate(placed):
+            said = forecast(each, self.cost, self._speeds(fresh=not number), hits, ask)
             self._progress(f"forecast {self._path.name} {_said(each, said)}")
-        return [self._measure(*pair) for pair in zip(placed, found, strict=True)]
+            found.append(self._measure(each, said))
+        return found
 
     def _budget(self, text: str) -> int:
         """Turn a share of what the model needs, or a size, into bytes.
@@ -185,9 +189,9 @@ class Bench:
         }  # fmt: skip
         return cast(Settings, found | more)
 
-    def _speeds(self) -> Speeds:
+    def _speeds(self, *, fresh: bool) -> Speeds:
         params = CalibrateParams(
-            types=self.cost.weight_types, path=self._path, fresh=self._wanted.fresh,
+            types=self.cost.weight_types, path=self._path, fresh=fresh and self._wanted.fresh,
             fresh_disk=True,
         )  # fmt: skip
         return calibrate(self._params.threads, params, self._progress)
@@ -203,7 +207,9 @@ class Bench:
             one, other = self._plan.prompts
             plan = replace(self._plan, prompts=(other, one), n_warm=1)
             self._live(first, plan, trace=str(path))
-            return hit_model(_first_answer(read_trace(path)), self.cost.pages, self.cost.arch)
+            trace, pages = read_trace(path), self.cost.pages
+            model = hit_model(_first_answer(trace), pages, self.cost.arch)
+            return with_pace(model, trace, pages)
 
     def _measure(self, placed: Placement, said: Forecast) -> Cell:
         lives = [self._live(placed, self._plan) for _ in range(self._params.reps)]

@@ -201,7 +201,23 @@ class _Forecaster:
     def _stall(
         self, pages: PageShape, ratio: float, parts: Mapping[str, float]
     ) -> tuple[float, float]:
-        """Seconds that a token waits for experts, and the bytes of those that it reads.
+        """Seconds that missing experts cost a token, and the bytes of those that it reads.
+
+        Where a run on this machine was recorded, all that its tokens took beyond the arithmetic
+        sets the level: threads that fell asleep while they waited must wake again, too. The
+        disk's calibration then only says how that changes with what is missing.
+        """
+        n_bytes = (1 - ratio) * pages.n_expert_used * pages.n_layer * pages.page_bytes
+        stall_s = self._wait_s(pages, ratio, parts)
+        pace = None if self._hits is None else self._hits.pace
+        if pace is not None and self._speeds.origins.get("storage") == "measured":
+            then_s, excess_s = self._wait_s(pages, pace[0], parts), pace[1] - sum(parts.values())
+            if then_s > 0 and excess_s > 0:
+                stall_s *= excess_s / then_s
+        return stall_s, n_bytes
+
+    def _wait_s(self, pages: PageShape, ratio: float, parts: Mapping[str, float]) -> float:
+        """Seconds of waiting by the disk's calibration.
 
         A layer asks for all that it misses at once. What it has may be computed meanwhile; and
         what the layer before foresaw is read while that one computes.
@@ -209,17 +225,16 @@ class _Forecaster:
         k, speeds = pages.n_expert_used, self._speeds
         there_s = parts["experts"] / max(1, pages.n_layer)
         layer_s = (sum(parts.values()) - parts["head"] - parts["token"]) / max(1, pages.n_layer)
-        stall = 0.0
+        wait_s = 0.0
         for n_missing, probability in enumerate(_binomial(k, 1 - ratio)):
             if not n_missing or probability < _NO_READS:
                 continue
-            wait_s = read_s(speeds.storage, pages.part_bytes, n_missing * pages.n_parts)
-            hides_s = min(wait_s, there_s * (k - n_missing) / k)
+            read = read_s(speeds.storage, pages.part_bytes, n_missing * pages.n_parts)
+            hides_s = min(read, there_s * (k - n_missing) / k)
             if self._placed.prefetches:
-                hides_s = max(hides_s, min(FORESEEN * wait_s, layer_s))
-            stall += probability * (wait_s - speeds.overlap_ratio * hides_s)
-        n_bytes = (1 - ratio) * k * pages.n_layer * pages.page_bytes
-        return stall * pages.n_layer, n_bytes
+                hides_s = max(hides_s, min(FORESEEN * read, layer_s))
+            wait_s += probability * (read - speeds.overlap_ratio * hides_s)
+        return wait_s * pages.n_layer
 
     def _streamed(self, parts: dict[str, float]) -> _Token:
         """What is left of reading once layers are computed while others are read."""

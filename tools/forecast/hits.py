@@ -1,6 +1,7 @@
 """How often an expert will be found in memory: from a trace of the model, or of models like it."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -48,6 +49,27 @@ def hit_model(trace: Trace | None, shape: PageShape, arch: str = "") -> HitModel
         UsageError: the trace is of a model of another shape, or has no decode step.
     """
     return _stated(shape, arch) if trace is None else _measured(trace, shape)
+
+
+def with_pace(model: HitModel, trace: Trace, shape: PageShape) -> HitModel:
+    """Add how long the tokens of a run took that was recorded on this machine.
+
+    Args:
+        model: made from that trace.
+        trace: whole, with what its steps cost.
+        shape: the model's experts.
+
+    Returns:
+        The model as it is where the trace does not say.
+    """
+    steps = trace.steps
+    spent = [each.seconds for each in trace.paging if not steps[each.step].prefill]
+    spent = spent[min(len(spent) // 3, WARM_TOKENS) :]
+    if not trace.pools or not spent:
+        return model
+    n_slots = sum(pool.n_slots for pool in trace.pools[-1].pools)
+    ratio = hit_ratio(model, n_slots / shape.n_pages).likely
+    return replace(model, pace=(ratio, statistics.fmean(spent)))
 
 
 def hit_ratio(model: HitModel, share: float) -> Range:

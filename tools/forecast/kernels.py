@@ -87,9 +87,9 @@ def prefill_flops_s(device: Device, kernel: Kernel) -> float:
 
 
 def _usual_s(work: Callable[[], object], seconds: float, n_least: int = _LEAST_RUNS) -> float:
-    """Repeat for a while, the first time uncounted; return the first quartile of the times.
+    """Repeat for a while, the first time uncounted; return the median of the times.
 
-    Not the median: other programs make a run slower by any factor, never quicker.
+    Not the best: a token goes through all of them, the slow ones too.
     """
     work()
     found: list[float] = []
@@ -98,7 +98,7 @@ def _usual_s(work: Callable[[], object], seconds: float, n_least: int = _LEAST_R
         began = time.perf_counter()
         work()
         found.append(time.perf_counter() - began)
-    return statistics.quantiles(found, n=4)[0]
+    return statistics.median(found)
 
 
 class _Graph(Closing):

@@ -120,6 +120,9 @@ class HitModel:
     spread: float = 0.0
     """What the hit ratio may be off by, either way."""
     source: str = ""
+    pace: tuple[float, float] | None = None
+    """Of a run on this very machine: its hit ratio, and its seconds per decoded token. None: not
+    known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,38 @@
+"""What speed was to be expected of an answer, for the line that says what it had."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from edgeroute.config import RunParams
+
+LEAST_TOKENS: Final = 16
+"""Fewer tokens say little of a speed."""
+_LEVERS: Final = ("speculation", "depth", "steps", "adapters")
+"""What changes the speed of decoding and is not forecast."""
+
+
+def foreseen(
+    path: Path, params: "RunParams", budget_bytes: int, stats: dict[str, Any]
+) -> dict[str, float] | None:
+    """Forecast the speed of an answer from what is remembered of this machine; nothing is measured.
+
+    Args:
+        path: the model's file.
+        params: settings of the Runtime.
+        budget_bytes: what it kept to.
+        stats: of the answer.
+
+    Returns:
+        `low`, `likely` and `high` in tokens per second; None without a calibration (`edgeroute
+        plan` makes one), for a short answer, and where levers are on that no forecast knows.
+    """
+    if stats["n_generated"] < LEAST_TOKENS or any(stats.get(name) for name in _LEVERS):
+        return None
+    from edgeroute.tools.forecast.forecast import Ask
+    from edgeroute.tools.forecast.predicted import predicted_tok_s
+
+    ask = Ask(n_prompt=stats["n_prompt"], n_past=stats["n_prompt"] + stats["n_generated"] // 2)
+    found = predicted_tok_s(path, dataclasses.replace(params, memory=budget_bytes), ask)
+    return None if found is None else dataclasses.asdict(found)
