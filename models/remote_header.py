@@ -23,8 +23,8 @@ MAX_HEADER_BYTES: Final = 64 * MIB
 """The largest published header has about 20 MiB."""
 MIN_RANGE_BYTES: Final = 64 * KIB
 MAX_RANGE_BYTES: Final = MIB
-N_RANGES: Final = 1024
-"""A range is this part of a file, so that what is fetched in vain stays below a thousandth."""
+N_RANGES: Final = 2048
+"""A range is this part of a file, so that little is fetched in vain."""
 N_ATTEMPTS: Final = 4
 
 Report = Callable[[int], None]
