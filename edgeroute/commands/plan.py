@@ -17,9 +17,9 @@ from edgeroute.runtime.units import format_bytes
 
 if TYPE_CHECKING:
     from edgeroute.commands.plan_forecast import Foreseen
-    from edgeroute.commands.plan_layers import Streaming
-    from edgeroute.commands.plan_model import ExpertSlots, Paging
     from edgeroute.runtime.gguf import GGUFFile
+    from edgeroute.tools.forecast.plan import ExpertSlots, Paging
+    from edgeroute.tools.forecast.plan_layers import Streaming
 
 _EPILOG = """\b
 Examples:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeroute.commands.plan_model import ModelPlan, plan_file
 from edgeroute.config import RunParams
 from edgeroute.loaded import less_reserve
 from edgeroute.models import store
@@ -16,6 +15,7 @@ from edgeroute.tools.forecast.devices import find_device
 from edgeroute.tools.forecast.forecast import Ask, forecast
 from edgeroute.tools.forecast.hits import hit_model
 from edgeroute.tools.forecast.model_cost import ModelCost, model_cost
+from edgeroute.tools.forecast.plan import ModelPlan, plan_file
 from edgeroute.tools.forecast.records import Forecast, HitModel, Speeds
 from edgeroute.tools.forecast.scale import speeds_of
 from edgeroute.tools.forecast.storage import LEAST_FILE_BYTES

@@ -12,7 +12,6 @@ from typing import Any, cast
 import click
 
 from edgeroute.commands.plan_forecast import Where, foresee
-from edgeroute.commands.plan_model import ModelPlan, plan_model
 from edgeroute.commands.progress import steps_on_stderr
 from edgeroute.config import RunParams, merge_settings
 from edgeroute.models.pull import resolve
@@ -25,6 +24,7 @@ from edgeroute.tools.forecast.devices import find_device
 from edgeroute.tools.forecast.emulate import EmulateParams, emulate
 from edgeroute.tools.forecast.hits import hit_model, with_pace
 from edgeroute.tools.forecast.model_cost import model_cost
+from edgeroute.tools.forecast.plan import ModelPlan, plan_model
 from edgeroute.tools.forecast.records import HitModel, Speeds
 from edgeroute.tools.profile.analyse import About, analyse, load
 from edgeroute.tools.profile.dense import DenseProfile, dense_profile

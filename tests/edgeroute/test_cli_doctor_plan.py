@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 import edgeroute
 from edgeroute import paging, paging_layers
 from edgeroute.cli import cli
-from edgeroute.commands import doctor_facts, doctor_table, plan_forecast, plan_model
+from edgeroute.commands import doctor_facts, doctor_table, plan_forecast
 from edgeroute.config import RunParams
 from edgeroute.offload.eviction_cliff import CycleShape, cyclic_trace
 from edgeroute.offload.trace import TraceWriter
@@ -21,6 +21,7 @@ from edgeroute.runtime.errors import LibraryError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.units import MIB
 from edgeroute.tools import measure, synth
+from edgeroute.tools.forecast import plan as planning
 from edgeroute.tools.forecast.records import Speeds, StoragePoint
 from edgeroute.tools.synth import make
 
@@ -183,7 +184,7 @@ def slim(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test runner's own memory, which is larger than the model, counts as nothing."""
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     monkeypatch.setattr(paging, "psutil", SimpleNamespace(Process=lambda: process))
-    monkeypatch.setattr(plan_model, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(planning, "PROGRAM_BYTES", 0)
 
 
 def plan_moe(path: Path, memory: int, *options: str, code: int = 0) -> dict[str, Any]:
@@ -326,7 +327,7 @@ def dense_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slim_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     monkeypatch.setattr(paging_layers, "psutil", SimpleNamespace(Process=lambda: process))
-    monkeypatch.setattr(plan_model, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(planning, "PROGRAM_BYTES", 0)
 
 
 def test_a_dense_model_that_fits_streams_nothing(dense_path: Path) -> None:
@@ -476,8 +477,8 @@ def test_tables_show_the_same_on_a_terminal(
 
 
 def test_run_params_allow_every_context_that_is_offered() -> None:
-    for n_ctx in (plan_model._MIN_N_CTX, plan_model._MAX_N_CTX):
+    for n_ctx in (planning._MIN_N_CTX, planning._MAX_N_CTX):
         RunParams(n_ctx=n_ctx)
-    for n_ctx in (plan_model._MIN_N_CTX - 1, plan_model._MAX_N_CTX + 1):
+    for n_ctx in (planning._MIN_N_CTX - 1, planning._MAX_N_CTX + 1):
         with pytest.raises(UsageError):
             RunParams(n_ctx=n_ctx)

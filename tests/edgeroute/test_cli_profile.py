@@ -12,13 +12,14 @@ from click.testing import CliRunner, Result
 
 from edgeroute import paging
 from edgeroute.cli import cli
-from edgeroute.commands import plan_model, profile_work
+from edgeroute.commands import profile_work
 from edgeroute.engine import Runtime
 from edgeroute.offload.replay import replay
 from edgeroute.offload.trace import read_trace
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.stream import Stream
 from edgeroute.tools import synth
+from edgeroute.tools.forecast import plan as planning
 
 SPEC = replace(
     synth.ARCHITECTURES["qwen3moe"], n_layer=6, n_embd=128, n_ff=128, n_ff_exp=128, n_head=2,
@@ -48,7 +49,7 @@ def _slim_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test runner's own memory, which is larger than any model here, counts as nothing."""
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     monkeypatch.setattr(paging, "psutil", SimpleNamespace(Process=lambda: process))
-    monkeypatch.setattr(plan_model, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(planning, "PROGRAM_BYTES", 0)
 
 
 def run(*arguments: object) -> Result:

@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from edgeroute.cli import cli
-from edgeroute.commands import plan_forecast, plan_model
+from edgeroute.commands import plan_forecast
 from edgeroute.tools import synth
+from edgeroute.tools.forecast import plan as planning
 from edgeroute.tools.forecast.records import Speeds, StoragePoint
 
 _spec = importlib.util.spec_from_file_location(
@@ -36,7 +37,7 @@ SPEEDS = Speeds(
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(plan_forecast, "calibrate", lambda *_: SPEEDS)
-    monkeypatch.setattr(plan_model, "PROGRAM_BYTES", 0)  # larger than the model
+    monkeypatch.setattr(planning, "PROGRAM_BYTES", 0)  # larger than the model
     monkeypatch.setattr("edgeroute.tools.forecast.scale.memory_bandwidth", _no_measuring)
     with hub_server.isolated(tmp_path, monkeypatch):
         yield

@@ -7,12 +7,13 @@ what of reading hides behind computing, as the engine runs them one after the ot
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from edgeroute.tools.forecast.hits import hit_ratio
 from edgeroute.tools.forecast.kernels import Form, rate_key
 from edgeroute.tools.forecast.model_cost import ModelCost, PageShape, Work
 from edgeroute.tools.forecast.placement import Placement, from_plan
+from edgeroute.tools.forecast.plan import ModelPlan
 from edgeroute.tools.forecast.records import Forecast, HitModel, Range, Speeds, StoragePoint
 from edgeroute.tools.forecast.stream import Stage, stream_s
 
@@ -34,7 +35,11 @@ class Ask:
 
 
 def forecast(
-    plan: Any, cost: ModelCost, speeds: Speeds, hits: HitModel | None = None, ask: Ask | None = None
+    plan: Placement | ModelPlan,
+    cost: ModelCost,
+    speeds: Speeds,
+    hits: HitModel | None = None,
+    ask: Ask | None = None,
 ) -> Forecast:
     """Forecast decoding, prefill, first token and energy.
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from edgeroute.config import RunParams
 from edgeroute.loaded import MemoryPlan, budget_bytes, plan_memory
@@ -16,6 +16,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.weights import ResidentWeights
+from edgeroute.tools.forecast.plan import ModelPlan
 
 Verdict = Literal["FITS", "PAGES", "REFUSED"]
 
@@ -120,12 +121,8 @@ def streamed_units(n_streamed: int, n_layer: int, *, drafting: bool) -> tuple[in
     return tuple((2 * j + 1) * n_layer // (2 * n_streamed) for j in range(n_streamed))
 
 
-def from_plan(plan: Any) -> Placement:
-    """Take what a forecast needs from a `ModelPlan` of `edgeroute plan`, or one like it.
-
-    It is read by its attributes: budget_bytes, memory, is_resident, fits, smallest_budget_bytes,
-    slots, paging, streaming, hparams and params.
-    """
+def from_plan(plan: ModelPlan) -> Placement:
+    """Take what a forecast needs from a plan of `edgeroute plan`."""
     experts, streaming = plan.slots, plan.streaming
     streamed: Sequence[int] = ()
     if not plan.is_resident and streaming is not None and streaming.fits:

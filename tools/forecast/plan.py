@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeroute.commands.plan_layers import Streaming, plan_streaming
 from edgeroute.config import RunParams
 from edgeroute.loaded import MemoryPlan, budget_bytes, kv_shape, plan_memory
 from edgeroute.models.base import Hparams, Model, MoeHparams
@@ -22,6 +21,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import CELL_BUCKET, round_cells
 from edgeroute.runtime.weights import ResidentWeights, TensorSpec
+from edgeroute.tools.forecast.plan_layers import Streaming, plan_streaming
 
 _MIN_N_CTX, _MAX_N_CTX = 32, 1 << 20
 """What RunParams allows."""
