@@ -35,7 +35,7 @@ def command() -> None:
 for _each in (
     bench_levers.levers, bench_levers.forecast, bench_speed.decode, bench_speed.prefill,
     bench_speed.load, bench_speed.batch, bench_speed.contention,
-    bench_paged.experts, bench_paged.layers, bench_paged.speculate,
+    bench_paged.experts, bench_paged.layers, bench_paged.speculate, bench_paged.replay,
     bench_lossy.adapters, bench_lossy.depth, bench_lossy.expert_count, bench_lossy.prune,
     bench_lossy.steps, bench_serve.serve, bench_speed.parity,
 ):  # fmt: skip

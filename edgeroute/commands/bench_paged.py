@@ -1,5 +1,6 @@
 """Benchmarks of models larger than memory, under the kernel's limit."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -98,3 +99,24 @@ def speculate(sources: tuple[str, ...], small: str | None, **options: Any) -> No
         settings={"levers": "asked"},
     )  # fmt: skip
     finish(bench.run(bench_params(options), progress, wanted), options)
+
+
+@click.command(epilog=examples("replay", "", "--trace routes.trace --share 0.4"))
+@click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Routes of a model; default: some are made up.")  # fmt: skip
+@click.option("--events", "n_event", default=1_000_000, show_default=True,
+              type=click.IntRange(1000, 100_000_000),
+              help="Routing events to make up: what one token chooses in one layer.")  # fmt: skip
+@click.option("--share", default=0.25, show_default=True, type=click.FloatRange(0.001, 1),
+              help="Slots over experts.")  # fmt: skip
+@click.option("--check", is_flag=True, help="Exit with status 1 if a target is missed.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object last.")
+def replay(trace: Path | None, n_event: int, share: float, **options: Any) -> None:
+    """A trace through eviction policies and Belady's optimum: seconds, and hit rates."""
+    from edgeroute.tools.bench import replay as bench
+    from edgeroute.tools.bench.report import BenchParams
+
+    name = "made-up routes" if trace is None else trace.name
+    params = BenchParams(path=trace or Path(name), name=name, threads=1)
+    how = bench.ReplayParams(trace=trace, n_event=n_event, share=share)
+    finish(bench.bench(params, how, progress), options)

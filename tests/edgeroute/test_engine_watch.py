@@ -410,7 +410,9 @@ def test_leaving_a_prompt_frees_within_one_operation(
         state.n, state.at = 0, at
         hold.set()
         holder.join()
-        until(lambda: not partly._scheduler.busy and not partly._engine.n_queued)
+        # Taken from the queue, a request is nowhere for a moment: it must have begun first.
+        until(lambda: state.n >= at and not partly._scheduler.busy)
+        until(lambda: not partly._engine.n_queued)
         assert state.n == at
         stats: dict[str, Any] = partly.stats()
         assert stats["kv_free_cells"] + stats["kv_kept_cells"] == stats["kv_cells"]
