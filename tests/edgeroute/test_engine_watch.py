@@ -411,7 +411,7 @@ def test_leaving_a_prompt_frees_within_one_operation(
         hold.set()
         holder.join()
         # Taken from the queue, a request is nowhere for a moment: it must have begun first.
-        until(lambda: state.n >= at and not partly._scheduler.busy)
+        until(lambda: state.n >= state.at and not partly._scheduler.busy)
         until(lambda: not partly._engine.n_queued)
         assert state.n == at
         stats: dict[str, Any] = partly.stats()
