@@ -68,5 +68,8 @@ class Pressure:
         if self.target_bytes >= self.full_bytes or self._n_calm < params.calm_readings:
             return None
         self._n_calm = 0
-        self.target_bytes = min(self.full_bytes, self.target_bytes + spare // 2)
-        return self.target_bytes
+        target = min(self.full_bytes, self.target_bytes + spare // 2)
+        if target == self.target_bytes:  # half of a byte to spare
+            return None
+        self.target_bytes = target
+        return target

@@ -44,6 +44,12 @@ def test_slots_come_back_only_after_calm_and_never_beyond_the_beginning() -> Non
     assert [pressure.read(5000, 1000) for _ in range(4)] == [None] * 4
 
 
+def test_half_of_one_byte_changes_nothing() -> None:
+    pressure = Pressure(1000, PARAMS)
+    assert pressure.read(0, 1000) == 800
+    assert [pressure.read(401, 800) for _ in range(3)] == [None] * 3
+
+
 def test_margins_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UsageError, match="contradict"):
         PressureParams(low_bytes=2, high_bytes=1)
