@@ -10,20 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from edgeroute.config import RunParams
-from edgeroute.loaded import kv_shape
 from edgeroute.models.forward import Piece
 from edgeroute.models.paged import PagedForward
-from edgeroute.models.registry import describe
-from edgeroute.offload.expert_pool import plan_pools
 from edgeroute.offload.expert_store import ExpertStore
-from edgeroute.paging import PagedPlan, moe_source, open_store
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import KvCache
-from edgeroute.runtime.units import MIB
 from edgeroute.tools import synth
+from edgeroute.tools.forecast.fixed_costs import open_paged
 
 N_LAYER: Final = 12
 N_TOKENS, N_CELLS = 240, 256
@@ -78,19 +72,5 @@ def _open(own: contextlib.ExitStack, path: Path) -> tuple[PagedForward, ExpertSt
     file = own.enter_context(GGUFFile.open(path))
     device = own.enter_context(_TimedDevice.open("cpu"))
     device.set_threads(1)
-    params = RunParams()
-    source = moe_source(file, device, describe(file), params)
-    base = source.other_weights()
-    own.callback(base.close)
-    base.load()
-    pools = tuple(plan_pools(source.layers(), source.moe.n_expert))
-    store = open_store(own, source, base, PagedPlan(
-        pools=pools, fixed={}, staging_bytes=8 * MIB,
-        slots_bytes=sum(pool.all_bytes for pool in pools),
-    ))  # fmt: skip
-    kv = KvCache(device, kv_shape(source.model.hparams, params), N_CELLS)
-    own.callback(kv.close)
-    forward = PagedForward(source.model, device, store, kv, 1)
-    own.callback(forward.close)
-    forward.reserve(1, N_CELLS)
+    forward, store = open_paged(own, file, device, N_CELLS)
     return forward, store, device

@@ -15,6 +15,7 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.paged import PagedForward
 from edgeroute.models.registry import describe
 from edgeroute.offload.expert_pool import plan_pools
+from edgeroute.offload.expert_store import ExpertStore
 from edgeroute.paging import PagedPlan, moe_source, open_store
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.gguf import GGUFFile
@@ -113,7 +114,9 @@ def _pass_s(folder: Path, shape: TinyShape, threads: int, *, paged: bool) -> flo
         file = own.enter_context(GGUFFile.open(path))
         device = own.enter_context(Device.open("cpu"))
         device.set_threads(threads)
-        forward = (_paged if paged else _resident)(own, file, device)
+        forward: Forward = (
+            open_paged(own, file, device, N_CELLS)[0] if paged else _resident(own, file, device)
+        )
         region = forward.kv.allocate(N_CELLS)
         assert region is not None
         found = []
@@ -139,7 +142,9 @@ def _resident(own: contextlib.ExitStack, file: GGUFFile, device: Device) -> Forw
     return forward
 
 
-def _paged(own: contextlib.ExitStack, file: GGUFFile, device: Device) -> Forward:
+def open_paged(
+    own: contextlib.ExitStack, file: GGUFFile, device: Device, n_cells: int
+) -> tuple[PagedForward, ExpertStore]:
     """Open a file with slots for all its experts; `own` closes everything."""
     source = moe_source(file, device, describe(file), RunParams())
     base = source.other_weights()
@@ -150,9 +155,9 @@ def _paged(own: contextlib.ExitStack, file: GGUFFile, device: Device) -> Forward
         pools=pools, fixed={}, staging_bytes=8 * MIB,
         slots_bytes=sum(pool.all_bytes for pool in pools),
     ))  # fmt: skip
-    kv = KvCache(device, kv_shape(source.model.hparams, RunParams()), N_CELLS)
+    kv = KvCache(device, kv_shape(source.model.hparams, RunParams()), n_cells)
     own.callback(kv.close)
     forward = PagedForward(source.model, device, store, kv, 1)
     own.callback(forward.close)
-    forward.reserve(1, N_CELLS)
-    return forward
+    forward.reserve(1, n_cells)
+    return forward, store
