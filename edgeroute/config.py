@@ -16,12 +16,13 @@ TEXTS = frozenset((
     "memory", "kv_type", "device", "policy", "prefetch", "trace", "adapter_state", "small",
     "speculate", "depth", "depth_file", "steps", "steps_file", "remote", "sessions",
     "sessions_bytes", "levers", "overlap", "read_bytes",
-    "energy",
+    "energy", "device_memory", "host_experts",
 ))  # fmt: skip
 PATHS = frozenset(("small", "depth_file", "steps_file", "sessions"))
 SPECULATE = ("auto", "off", "lookup", "self", "small")
 LEVERS = ("proven", "asked", "off")
 OVERLAP = ("auto", "on", "off")
+HOST_EXPERTS = ("auto", "on", "off")
 READ_BYTES = (1 << 16, 1 << 22)
 """The shortest and the longest part that a page may be read in."""
 
@@ -42,7 +43,14 @@ class RunParams:
             that an answer would depend on who shares the pass. Set it where throughput counts
             more than that.
         kv_type: `f16` or `q8_0`.
-        device: a ggml device by name or kind.
+        device: what computes: `cpu`; `auto`, the fastest that is proved to answer like the
+            processor; or devices by ggml's names, by kind (`gpu`), or as `rpc:host:port`, several
+            with commas between, which then share the layers.
+        device_memory: what may be used of each device's own memory, bytes or text such as
+            `2GiB`; None is what it has free, less a reserve.
+        host_experts: where experts that a device has no room for are computed: `auto` wherever
+            that is measured to be quicker, `off` always on the device, `on` always by the
+            processor.
         policy: which expert leaves when another needs its slot; `auto` or a name, see
             `edgeroute.offload.eviction_registry`.
         prefetch: `auto` reads experts ahead while that is measured to pay, `off` never;
@@ -107,6 +115,8 @@ class RunParams:
     max_batch: int | None = None
     kv_type: str = "f16"
     device: str = "cpu"
+    device_memory: str | int | None = None
+    host_experts: str = "auto"
     policy: str = "auto"
     prefetch: str = "auto"
     repack_experts: bool = True
@@ -151,7 +161,12 @@ class RunParams:
             raise UsageError(f"n_kv must be at least n_ctx ({self.n_ctx}), got {self.n_kv}")
         if self.repack_experts not in (True, False):
             raise UsageError(f"repack_experts must be true or false, got {self.repack_experts!r}")
-        for name, known in (("speculate", SPECULATE), ("levers", LEVERS), ("overlap", OVERLAP)):
+        for name, known in (
+            ("speculate", SPECULATE),
+            ("levers", LEVERS),
+            ("overlap", OVERLAP),
+            ("host_experts", HOST_EXPERTS),
+        ):
             if (value := getattr(self, name)) not in known:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.speculate == "small" and self.small is None:
@@ -164,7 +179,7 @@ class RunParams:
         if not isinstance(self.depth, str) or not self.depth:
             raise UsageError(f"depth must be full, auto or a plan's name, got {self.depth!r}")
         self._check_steps()
-        for size in (self.memory, self.sessions_bytes):
+        for size in (self.memory, self.sessions_bytes, self.device_memory):
             if size is not None:
                 parse_bytes(size)
         self._check_reads()

@@ -26,6 +26,8 @@ class Settings(TypedDict, total=False):
     max_batch: int | None
     kv_type: str | None
     device: str | None
+    device_memory: str | int | None
+    host_experts: str | None
     policy: str | None
     prefetch: str | None
     repack_experts: bool | None

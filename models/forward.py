@@ -199,6 +199,7 @@ class Forward:
             return graph.host_output
         logits = np.empty((shape.n_out, self.model.hparams.n_vocab), np.float32)
         get_bytes(graph.output, logits)
+        self.device.check()
         return logits
 
     def residual(self, n_tokens: int) -> npt.NDArray[np.float32]:

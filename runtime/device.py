@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
 from edgeroute.runtime.closing import Closing
@@ -18,6 +18,7 @@ from edgeroute.runtime.errors import CapacityError, ComputeError, LibraryError, 
 from edgeroute.runtime.ggml import api, structs
 from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.ggml.lib import libraries
+from edgeroute.runtime.rpc_link import PREFIX, RpcLink
 from edgeroute.runtime.units import format_bytes
 
 _KINDS = {
@@ -168,8 +169,10 @@ class Device(Closing):
     Not thread-safe: one thread owns it. Close it after everything allocated from it.
     """
 
-    def __init__(self, info: DeviceInfo) -> None:
+    def __init__(self, info: DeviceInfo, link: RpcLink | None = None) -> None:
+        """Open it; a device behind a `link`, which it then owns, is one of another process."""
         g = ggml()
+        self.link = link
         backend = g.ggml_backend_dev_init(info.pointer, None)
         if backend is None:
             raise LibraryError(f"ggml could not open device {info.name}")
@@ -192,17 +195,42 @@ class Device(Closing):
 
     @classmethod
     def open(cls, name: str = "cpu") -> Self:
-        """Open a device by ggml's name for it, or by kind (`cpu`, `gpu`).
+        """Open a device by ggml's name for it, by kind (`cpu`, `gpu`), or as `rpc:host:port`.
 
         Raises:
             UsageError: no such device; the message lists those there are.
+            DeviceLostError: nobody answers at an RPC address.
         """
+        if name.startswith(PREFIX):
+            return cls._open_rpc(name)
         found = devices()
         for info in found:
             if name.lower() in (info.name.lower(), info.kind):
                 return cls(info)
         names = ", ".join(info.name for info in found)
         raise UsageError(f"there is no device {name!r} here; ggml offers: {names}")
+
+    @classmethod
+    def _open_rpc(cls, name: str) -> Self:
+        _load_backends()
+        link = RpcLink.open(name)
+        try:
+            info = _info(link.devices()[0])
+            link.check()
+            return cls(replace(info, name=f"{PREFIX}{link.address}"), link)
+        except BaseException:
+            link.close()
+            raise
+
+    def check(self) -> None:
+        """Raise DeviceLostError where the device is gone; what was read from it since is void."""
+        if self.link is not None:
+            self.link.check()
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is this machine's processor."""
+        return self.info.kind == "cpu" and self.link is None
 
     @staticmethod
     def _proc(
@@ -236,6 +264,7 @@ class Device(Closing):
             CapacityError: the device has not that much memory; nothing was allocated.
         """
         pointer = ggml().ggml_backend_buft_alloc_buffer(buffer_type or self.buffer_type, n_bytes)
+        self.check()
         if pointer is None:
             raise CapacityError(
                 f"device {self.info.name} could not allocate {format_bytes(n_bytes)}; "
@@ -279,9 +308,11 @@ class Device(Closing):
 
         Raises:
             ComputeError: ggml reported a failure.
+            DeviceLostError: the device is gone.
         """
         status = ggml().ggml_backend_graph_compute(self._backend, graph)
         self.beat = time.monotonic()
+        self.check()
         if status == api.STATUS_ABORTED:
             return False
         if status != api.STATUS_SUCCESS:
@@ -295,3 +326,5 @@ class Device(Closing):
         if self._backend:
             ggml().ggml_backend_free(self._backend)
             self._backend = 0
+        if self.link is not None:
+            self.link.close()

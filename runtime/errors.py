@@ -72,6 +72,10 @@ class ComputeError(EdgerouteError):
     """ggml reported a failed computation; the sequences in that batch are lost."""
 
 
+class DeviceLostError(ComputeError):
+    """A device stopped answering: what it held is lost, and the message names it."""
+
+
 class DeadlineError(EdgerouteError, TimeoutError):
     """What was asked for was not ready within the time given."""
 

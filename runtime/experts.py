@@ -17,10 +17,15 @@ class Held(NamedTuple):
 
 
 class Leased(NamedTuple):
-    """The slot of each expert asked for, and those that may not be computed with yet."""
+    """The slot of each expert asked for, and those that may not be computed with yet.
+
+    `away` have no slot on the device: the processor computes them, from the slots of its own
+    that stand in `slots` for them. Only a pager over two tiers names any.
+    """
 
     slots: list[int]
     absent: Sequence[int]
+    away: Sequence[int] = ()
 
 
 class ExpertPager(Weights, Protocol):
