@@ -60,6 +60,7 @@ COMMANDS: dict[str, str] = {
     "generate": "Answer one prompt.",
     "chat": "Talk with a model, turn by turn.",
     "serve": "Answer OpenAI clients on a local port.",
+    "rpc-server": "Lend this machine's device to another machine.",
     "pull": "Download a model and check its hash.",
     "models": "List known and installed models.",
     "adapters": "Keep LoRA adapters, and train one.",
@@ -98,7 +99,7 @@ class LazyGroup(click.Group):
         """Import a command's module."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"edgeroute.commands.{cmd_name}")
+        module = importlib.import_module(f"edgeroute.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

@@ -1,59 +1,84 @@
 """RPC servers on this machine, as processes of their own: devices whose memory is not ours."""
 
 import contextlib
-import socket
+import json
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_SERVE = """
-import ctypes, sys
-from edgeroute.runtime.device import devices
-from edgeroute.runtime.ggml.api import ggml
-pointer = devices()[-1].pointer
-reg = ggml().ggml_backend_reg_by_name(b"RPC")
-address = ggml().ggml_backend_reg_get_proc_address(reg, b"ggml_backend_rpc_start_server")
-start = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t,
-                         ctypes.c_void_p)(address)
-start(sys.argv[1].encode(), None, 1, 1, (ctypes.c_void_p * 1)(pointer))
-"""
+from edgeroute.runtime.errors import LibraryError
+from edgeroute.runtime.rpc_throttle import VARIABLE
+
+_START = "from edgeroute.cli import main; main()"
 
 
 @dataclass(slots=True)
 class RpcServer:
-    """A running server; `name` is what `device=` takes."""
+    """A running `edgeroute rpc-server`; `name` is what `device=` takes."""
 
     process: subprocess.Popen[bytes]
     port: int
+    memory_bytes: int
 
     @property
     def name(self) -> str:
+        """What `device=` takes."""
         return f"rpc:127.0.0.1:{self.port}"
 
     def kill(self) -> None:
+        """End it as a crash would: nothing is said to anybody."""
         self.process.kill()
         self.process.wait()
 
 
 @contextlib.contextmanager
-def rpc_server() -> Iterator[RpcServer]:
-    """Run a server with one CPU device of one thread until the block ends."""
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        port = probe.getsockname()[1]
+def rpc_server(
+    memory: int | None = None, *, threads: int = 1, options: tuple[str, ...] = ()
+) -> Iterator[RpcServer]:
+    """Run a server with one CPU device until the block ends.
+
+    Args:
+        memory: bytes that it lends; None is nearly all that is free.
+        threads: that it computes with.
+        options: of `edgeroute rpc-server`, beyond these.
+
+    Raises:
+        LibraryError: it ended at once; the message is what it said.
+    """
+    arguments = ["rpc-server", "--port", "0", "--threads", str(threads), "--json", *options]
+    if memory is not None:
+        arguments += ["--memory", str(memory)]
     process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, f"127.0.0.1:{port}"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", _START, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        while True:
-            assert process.poll() is None, "the server ended"
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            time.sleep(0.02)
-        yield RpcServer(process, port)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            told = json.loads(line)
+            port = int(told["address"].rpartition(":")[2])
+        except (ValueError, KeyError) as error:
+            raise LibraryError(f"no RPC server could be started: {line.decode()}") from error
+        yield RpcServer(process, port, told["memory_bytes"])
     finally:
         process.kill()
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@contextlib.contextmanager
+def slow_links(bytes_s: int, latency_ms: float = 0.0) -> Iterator[None]:
+    """Slow the links that this process opens within to so many bytes a second each way."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = f"{bytes_s},{latency_ms:g}ms"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
