@@ -7,11 +7,10 @@ Nothing here assumes that a tensor's memory is host memory: bytes go in and out 
 import ctypes
 import functools
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import CapacityError, ComputeError, LibraryError, UsageError
@@ -19,6 +18,8 @@ from edgeroute.runtime.ggml import api, structs
 from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.ggml.lib import libraries
 from edgeroute.runtime.rpc_link import PREFIX, RpcLink
+from edgeroute.runtime.stop_flag import StopFlag
+from edgeroute.runtime.unified import shares_memory
 from edgeroute.runtime.units import format_bytes
 
 _KINDS = {
@@ -31,7 +32,17 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceInfo:
-    """What ggml says about one device. Memory in bytes; 0 where the backend does not know."""
+    """What ggml says about one device. Memory in bytes; 0 where the backend does not know.
+
+    Attributes:
+        kind: cpu, gpu, igpu (shares the host's memory), accel or other.
+        memory_free_bytes: when this was read; `Device.memory` asks again.
+        host_pointers: buffers can be made of host memory, without a copy.
+        asynchronous: copies and graphs are queued, and waited for when that is asked.
+        events: places in such a queue can be waited for, by the host and by other queues.
+        pinned: there is host memory that it copies from more quickly.
+        unified: its memory is the host's: see runtime/unified.py.
+    """
 
     name: str
     description: str
@@ -40,6 +51,10 @@ class DeviceInfo:
     memory_total_bytes: int
     host_pointers: bool
     pointer: int
+    asynchronous: bool
+    events: bool
+    pinned: bool
+    unified: bool
 
 
 def _drop(level: int, text: bytes, user: int | None) -> None:
@@ -72,16 +87,23 @@ def devices() -> list[DeviceInfo]:
 
 
 def _info(pointer: int) -> DeviceInfo:
-    props = structs.DevProps()
-    ggml().ggml_backend_dev_get_props(pointer, ctypes.byref(props))
+    g, props = ggml(), structs.DevProps()
+    g.ggml_backend_dev_get_props(pointer, ctypes.byref(props))
+    reg = g.ggml_backend_reg_name(g.ggml_backend_dev_backend_reg(pointer)) or b"?"
+    kind = _KINDS.get(props.type, "other")
+    host_pointers = bool(props.caps.buffer_from_host_ptr)
     return DeviceInfo(
         name=(props.name or b"?").decode(errors="replace"),
         description=(props.description or b"?").decode(errors="replace"),
-        kind=_KINDS.get(props.type, "other"),
+        kind=kind,
         memory_free_bytes=props.memory_free,
         memory_total_bytes=props.memory_total,
-        host_pointers=bool(props.caps.buffer_from_host_ptr),
+        host_pointers=host_pointers,
         pointer=pointer,
+        asynchronous=bool(props.caps.async_),
+        events=bool(props.caps.events),
+        pinned=bool(props.caps.host_buffer),
+        unified=shares_memory(kind, host_pointers, reg.decode(errors="replace")),
     )
 
 
@@ -105,62 +127,6 @@ class Buffer:
         if self.pointer:
             ggml().ggml_backend_buffer_free(self.pointer)
             self.pointer = 0
-
-
-class StopFlag:
-    """What a running computation asks before each operation; any thread may raise it.
-
-    ggml asks a C function `bool f(void *)`. A Python function would take Python's lock a
-    thousand times per batch, which costs 5 % of a prefill. Where the C library has semaphores
-    of a process's own, sem_trywait answers: it takes one of many until there are none, so that
-    what is left tells how far the computation is. Elsewhere strlen answers the same question
-    about a string of length zero or one.
-    """
-
-    _MANY: Final = (1 << 31) - 1  # SEM_VALUE_MAX
-
-    def __init__(self) -> None:
-        self._memory = (ctypes.c_uint64 * 8)()
-        self.address = ctypes.addressof(self._memory)
-        library = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
-        # macOS has these functions too, but they always fail.
-        self._library = library if sys.platform == "linux" else None
-        ask = library.strlen if self._library is None else library.sem_trywait
-        self.callback = ctypes.cast(ask, ctypes.c_void_p).value
-        self._n_asked = 0  # before it was raised
-        self.clear()
-
-    def set(self) -> None:
-        """Stop the computation that runs now, if it watches."""
-        self._n_asked = self.n_asked
-        self._put(1 if self._library is None else 0)
-
-    def is_set(self) -> bool:
-        """Whether it was raised and not lowered since."""
-        return bool(self._memory[0]) if self._library is None else not self._left()
-
-    def clear(self) -> None:
-        """Let computations run."""
-        self._put(0 if self._library is None else self._MANY)
-
-    @property
-    def n_asked(self) -> int:
-        """Operations begun since it was lowered, where that is known; any thread may look."""
-        if self._library is None or not (left := self._left()):
-            return self._n_asked
-        return self._MANY - left
-
-    def _put(self, value: int) -> None:
-        if self._library is None:
-            self._memory[0] = value
-        else:
-            self._library.sem_init(ctypes.byref(self._memory), 0, value)
-
-    def _left(self) -> int:
-        left = ctypes.c_int()
-        assert self._library is not None
-        self._library.sem_getvalue(ctypes.byref(self._memory), ctypes.byref(left))
-        return left.value
 
 
 class Device(Closing):
@@ -190,6 +156,7 @@ class Device(Closing):
         self.stop_flag = StopFlag()
         self.extra_buffer_types = self._find_extra_buffer_types(reg)
         self.n_threads = 0
+        self._begun = api.STATUS_SUCCESS
         self.beat = time.monotonic()
         """When it last ended a computation, for whoever watches from another thread."""
 
@@ -203,10 +170,12 @@ class Device(Closing):
         """
         if name.startswith(PREFIX):
             return cls._open_rpc(name)
-        found = devices()
-        for info in found:
-            if name.lower() in (info.name.lower(), info.kind):
-                return cls(info)
+        found, want = devices(), name.lower()
+        kinds = ("gpu", "igpu") if want == "gpu" else (want,)
+        alike = [info for info in found if info.name.lower() == want]
+        alike += [info for kind in kinds for info in found if info.kind == kind]
+        if alike:
+            return cls(alike[0])
         names = ", ".join(info.name for info in found)
         raise UsageError(f"there is no device {name!r} here; ggml offers: {names}")
 
@@ -217,7 +186,10 @@ class Device(Closing):
         try:
             info = _info(link.devices()[0])
             link.check()
-            return cls(replace(info, name=f"{PREFIX}{link.address}"), link)
+            # ggml describes it by our end of the connection, which is another each time.
+            told = replace(info, name=f"{PREFIX}{link.address}", unified=False,
+                           description=f"device of {link.address}")  # fmt: skip
+            return cls(told, link)
         except BaseException:
             link.close()
             raise
@@ -226,6 +198,21 @@ class Device(Closing):
         """Raise DeviceLostError where the device is gone; what was read from it since is void."""
         if self.link is not None:
             self.link.check()
+
+    @property
+    def backend(self) -> int:
+        """ggml's pointer of the instance that computes, which is also a queue of its own."""
+        return self._backend
+
+    def second_backend(self) -> int | None:
+        """Make another instance: a queue for copies beside that of graphs.
+
+        Returns:
+            None where the device has one queue for all. The caller frees the instance.
+        """
+        if self.link is not None or not (self.info.asynchronous and self.info.events):
+            return None
+        return ggml().ggml_backend_dev_init(self.info.pointer, None)
 
     @property
     def is_cpu(self) -> bool:
@@ -256,6 +243,17 @@ class Device(Closing):
     def buffer_type_name(self, buffer_type: int) -> str:
         """Name a buffer type as ggml does: `CPU`, `CPU_REPACK`."""
         return (ggml().ggml_backend_buft_name(buffer_type) or b"?").decode(errors="replace")
+
+    def memory(self) -> tuple[int, int]:
+        """Ask for its memory as it is now: bytes free, bytes in all; 0 where it does not know.
+
+        Raises:
+            DeviceLostError: the device is gone.
+        """
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        ggml().ggml_backend_dev_memory(self.info.pointer, ctypes.byref(free), ctypes.byref(total))
+        self.check()
+        return free.value, total.value
 
     def allocate(self, n_bytes: int, buffer_type: int | None = None) -> Buffer:
         """Allocate a buffer.
@@ -304,13 +302,33 @@ class Device(Closing):
         """Compute a graph and wait for it.
 
         Returns:
-            False when `stop_flag` stopped it; its outputs are undefined then.
+            False when `stop_flag` stopped it; its outputs are undefined then. A device without
+            a way to stop ends what it began: whoever computes several graphs looks at the flag
+            in between.
 
         Raises:
             ComputeError: ggml reported a failure.
             DeviceLostError: the device is gone.
         """
-        status = ggml().ggml_backend_graph_compute(self._backend, graph)
+        return self._ended(ggml().ggml_backend_graph_compute(self._backend, graph))
+
+    def compute_begin(self, graph: int) -> None:
+        """Begin to compute a graph; the host may work on other things until `compute_end`.
+
+        A device that queues nothing computes it here. Until `compute_end` nobody may write what
+        the graph reads, nor read what it writes; more graphs may be begun, which follow it.
+        """
+        status = ggml().ggml_backend_graph_compute_async(self._backend, graph)
+        if self._begun == api.STATUS_SUCCESS:
+            self._begun = status
+
+    def compute_end(self) -> bool:
+        """Wait for every graph that was begun; see `compute` for what it returns and raises."""
+        ggml().ggml_backend_synchronize(self._backend)
+        status, self._begun = self._begun, api.STATUS_SUCCESS
+        return self._ended(status)
+
+    def _ended(self, status: int) -> bool:
         self.beat = time.monotonic()
         self.check()
         if status == api.STATUS_ABORTED:

@@ -6,9 +6,11 @@ from collections.abc import Hashable, Iterator
 from typing import Final
 
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.device_ops import lacking
+from edgeroute.runtime.errors import CapacityError, UnsupportedModelError
 from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.graph import Graph
+from edgeroute.runtime.units import format_bytes
 
 MAX_BYTES: Final = 48 << 20
 """Of the descriptors of all graphs kept. One of a pass of 16 sequences over 30 layers takes 3 MiB,
@@ -24,19 +26,28 @@ class GraphCache:
     """
 
     def __init__(self, device: Device, max_graphs: int = 48) -> None:
-        galloc = ggml().ggml_gallocr_new(device.buffer_type)
-        if galloc is None:
-            raise CapacityError("ggml could not create a graph allocator")
-        self._galloc = galloc
+        self._device = device
+        self._galloc = self._new_galloc()
         self.max_graphs = max_graphs
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._described_bytes = 0
-        self.n_built = 0
+        self._n_built = 0
+
+    def _new_galloc(self) -> int:
+        galloc = ggml().ggml_gallocr_new(self._device.buffer_type)
+        if galloc is None:
+            raise CapacityError("ggml could not create a graph allocator")
+        return galloc
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the compute buffer as it is now."""
         return ggml().ggml_gallocr_get_buffer_size(self._galloc, 0)
+
+    @property
+    def n_built(self) -> int:
+        """Graphs that were given memory so far."""
+        return self._n_built
 
     def find(self, key: Hashable) -> Graph | None:
         """Return the graph of `key`, or None if it is not kept."""
@@ -77,14 +88,41 @@ class GraphCache:
 
     def _place(self, graph: Graph) -> None:
         """Give a new graph its memory; if the buffer had to grow, all others are dropped."""
+        self._check_operations(graph)
         before = self.n_bytes
         if not ggml().ggml_gallocr_alloc_graph(self._galloc, graph.pointer):
+            n_nodes = ggml().ggml_graph_n_nodes(graph.pointer)
             graph.free()
-            raise CapacityError("no memory for a compute buffer; lower n_ctx or n_ubatch")
+            self.renew()  # what was there has gone with the attempt, and no graph may use it
+            self._device.check()
+            raise CapacityError(
+                f"device {self._device.info.name} has no memory for a compute buffer: a graph of "
+                f"{n_nodes} operations wants more than the {format_bytes(before)} it had; lower "
+                "n_ctx or n_ubatch, or give the device less to hold"
+            )
         graph.inputs.forget_unread()
         if self.n_bytes != before:
             self.clear()
-        self.n_built += 1
+        self._n_built += 1
+
+    def _check_operations(self, graph: Graph) -> None:
+        """Refuse a graph that the device cannot compute: ggml would end the process.
+
+        A device of another machine says yes to everything, and the processor can do everything.
+        """
+        device = self._device
+        if device.is_cpu or device.link is not None:
+            return
+        if names := lacking(device, graph.pointer):
+            graph.free()
+            raise UnsupportedModelError(
+                f"device {device.info.name} cannot compute {', '.join(names)}; take another device"
+            )
+
+    def renew(self) -> None:
+        """Drop every graph and give the buffer back; graphs that are added get a new one."""
+        self.close()
+        self._galloc = self._new_galloc()
 
     def clear(self) -> None:
         """Drop every graph; the buffer stays."""

@@ -19,7 +19,8 @@ from edgeroute import Chunk, Runtime, engine_thread, paging
 from edgeroute.models.forward import Forward
 from edgeroute.pulse import Pulse
 from edgeroute.runtime import errors
-from edgeroute.runtime.device import Device, StopFlag
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.stop_flag import StopFlag
 from edgeroute.runtime.units import MIB
 from edgeroute.tools import synth
 from tests.edgeroute.adapter_lab import make as make_adapter
