@@ -1,8 +1,9 @@
 """The adapters of one Runtime: which there are, slots for a few, and what requests ask for."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from edgeroute.offload.adapter_load import n_blocks, targets_of
 from edgeroute.offload.adapter_store import MAX_SLOTS_PER_TOKEN, AdapterStore
 from edgeroute.request import Request
 from edgeroute.runtime.closing import Closing
+from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.ledger import Ledger
 from edgeroute.runtime.lora import LoraSlots, LoraTarget
@@ -30,6 +32,8 @@ RANK_STEP, MAX_SLOT_RANK, EMPTY_RANK = 8, 64, 16
 MAX_WEIGHT = 100.0
 ALIGNMENT = 128  # at least what any backend asks for between tensors
 
+LedgerOf = Callable[[Device], Ledger]
+"""Gives the account of a device's memory."""
 Mixture = Mapping[str, float]
 Asked = Mixture | str | None
 """What a request asks for: adapters with factors, `auto` or `auto:mix`, or none."""
@@ -60,8 +64,7 @@ class AdapterPlan:
     @property
     def n_bytes(self) -> int:
         """Bytes of the slot tensors, the slot of zeros and alignment included."""
-        exact = (self.n_slots + 1) * LoraSlots.bytes_per_slot(self.targets, self.rank)
-        return exact + 2 * ALIGNMENT * len(self.targets)
+        return slots_bytes(self.targets, self.rank, self.n_slots)
 
     def compute_bytes(self, n_ubatch: int) -> int:
         """Bound what one adapter's products take in the compute buffer, beside the model's."""
@@ -105,6 +108,11 @@ def plan_adapters(
     )  # fmt: skip
 
 
+def slots_bytes(targets: Sequence[LoraTarget], rank: int, n_slots: int) -> int:
+    """Bound the bytes of slot tensors, the slot of zeros and alignment included."""
+    return (n_slots + 1) * LoraSlots.bytes_per_slot(targets, rank) + 2 * ALIGNMENT * len(targets)
+
+
 class Host(NamedTuple):
     """What the library needs of the engine.
 
@@ -119,12 +127,14 @@ class Host(NamedTuple):
 class Adapters(Closing):
     """The library while a model runs. The engine thread owns it."""
 
-    def __init__(self, forward: Forward, ledger: Ledger, plan: AdapterPlan, host: Host) -> None:
+    def __init__(
+        self, forward: Forward, ledger_of: LedgerOf, plan: AdapterPlan, host: Host
+    ) -> None:
         """Make the slots and let `forward` use them.
 
         Args:
             forward: the model.
-            ledger: has an entry for the slots as planned.
+            ledger_of: each device's has an entry for its slots as planned.
             plan: the library.
             host: what it needs of the engine.
 
@@ -132,8 +142,9 @@ class Adapters(Closing):
             CapacityError: no memory for the slots.
         """
         self.base = base_shapes(forward.model)
-        self._forward, self._ledger = forward, ledger
-        self._slots = LoraSlots(forward.device, plan.rank, plan.n_slots)
+        self._forward = forward
+        self._ledger_of = ledger_of
+        self._slots = LoraSlots(forward.device_of, plan.rank, plan.n_slots)
         self.store = AdapterStore(self._slots, host.wake)
         spare = 0 if plan.n_resident >= len(plan.files) else 1  # for what only passes through
         hp = forward.model.hparams
@@ -231,20 +242,21 @@ class Adapters(Closing):
         return self.store.stats() | {"auto": self.routing.stats()}
 
     def _extend(self, targets: set[LoraTarget]) -> None:
-        more = (self._slots.n_slots + 1) * LoraSlots.bytes_per_slot(targets, self._slots.rank)
-        more += 2 * ALIGNMENT * len(targets)
         label = f"{LEDGER_OWNER} (added)"
-        self._ledger.reserve({label: more})
-        try:
+        with contextlib.ExitStack() as entered:
+            for device, mine in self._slots.by_device(targets).items():
+                more = slots_bytes(mine, self._slots.rank, self._slots.n_slots)
+                ledger = self._ledger_of(device)
+                ledger.reserve({label: more})
+                entered.callback(ledger.release, label)
             self._slots.extend(group_targets(targets))
-        finally:
-            self._ledger.release(label)
         self._book()
         self._forward.graphs.clear()
 
     def _book(self) -> None:
         """Enter what the slots really take instead of what was planned."""
-        self._ledger.replace(LEDGER_OWNER, self._slots.n_bytes)
+        for device in self._slots.devices:
+            self._ledger_of(device).replace(LEDGER_OWNER, self._slots.bytes_on(device))
 
     def close(self) -> None:
         """Save what was learned, let a running load end, free the slots; safe to call twice."""

@@ -18,6 +18,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import DepthFileError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.graph import Span
+from edgeroute.runtime.placed_weights import Homes, PlacedWeights
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers.auto import MAX_KL, fastest
 from edgeroute.skippers.depth_router import DepthRouter
@@ -49,7 +50,7 @@ class Depth(Closing):
         self.key: str | None = None if pruned else plan.key
         promise = promise_of(plan, GuardParams())
         self.guard = None if promise is None else Guard(promise)
-        self.standins = standins
+        self.standins: ResidentWeights | PlacedWeights | None = standins
         self._run = sum({layer.attn, layer.ffn} <= {"run", "repeat"} for layer in plan.layers)
 
     @property
@@ -75,6 +76,18 @@ class Depth(Closing):
     def run(self, forward: Forward, pieces: Sequence[Piece]) -> Logits | None:
         """Compute a batch under the plan: see `Forward.run`, which lends its logits."""
         return forward.run(pieces, self.spans, borrow=True)
+
+    def place(self, homes: Homes) -> None:
+        """Plan the stand-ins for the devices of their layers, before they are loaded."""
+        planned = self.standins
+        if planned is not None:
+            self.standins = PlacedWeights(planned.file, planned.specs, homes)
+            planned.close()
+
+    def rows(self) -> list[int]:
+        """Name the layer of every further pass over a layer, in the order of their keys."""
+        found = {step.repeat: step.il for step in self.plan.steps() if step.repeat}
+        return [found[j] for j in sorted(found)]
 
     def load(self, forward: Forward) -> None:
         """Give a forward the stand-ins.
@@ -139,6 +152,9 @@ class RoutedDepth:
     def begin(self) -> "RoutedRequest":
         """Return what computes one request."""
         return RoutedRequest(self)
+
+    def place(self, homes: Homes) -> None:
+        """Nothing: routers are no part of a graph."""
 
     def load(self, forward: Forward) -> None:
         """Nothing: routers are small and in memory."""

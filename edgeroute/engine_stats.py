@@ -1,6 +1,6 @@
 """What a Runtime holds and has done, read while its engine thread goes on."""
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from edgeroute.lever_guard import lever_stats
 
@@ -8,20 +8,37 @@ if TYPE_CHECKING:
     from edgeroute.loaded import LoadedModel
     from edgeroute.scheduler import Scheduler
 
-PROVEN: Final = ("cpu",)
-"""Kinds of devices that the tests compare with llama.cpp. One look at CUDA found wrong tokens, see
-tools/BENCHLOG.md."""
-
 
 def warnings_of(loaded: "LoadedModel") -> list[str]:
     """Return what a user of a model should know before its answers are trusted or waited for."""
-    found = []
-    info = loaded.device.info
-    if info.kind not in PROVEN:
-        found.append(f"computing on {info.name} is not proven: wrong tokens were seen on a GPU; "
-                     "check answers against device='cpu'")  # fmt: skip
+    found = list(loaded.warnings)
+    if loaded.devices.accelerators:
+        # A model on the processor should not wait for this import.
+        from edgeroute.device_choice import warning_of
+
+        told = (warning_of(device, loaded.file, loaded.params.kv_type)
+                for device in loaded.devices.accelerators)  # fmt: skip
+        found += [each for each in told if each is not None]
     if loaded.experts is not None and (cliff := loaded.experts.stats().get("warning")):
         found.append(str(cliff))
+    return found
+
+
+def devices_stats(loaded: "LoadedModel") -> dict[str, dict[str, object]]:
+    """Return what is used of the memory of each device, by its name, as plain JSON types.
+
+    `layers` are those that it computes; experts may be on other devices, see `experts`.
+    """
+    forward, n_layer = loaded.forward, loaded.model.hparams.n_layer
+    on = [forward.device_of(f"blk.{il}.").info.name for il in range(n_layer)]
+    found: dict[str, dict[str, object]] = {}
+    for name, ledger in loaded.ledgers.items():
+        found[name] = {
+            "budget_bytes": ledger.budget_bytes,
+            "used_bytes": ledger.used_bytes,
+            "entries": {entry.owner: entry.n_bytes for entry in ledger.entries()},
+            "layers": [il for il, at in enumerate(on) if at == name],
+        }
     return found
 
 
@@ -59,6 +76,7 @@ def runtime_stats(
             "memory": {entry.owner: entry.n_bytes for entry in entries},
             "memory_bytes": sum(entry.n_bytes for entry in entries),
             "budget_bytes": loaded.ledger.budget_bytes,
+            "devices": devices_stats(loaded),
             "kv_cells": loaded.kv.n_cells,
             "kv_free_cells": loaded.kv.n_free_cells,
             "kv_kept_cells": scheduler.prefix.n_kept_cells,

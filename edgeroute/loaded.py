@@ -3,147 +3,48 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from edgeroute.config import RunParams
+from edgeroute.devices_open import open_devices
 from edgeroute.lever_choice import choose_levers
-from edgeroute.models.base import Hparams, Model
+from edgeroute.memory_plan import MAX_BATCH as MAX_BATCH
+from edgeroute.memory_plan import MAX_DRAFT as MAX_DRAFT
+from edgeroute.memory_plan import RESERVE_MIN_BYTES as RESERVE_MIN_BYTES
+from edgeroute.memory_plan import RESERVE_RATIO as RESERVE_RATIO
+from edgeroute.memory_plan import MemoryPlan as MemoryPlan
+from edgeroute.memory_plan import budget_bytes as budget_bytes
+from edgeroute.memory_plan import kv_shape as kv_shape
+from edgeroute.memory_plan import less_reserve as less_reserve
+from edgeroute.memory_plan import plan_memory as plan_memory
+from edgeroute.memory_plan import plan_parts as plan_parts
+from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward
 from edgeroute.models.registry import describe
 from edgeroute.opening import Opening
-from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
+from edgeroute.runtime.device_group import DeviceGroup
 from edgeroute.runtime.errors import CapacityError
-from edgeroute.runtime.kv_cache import KvCache, KvShape, round_cells
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
 from edgeroute.runtime.tensor import BF16, F16, F32
-from edgeroute.runtime.units import MIB, parse_bytes
-from edgeroute.runtime.weights import ResidentWeights, WeightsPlan
+from edgeroute.runtime.weights import ResidentWeights
 
 if TYPE_CHECKING:
     from edgeroute.adapters import AdapterPlan, Adapters
     from edgeroute.depth import DepthSource, NoDepth
+    from edgeroute.offload.device_tier import DeviceTier
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
 
-MAX_BATCH, MAX_BATCH_REPACKED, MAX_BATCH_FLOAT = 16, 3, 1
-"""Sequences in one pass by default: see RunParams.max_batch."""
+MAX_BATCH_REPACKED, MAX_BATCH_FLOAT = 3, 1
+"""Sequences in one pass by default where it is not MAX_BATCH: see RunParams.max_batch."""
 FLOATS = frozenset({F32, F16, BF16})
 """Types whose products with two rows ggml tiles. Source: ggml-cpu/llamafile."""
-MAX_DRAFT = 64
-"""Tokens of a small model's steps that are checked in one pass; logits of all are held at once."""
-RESERVE_RATIO, RESERVE_MIN_BYTES = 0.05, 256 * MIB
-"""Of the memory available, what stays for everything else when no budget is given."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """Bytes by part, known before anything is allocated."""
-
-    weights: WeightsPlan
-    kv_bytes: int
-    compute_bytes: int
-    adapter_bytes: int = 0
-    standin_bytes: int = 0
-    session_bytes: int = 0
-
-    def wants(self) -> dict[str, int]:
-        """Return ledger entries by owner."""
-        found = {
-            "weights (mapped file)": self.weights.mapped_bytes,
-            "weights (repacked or copied)": self.weights.copied_bytes,
-            "KV cache": self.kv_bytes,
-            COMPUTE_BUFFER: self.compute_bytes,
-            "adapter slots": self.adapter_bytes,
-            "stand-ins": self.standin_bytes,
-            "session staging": self.session_bytes,
-        }
-        return {owner: n_bytes for owner, n_bytes in found.items() if n_bytes}
-
-    @property
-    def total_bytes(self) -> int:
-        """Sum of the parts."""
-        return sum(self.wants().values())
-
-
-def budget_bytes(params: RunParams) -> int:
-    """Return the budget given, or the memory really available less a reserve."""
-    if params.memory is not None:
-        return parse_bytes(params.memory)
-    return less_reserve(machine.memory().available_bytes)
-
-
-def less_reserve(free_bytes: int) -> int:
-    """Return what may be used of memory that is free, when no budget is given."""
-    return max(0, free_bytes - max(RESERVE_MIN_BYTES, int(RESERVE_RATIO * free_bytes)))
-
-
-def kv_shape(hparams: Hparams, params: RunParams, n_repeat: int = 0) -> KvShape:
-    """Return what one KV cell of this model holds, with `n_repeat` passes beyond its layers."""
-    return KvShape(
-        n_layer=hparams.n_layer, n_embd_k_gqa=hparams.n_embd_k_gqa,
-        n_embd_v_gqa=hparams.n_embd_v_gqa, n_embd_head=hparams.n_embd_head_k,
-        n_embd_head_v=hparams.n_embd_head_v, v_in_k=hparams.v_in_k, kv_type=params.kv_type,
-        n_repeat=n_repeat,
-    )  # fmt: skip
-
-
-def plan_memory(
-    hparams: Hparams, weights: ResidentWeights, params: RunParams, n_repeat: int = 0
-) -> MemoryPlan:
-    """Plan a model's bytes from its header and the settings.
-
-    The compute buffer is an upper estimate: activations that live at once, the mask, logits.
-    """
-    n_kv = round_cells(params.n_kv or params.n_ctx)
-    n_ubatch = min(params.n_ubatch, n_kv)
-    per_token = 4 * (_n_values_ff(hparams) + 8 * hparams.n_embd) + 2 * round_cells(params.n_ctx)
-    n_out = params.max_batch or MAX_BATCH
-    if params.steps_on and params.small is not None:
-        n_out = max(n_out, MAX_DRAFT + 1)
-    logits = 4 * hparams.n_vocab * n_out
-    return MemoryPlan(
-        weights=weights.plan,
-        kv_bytes=n_kv * kv_shape(hparams, params, n_repeat).bytes_per_cell,
-        compute_bytes=n_ubatch * per_token + logits,
-    )
-
-
-def plan_parts(
-    hparams: Hparams, weights: ResidentWeights, params: RunParams,
-    parts: "tuple[DepthSource | None, AdapterPlan | None]",
-) -> MemoryPlan:  # fmt: skip
-    """Plan a model's bytes, with those of what runs beside it: a depth plan, adapters, sessions."""
-    depth, adapters = parts
-    n_repeat = 0 if depth is None else depth.n_repeats
-    plan = plan_memory(hparams, weights, params, n_repeat)
-    if depth is not None:
-        plan = dataclasses.replace(plan, standin_bytes=depth.n_bytes)
-    if params.sessions is not None:
-        from edgeroute.session_work import staging_bytes
-
-        shape = kv_shape(hparams, params, n_repeat)
-        plan = dataclasses.replace(plan, session_bytes=staging_bytes(shape))
-    if adapters is None:
-        return plan
-    more = adapters.compute_bytes(min(params.n_ubatch, round_cells(params.n_kv or params.n_ctx)))
-    return dataclasses.replace(
-        plan, adapter_bytes=adapters.n_bytes, compute_bytes=plan.compute_bytes + more
-    )
-
-
-def _n_values_ff(hparams: Hparams) -> int:
-    """Bound the values of one token that live at once in a feed-forward: in, gated, out."""
-    moe = hparams.moe
-    if moe is None:
-        return 3 * hparams.n_ff
-    per_expert = max(3 * moe.n_ff_exp, moe.n_ff_exp + 2 * hparams.n_embd)
-    return max(3 * hparams.n_ff, 3 * moe.n_ff_shexp, moe.n_expert_used * per_expert)
 
 
 class LoadedModel:
@@ -184,7 +85,7 @@ class LoadedModel:
 
     def _book_compute(self) -> None:
         """Enter what the compute buffers really take instead of what was planned."""
-        self.ledger.replace(COMPUTE_BUFFER, self.forward.graphs.n_bytes)
+        self.compute_ledger.replace(COMPUTE_BUFFER, self.forward.graphs.n_bytes)
 
     def _load_small(self, opening: Opening, params: RunParams) -> "LoadedModel | None":
         """Open the small model first: what it takes is not there for this one."""
@@ -203,17 +104,26 @@ class LoadedModel:
         """Plan, enter in the ledger, then place weights, KV pool and compute buffer."""
         own = self._owned
         self.model: Model = describe(self.file)
-        self.device = own.enter_context(Device.open(params.device))
-        self.experts: ExpertStore | None = None
+        self.devices = own.enter_context(open_devices(params, self.file))
+        self.device: Device = self.devices.face
+        self.experts: ExpertStore | DeviceTier | None = None
         self.layers: LayerStore | None = None
         self.adapters: Adapters | None = None
         self.ledger = Ledger(budget_bytes(params))
+        self.ledgers = {self.devices.cpu.info.name: self.ledger}
+        """Accounts of the devices' memory, by name; the first is this process's."""
+        self.compute_ledger = self.ledger
+        """The one that `forward.graphs` counts in."""
+        self.warnings: tuple[str, ...] = ()
+        """What the devices that were asked for cannot do."""
         if self.small is not None:
             from edgeroute.small import small_entries
 
             self.ledger.reserve(small_entries(self.small))
         self._adapter_plan = self._plan_adapters(params)
         self.depth, self.no_depth = self._plan_depth(params)
+        if self.devices.accelerators and self._load_on_devices(params):
+            return
         weights = ResidentWeights(
             self.file, self.device, self.model.specs(), repack_experts=params.repack_experts
         )
@@ -242,7 +152,7 @@ class LoadedModel:
         # A model that runs whole should not wait for its import.
         from edgeroute.depth import NoDepth, open_depth
 
-        found = open_depth(self._owned, self.file, self.model.hparams, self.device, params)
+        found = open_depth(self._owned, self.file, self.model.hparams, self.devices.cpu, params)
         return (None, found) if isinstance(found, NoDepth) else (found, None)
 
     @property
@@ -251,6 +161,99 @@ class LoadedModel:
 
     def _plan(self, weights: ResidentWeights, params: RunParams) -> MemoryPlan:
         return plan_parts(self.model.hparams, weights, params, (self.depth, self._adapter_plan))
+
+    def _load_on_devices(self, params: RunParams) -> bool:
+        """Share the layers out, or page experts where the devices have no room for all.
+
+        Returns:
+            False where no device computes anything: the processor does, as without them.
+        """
+        # Models on the processor need none of this, and should not wait for its import.
+        from edgeroute.placing import Source, plan_split
+        from edgeroute.split_open import open_split
+
+        source = Source(file=self.file, model=self.model, params=params, depth=self.depth,
+                        adapters=self._adapter_plan)  # fmt: skip
+        held = {}
+        if self.small is not None:
+            from edgeroute.small import small_devices
+
+            held = small_devices(self.small)
+        try:
+            with self._tentative():
+                plan = plan_split(self.devices, source, self.ledger.free_bytes, held)
+                if plan is None:
+                    self._load_tiers(params, held)
+                elif plan.placement.devices != (self.devices.cpu,):
+                    split = open_split(self._owned, source, self.devices, plan, self.ledger)
+                    self.plan, self.kv, self.forward = split.plan, split.kv, split.forward
+                    self.ledgers = split.ledgers
+                    self._reserve_compute(params)
+        except CapacityError as error:
+            if not self.devices.chosen:
+                raise
+            self.warnings = (f"the processor computes: {error}",)
+        else:
+            self.warnings = () if plan is None else plan.warnings
+            if plan is None or plan.placement.devices != (self.devices.cpu,):
+                return True
+        self.device, self.compute_ledger = self.devices.cpu, self.ledger
+        self.ledgers = {self.device.info.name: self.ledger}
+        if self.depth is not None:
+            self.depth.place(lambda _name: (self.devices.cpu,))
+        return False
+
+    @contextlib.contextmanager
+    def _tentative(self) -> Iterator[None]:
+        """Free what is made within, and take its ledger entries back, if it fails."""
+        before = {entry.owner for entry in self.ledger.entries()}
+        whole, self._owned = self._owned, contextlib.ExitStack()
+        try:
+            yield
+        except BaseException:
+            self._owned.close()
+            for entry in self.ledger.entries():
+                if entry.owner not in before:
+                    self.ledger.release(entry.owner)
+            self._owned = whole
+            raise
+        whole.push(self._owned.pop_all())
+        self._owned = whole
+
+    def _load_tiers(self, params: RunParams, held: dict[str, int]) -> None:
+        """Place all but the experts on the roomiest device, whose slots the machine's memory feeds.
+
+        Args:
+            params: settings.
+            held: what a small model has of the devices, by their names.
+        """
+        from edgeroute.paging import moe_source
+        from edgeroute.paging_device import TierLoad, load_tiers
+        from edgeroute.placing import roomiest
+
+        device, budget = roomiest(self.devices, params, held)
+        name = device.info.name
+        account = self.ledgers[name] = Ledger(budget, name)
+        if held.get(name):
+            account.reserve({"small model": held[name]})
+        self.device = DeviceGroup([device, self.devices.cpu])
+        if self.depth is not None:
+            self.depth.place(lambda _name: (device,))
+        source = moe_source(self.file, self.device, self.model, params)
+        tiers = load_tiers(self._owned, TierLoad(
+            source=dataclasses.replace(source, beside_bytes=self._beside_bytes),
+            cpu=self.devices.cpu, host=self.ledger, device=account, beside=self._small_bytes(),
+            plan_memory=lambda weights: self._plan(weights, params),
+            make_pool=lambda on: self._make_pool(params, on),
+        ))  # fmt: skip
+        self.plan, self.experts, self.forward = tiers.plan, tiers.experts, tiers.forward
+        if not device.info.unified:
+            self.compute_ledger = account
+        self._reserve_compute(params)
+
+    def ledger_of(self, device: Device) -> Ledger:
+        """Return the account of a device's memory."""
+        return self.ledgers.get(device.info.name, self.ledger)
 
     def _load_in_part(self, params: RunParams) -> None:
         """Keep a part in memory and page the rest.
@@ -317,10 +320,11 @@ class LoadedModel:
         """Return what the small model has taken, as one part of what is planned."""
         return {} if self.small is None else {"the small model": self.ledger.used_bytes}
 
-    def _make_pool(self, params: RunParams) -> None:
+    def _make_pool(self, params: RunParams, device: Device | None = None) -> KvCache:
         shape = kv_shape(self.model.hparams, params, self._n_repeat)
-        self.kv = KvCache(self.device, shape, params.n_kv or params.n_ctx)
+        self.kv = KvCache(device or self.device, shape, params.n_kv or params.n_ctx)
         self._owned.callback(self.kv.close)
+        return self.kv
 
     def _reserve_compute(self, params: RunParams) -> None:
         self._owned.callback(self.forward.close)
@@ -331,7 +335,7 @@ class LoadedModel:
 
             host = Host(self._wake, self.encode)
             self.adapters = self._owned.enter_context(
-                Adapters(self.forward, self.ledger, self._adapter_plan, host)
+                Adapters(self.forward, self.ledger_of, self._adapter_plan, host)
             )
         checks = params.steps_on and params.small is not None
         n_tokens = min(params.n_ubatch, self.kv.n_cells)

@@ -74,6 +74,14 @@ def small_entries(small: "LoadedModel") -> dict[str, int]:
     return {f"small model, {entry.owner}": entry.n_bytes for entry in small.ledger.entries()}
 
 
+def small_devices(small: "LoadedModel") -> dict[str, int]:
+    """Return what a small model takes of each device's own memory, by the devices' names."""
+    return {
+        name: ledger.used_bytes for name, ledger in small.ledgers.items()
+        if ledger is not small.ledger
+    }  # fmt: skip
+
+
 def open_beside(path: "Path", first: Opening, *, must_share: bool) -> Opening:
     """Open a second file, with the vocabulary of the first where that is the same.
 

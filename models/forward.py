@@ -8,11 +8,13 @@ import numpy.typing as npt
 
 from edgeroute.models.base import Hparams, Model
 from edgeroute.models.blocks import output_norm
+from edgeroute.models.embedder import Embedder
 from edgeroute.models.pruning import fill_choice, n_described
 from edgeroute.models.standins import fill_switches
 from edgeroute.models.steps import build_step
+from edgeroute.models.stream import Stream
 from edgeroute.runtime.depth import Step, all_run
-from edgeroute.runtime.device import Buffer, Device
+from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.graph import (
@@ -37,12 +39,9 @@ from edgeroute.runtime.lora import (
 )
 from edgeroute.runtime.tensor import (
     F32,
-    Descriptors,
     Table,
     get_bytes,
     host_view,
-    new_tensor,
-    place_all,
     set_bytes,
     set_ids,
 )
@@ -52,6 +51,8 @@ from edgeroute.runtime.weights import Weights
 NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 72, 12, 64
 NODES_PER_MOE, NODES_PER_EXPERT = 40, 2  # more than a dense layer has; per expert used
 NODES_PER_LORA, NODES_PER_SLOT = 60, 20  # more with adapters; per slot that a token uses
+EMBEDDINGS = "embeddings"
+"""The input of graphs that are given token embeddings."""
 
 
 class Piece(NamedTuple):
@@ -79,6 +80,8 @@ class Forward:
         self.weights = weights
         self.kv = kv
         self.graphs = GraphCache(device)
+        self.embedder: Embedder | None = None
+        """Looks token embeddings up where `device` does not; graphs are built for it."""
         self.lora: LoraSlots | None = None
         self.lora_width = 1
         """Slots that one adapter takes at most."""
@@ -90,7 +93,7 @@ class Forward:
         self.whole = self.spans(all_run(range(model.hparams.n_layer)))
         self._strip = Table(causal_mask(kv.n_cells))
         self._strip_swa = Table(causal_mask(kv.n_cells, model.n_swa)) if model.n_swa else None
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._rows = Table(np.arange(kv.n_cells, dtype=np.int64))
         self._positions = Table(np.arange(kv.n_cells, dtype=np.int32))
 
@@ -124,6 +127,10 @@ class Forward:
         self._graph(self.whole[0], shape)
         self.graphs.clear()
 
+    def device_of(self, name: str) -> Device:
+        """Return the device that computes with a weight."""
+        return self.device
+
     @property
     def widest_lora(self) -> LoraShape | None:
         """What a batch with one adapter takes at most; memory is sized for it.
@@ -134,6 +141,8 @@ class Forward:
 
     def embed(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Look token embeddings up: F32 (n, n_embd)."""
+        if self.embedder is not None:
+            return self.embedder.look_up(tokens)
         span, shape = Span((), embed=True, output=False), shape_of(len(tokens), 0, n_out=0)
         b = self._builder(span, shape, 0)
         with self.graphs.passing(b.finish(self.model.embed(b))) as graph:
@@ -212,6 +221,7 @@ class Forward:
             raise ComputeError(f"no span has left a residual stream of {n_tokens} tokens yet")
         found = np.empty((n_tokens, self.model.hparams.n_embd), np.float32)
         get_bytes(self._stream.tensor, found)
+        self.device.check()
         return found
 
     def set_residual(self, states: npt.NDArray[np.float32]) -> None:
@@ -248,7 +258,7 @@ class Forward:
 
     def _build(self, span: Span, shape: BatchShape) -> Graph:
         b = self._builder(span, shape, n_described(span.steps))
-        x = self.model.embed(b) if span.embed else self._stream_view(b)
+        x = self._begin(b) if span.embed else self._stream_view(b)
         for i, step in enumerate(span.steps):
             last = span.output and i == len(span.steps) - 1
             x = build_step(b, self.model, step, x, last=last)
@@ -257,6 +267,12 @@ class Forward:
         if span.norm:
             x = output_norm(b, x, self.model.hparams.norm_rms_eps)
         return b.finish(b.g.ggml_cpy(b.ctx, x, self._stream_view(b)))
+
+    def _begin(self, b: Builder) -> Tensor:
+        """Begin with token embeddings, F32 [n_embd, n_tokens]: looked up in the graph, or given."""
+        if self.embedder is None:
+            return self.model.embed(b)
+        return b.more(EMBEDDINGS, F32, self.model.hparams.n_embd, b.n_tokens)
 
     def _builder(self, span: Span, shape: BatchShape, n_layer: int) -> Builder:
         """Begin a graph with room for `n_layer` layers."""
@@ -268,7 +284,7 @@ class Forward:
             b.adapt(self.lora)
         return b
 
-    def reserve_stream(self, n_tokens: int) -> "_Stream":
+    def reserve_stream(self, n_tokens: int) -> Stream:
         """Make room for what spans hand on of up to `n_tokens`.
 
         Raises:
@@ -279,19 +295,22 @@ class Forward:
                 self.graphs.clear()
                 self._stream.close()
                 self._stream = None
-            self._stream = _Stream(self.device, self.model.hparams.n_embd, n_tokens)
+            self._stream = Stream(self.device, self.model.hparams.n_embd, n_tokens)
         return self._stream
 
-    def _stream_view(self, b: Builder) -> Tensor:
-        """View the residual stream that spans hand on: F32 [n_embd, n_tokens]."""
+    def _stream_view(self, b: Builder, n: int | None = None) -> Tensor:
+        """View the residual stream that spans hand on, of n tokens or all: F32 [n_embd, n]."""
         n_embd, stream = self.model.hparams.n_embd, self.reserve_stream(b.n_tokens)
-        return ggml().ggml_view_2d(b.ctx, stream.tensor, n_embd, b.n_tokens, n_embd * 4, 0)
+        n = b.n_tokens if n is None else n
+        return ggml().ggml_view_2d(b.ctx, stream.tensor, n_embd, n, n_embd * 4, 0)
 
     def _fill(self, graph: Graph, pieces: Sequence[Piece], shape: BatchShape) -> None:
         """Write a batch's numbers into a graph's inputs."""
         inputs = graph.inputs
         if inputs.tokens is not None:
             set_ids(inputs.tokens, [token for piece in pieces for token in piece.tokens])
+        if self.embedder is not None and (given := inputs.more.get(EMBEDDINGS)) is not None:
+            set_bytes(given, self.embedder.look_up([t for piece in pieces for t in piece.tokens]))
         first = 0
         for piece in pieces:
             n = len(piece.tokens)
@@ -374,18 +393,3 @@ def _out_ids(pieces: Sequence[Piece]) -> list[int]:
         end += len(piece.tokens)
         ids += range(end - piece.n_out, end)
     return ids
-
-
-class _Stream:
-    """The residual stream between spans: F32 [n_embd, n_tokens] in a buffer of its own."""
-
-    def __init__(self, device: Device, n_embd: int, n_tokens: int) -> None:
-        self.n_tokens = n_tokens
-        self._descriptors = Descriptors(1)
-        self.tensor = new_tensor(self._descriptors, F32, (n_embd, n_tokens), "stream")
-        self._buffer: Buffer = place_all([self.tensor], device)
-
-    def close(self) -> None:
-        """Free the buffer."""
-        self._buffer.free()
-        self._descriptors.free()

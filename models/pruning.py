@@ -100,7 +100,8 @@ class Narrowed(Builder):
         self, il: int, q: Tensor, scale: float, *, swa: bool = False, sinks: Tensor | None = None
     ) -> Tensor:
         """Attend as `Builder.attend` does, and remember who asked."""
-        self.asked = self._rotate(q, self.kv.k_rotation), scale, self._masks(swa)[0]
+        turn_k, _ = self.kv.rotations[self._kv_row(il)]
+        self.asked = self._rotate(q, turn_k), scale, self._masks(swa)[0]
         return super().attend(il, q, scale, swa=swa, sinks=sinks)
 
     @property

@@ -240,9 +240,10 @@ class Builder:
         if self.inputs.rows is None:
             self.inputs.rows = self._input(I64, "kv_rows", self.n_tokens)
         row = self._kv_row(il)
-        pairs = [(self.kv.k[row], self._rotate(k, self.kv.k_rotation))]
+        turn_k, turn_v = self.kv.rotations[row]
+        pairs = [(self.kv.k[row], self._rotate(k, turn_k))]
         if v is not None:
-            pairs.append((self.kv.v[row], self._rotate(v, self.kv.v_rotation)))
+            pairs.append((self.kv.v[row], self._rotate(v, turn_v)))
         for cache, new in pairs:
             flat = self.g.ggml_reshape_2d(self.ctx, new, shape(cache)[0], self.n_tokens)
             written = self.g.ggml_set_rows(self.ctx, cache, flat, self.inputs.rows)
@@ -268,7 +269,9 @@ class Builder:
         """
         g, ctx = self.g, self.ctx
         n_embd_head, n_head, _, _ = shape(q)
-        q = self._rotate(q, self.kv.k_rotation)  # the products with rotated keys are the same
+        row = self._kv_row(il)
+        turn_k, turn_v = self.kv.rotations[row]
+        q = self._rotate(q, turn_k)  # the products with rotated keys are the same
         nb, parts, first = strides(q), list[Tensor](), 0
         for group, mask in zip(self._groups, self._masks(swa), strict=True):
             n, n_tokens = len(group), group[0].n_tokens
@@ -277,8 +280,8 @@ class Builder:
                 first * nb[2],
             )  # fmt: skip
             mine = g.ggml_permute(ctx, mine, 0, 2, 1, 3)
-            k = self._cells(self.kv.k[self._kv_row(il)], group, n_embd_head)
-            v = self._value_cells(self._kv_row(il), group)
+            k = self._cells(self.kv.k[row], group, n_embd_head)
+            v = self._value_cells(row, group)
             out = g.ggml_flash_attn_ext(ctx, mine, k, v, mask, scale, 0.0, 0.0)
             if sinks is not None:
                 g.ggml_flash_attn_ext_add_sinks(out, sinks)
@@ -288,7 +291,7 @@ class Builder:
         joined = parts[0]
         for part in parts[1:]:
             joined = g.ggml_concat(ctx, joined, part, 1)
-        return self._rotate(joined, self.kv.v_rotation)  # a Hadamard matrix is its own inverse
+        return self._rotate(joined, turn_v)  # a Hadamard matrix is its own inverse
 
     def _rotate(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         """Multiply each `n` consecutive values of every column by the rotation [n, n]."""

@@ -33,6 +33,8 @@ CELL_BUCKET = 256
 """Cells per step of a region and of what attention reads. Source: llama.cpp pads alike."""
 
 KV_TYPES = {"f16": F16, "q8_0": Q8_0}
+Rotations = tuple[Tensor | None, Tensor | None]
+"""What turns the keys and the values of a row."""
 Q8_0_BLOCK_BYTES = 34
 
 
@@ -120,16 +122,29 @@ class Region:
 class KvCache:
     """The pool: K and V tensors `[n_embd_gqa, n_cells]` per row, and who owns which cells.
 
-    See KvShape for its rows.
+    See KvShape for its rows. Cells are the same on all devices; their bytes go in and out in one
+    order, wherever the rows are.
 
     Lifetime: tensors are valid until `close`.
+
+    Attributes:
+        rotations: for every row, the matrices that turn its keys and its values, on its device.
     """
 
-    def __init__(self, device: Device, shape: KvShape, n_cells: int) -> None:
+    def __init__(self, device: Device | Sequence[Device], shape: KvShape, n_cells: int) -> None:
+        """Allocate the pool on one device, or each row on the device that stands in its place.
+
+        Raises:
+            CapacityError: a device has not that much memory; nothing stays allocated.
+        """
         kind = KV_TYPES[shape.kv_type]
         self.shape = shape
         self.n_cells = round_cells(n_cells)
-        self._descriptors = Descriptors(2 * shape.n_rows + 2)
+        rows_on = [device] * shape.n_rows if isinstance(device, Device) else list(device)
+        if len(rows_on) != shape.n_rows:
+            raise ValueError(f"{len(rows_on)} devices for {shape.n_rows} rows")
+        devices = list(dict.fromkeys(rows_on))
+        self._descriptors = Descriptors(2 * shape.n_rows + 2 * len(devices))
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for il in range(shape.n_rows):
@@ -139,33 +154,57 @@ class KvCache:
                     continue
                 ne = (width, self.n_cells)
                 rows.append(new_tensor(self._descriptors, kind, ne, f"{name}_l{il}"))
-        self._buffer = place_all([*self.k, *self.v], device)
-        # Masked cells still meet a weight of zero: zero times an old NaN would be a NaN.
-        ggml().ggml_backend_buffer_clear(self._buffer.pointer, 0)
+        self._buffers: dict[Device, Buffer] = {}
+        self._turning: list[Buffer] = []
         self._free: list[Region] = [Region(0, self.n_cells)]
-        self.k_rotation: Tensor | None = None
-        self.v_rotation: Tensor | None = None
-        self._rotations: Buffer | None = None
-        self._make_rotations(device)
+        turned: dict[Device, Rotations] = {}
+        try:
+            for each in devices:
+                mine = [il for il, on in enumerate(rows_on) if on is each]
+                parts = [rows[il] for rows in (self.k, self.v) for il in mine if rows]
+                buffer = self._buffers[each] = place_all(parts, each)
+                # Masked cells still meet a weight of zero: zero times an old NaN would be a NaN.
+                ggml().ggml_backend_buffer_clear(buffer.pointer, 0)
+                turned[each] = self._make_rotations(each)
+        except BaseException:
+            self.close()
+            raise
+        self.rotations = [turned[each] for each in rows_on]
 
-    def _make_rotations(self, device: Device) -> None:
+    def _make_rotations(self, device: Device) -> Rotations:
         """Make the Hadamard matrices, F32 [n, n], that the shape asks for."""
         widths = self.shape.rotation_widths
         made = [
             n if n is None else new_tensor(self._descriptors, F32, (n, n), f"rotation_{n}")
             for n in widths
         ]
-        self.k_rotation, self.v_rotation = made
         tensors = [(tensor, n) for tensor, n in zip(made, widths, strict=True) if tensor and n]
         if tensors:
-            self._rotations = place_all([tensor for tensor, _ in tensors], device)
+            self._turning.append(place_all([tensor for tensor, _ in tensors], device))
             for tensor, n in tensors:
                 set_bytes(tensor, hadamard(n))
+        k, v = made
+        return k, v
+
+    @property
+    def k_rotation(self) -> Tensor | None:
+        """The matrix that turns the first row's keys; None where nothing turns."""
+        return self.rotations[0][0]
+
+    @property
+    def v_rotation(self) -> Tensor | None:
+        """The matrix that turns the first row's values; None where nothing turns."""
+        return self.rotations[0][1]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the pool."""
-        return self._buffer.n_bytes
+        """Bytes of the pool, on all devices."""
+        return sum(buffer.n_bytes for buffer in self._buffers.values())
+
+    def bytes_on(self, device: Device) -> int:
+        """Bytes of the rows that are on a device."""
+        buffer = self._buffers.get(device)
+        return 0 if buffer is None else buffer.n_bytes
 
     @property
     def n_free_cells(self) -> int:
@@ -235,7 +274,8 @@ class KvCache:
     @property
     def is_host(self) -> bool:
         """Whether the pool is host memory, so that any thread may copy cells nobody computes."""
-        return bool(ggml().ggml_backend_buffer_is_host(self._buffer.pointer))
+        is_host = ggml().ggml_backend_buffer_is_host
+        return all(is_host(buffer.pointer) for buffer in self._buffers.values())
 
     def read_cells(self, first: int, n_cells: int, data: npt.NDArray[np.uint8]) -> None:
         """Copy cells out: the rows of each K in turn, then of each V, as they are stored.
@@ -288,9 +328,8 @@ class KvCache:
 
     def close(self) -> None:
         """Free the pool; safe to call twice."""
-        if self._rotations is not None:
-            self._rotations.free()
-        self._buffer.free()
+        for buffer in (*self._turning, *self._buffers.values()):
+            buffer.free()
         self._descriptors.free()
 
 

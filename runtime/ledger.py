@@ -24,8 +24,10 @@ class Entry:
 class Ledger:
     """Entries under one byte budget. Not thread-safe: the engine thread owns it."""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, device: str | None = None) -> None:
+        """Begin an account of this process's memory, or of the own memory of a named device."""
         self.budget_bytes = budget_bytes
+        self.device = device
         self._entries: dict[str, int] = {}
 
     @property
@@ -56,6 +58,13 @@ class Ledger:
         need = self.used_bytes + sum(wants.values())
         if need > self.budget_bytes:
             parts = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in wants.items())
+            if self.device is not None:
+                raise NeverFitsError(
+                    f"on {self.device}, {parts} make {format_bytes(need)} in all, over the "
+                    f"{format_bytes(self.budget_bytes)} that may be used of its memory; raise "
+                    "device_memory where it has more, lower the context length, or name another "
+                    "device beside it"
+                )
             raise NeverFitsError(
                 f"{parts} make {format_bytes(need)} in all, over the budget of "
                 f"{format_bytes(self.budget_bytes)}; raise the memory budget to at least "

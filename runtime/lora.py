@@ -65,14 +65,21 @@ class LoraSlots(Closing):
     Lifetime: graphs built with it are valid until `extend` or `close`.
     """
 
-    def __init__(self, device: Device, rank: int, n_slots: int) -> None:
-        """Describe `n_slots` slots of `rank` rows beside the slot of zeros; see `extend`."""
+    def __init__(self, device: Device | Callable[[str], Device], rank: int, n_slots: int) -> None:
+        """Describe `n_slots` slots of `rank` rows beside the slot of zeros; see `extend`.
+
+        Args:
+            device: where they are; or says so for the stem of a weight. Weights that read the
+                same input are on one device.
+            rank: rows of a slot.
+            n_slots: how many.
+        """
         self.rank = rank
         self.n_slots = n_slots
         self._device = device
         self._places: dict[str, _Place] = {}
         self._targets: dict[str, LoraTarget] = {}
-        self._owned: list[tuple[Descriptors, Buffer]] = []
+        self._owned: list[tuple[Descriptors, dict[Device, Buffer]]] = []
 
     @staticmethod
     def bytes_per_slot(targets: Iterable[LoraTarget], rank: int) -> int:
@@ -82,7 +89,27 @@ class LoraSlots(Closing):
     @property
     def n_bytes(self) -> int:
         """Bytes of all slot tensors, the slot of zeros included."""
-        return sum(buffer.n_bytes for _, buffer in self._owned)
+        return sum(buffer.n_bytes for _, held in self._owned for buffer in held.values())
+
+    @property
+    def devices(self) -> list[Device]:
+        """Devices that have slot tensors."""
+        return list(dict.fromkeys(device for _, held in self._owned for device in held))
+
+    def bytes_on(self, device: Device) -> int:
+        """Bytes of the slot tensors that are on one device."""
+        return sum(held[device].n_bytes for _, held in self._owned if device in held)
+
+    def device_of(self, name: str) -> Device:
+        """Return where the slots of a weight are, or would be."""
+        return self._device if isinstance(self._device, Device) else self._device(name)
+
+    def by_device(self, targets: Iterable[LoraTarget]) -> dict[Device, list[LoraTarget]]:
+        """Sort weights by the device that their slots are on, or would be."""
+        found: dict[Device, list[LoraTarget]] = {}
+        for target in targets:
+            found.setdefault(self.device_of(target.name), []).append(target)
+        return found
 
     @property
     def names(self) -> frozenset[str]:
@@ -101,25 +128,29 @@ class LoraSlots(Closing):
         n_all = self.n_slots + 1
         descriptors = Descriptors(2 * sum(len(group) for group in groups))
         places: dict[str, _Place] = {}
-        tensors: list[Tensor] = []
+        tensors: dict[Device, list[Tensor]] = {}
         for group in groups:
+            mine = tensors.setdefault(self.device_of(group[0].name), [])
             names = tuple(target.name for target in group)
             down = (group[0].n_in, len(group) * self.rank, n_all)
             shared = new_tensor(descriptors, F16, down, "lora_a")
-            tensors.append(shared)
+            mine.append(shared)
             for part, target in enumerate(group):
                 up = new_tensor(descriptors, F16, (self.rank, target.n_out, n_all), "lora_b")
-                tensors.append(up)
+                mine.append(up)
                 places[target.name] = _Place(shared, up, part, names)
+        held: dict[Device, Buffer] = {}
         try:
-            buffer = place_all(tensors, self._device)
+            for device, mine in tensors.items():
+                held[device] = place_all(mine, device)
+                for tensor in mine:
+                    n_clear = n_all if self._owned else 1  # nothing is in use before the first call
+                    ggml().ggml_backend_tensor_memset(tensor, 0, 0, n_clear * strides(tensor)[2])
+                device.check()
         except BaseException:
-            descriptors.free()
+            _free(descriptors, held)
             raise
-        for tensor in tensors:
-            n_clear = n_all if self._owned else 1  # nothing is in use before the first call
-            ggml().ggml_backend_tensor_memset(tensor, 0, 0, n_clear * strides(tensor)[2])
-        self._owned.append((descriptors, buffer))
+        self._owned.append((descriptors, held))
         # In this order: a load that runs meanwhile takes what has a place for complete.
         self._targets |= {target.name: target for group in groups for target in group}
         self._places |= places
@@ -158,9 +189,8 @@ class LoraSlots(Closing):
     def close(self) -> None:
         """Free the tensors; safe to call twice."""
         self._places.clear()
-        for descriptors, buffer in self._owned:
-            buffer.free()
-            descriptors.free()
+        for descriptors, held in self._owned:
+            _free(descriptors, held)
         self._owned.clear()
 
 
@@ -238,6 +268,12 @@ def lora_shape(rows: Iterable[LoraRow | None]) -> LoraShape | None:
         return None
     weighted = any(weight != 1.0 for row in given for weight in row.weights)
     return LoraShape(max(len(row.slots) for row in given), weighted)
+
+
+def _free(descriptors: Descriptors, held: dict[Device, Buffer]) -> None:
+    for buffer in held.values():
+        buffer.free()
+    descriptors.free()
 
 
 def _set(tensor: Tensor, at: int, values: Halves) -> None:

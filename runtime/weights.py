@@ -164,6 +164,25 @@ class ResidentWeights:
         """The file's entry of every tensor in use, by the model's name for it."""
         return {spec.name: info for spec, info in self._pairs}
 
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """What was asked for, and is there."""
+        return [spec for spec, _ in self._pairs]
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes that each tensor takes where it goes, by the model's name for it."""
+        g = ggml()
+        found = {}
+        for spec, info in self._pairs:
+            home = self._homes[spec.name]
+            if home is None:
+                found[spec.name] = info.nbytes
+                continue
+            align = g.ggml_backend_buft_get_alignment(home)
+            size = g.ggml_backend_buft_get_alloc_size(home, self._tensors[spec.name])
+            found[spec.name] = -(-size // align) * align
+        return found
+
     def load(self) -> None:
         """Place every tensor: repacked ones are converted, others mapped and read ahead.
 
