@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -20,7 +21,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ModelFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.units import MIB, format_bytes, parse_bytes
-from edgeroute.runtime.weights import ResidentWeights
+from edgeroute.runtime.weights import ResidentWeights, TensorSpec, Weights
 
 STAGING_MIN_BYTES, STAGING_PAGES = 8 * MIB, 12
 MIN_IO_THREADS = 2
@@ -37,6 +38,8 @@ class PagedPlan:
     fixed: dict[str, int]
     staging_bytes: int
     slots_bytes: int
+    overlaps: bool = True
+    """Whether experts may be computed while others of their layer are read."""
 
     def wants(self) -> dict[str, int]:
         """Return ledger entries by owner."""
@@ -73,12 +76,15 @@ class MoeSource:
             if model.is_moe(il)
         ]
 
-    def other_weights(self) -> ResidentWeights:
-        """Describe all weights but the experts; token embeddings are rows read on demand."""
+    def other_specs(self) -> list[TensorSpec]:
+        """List all weights but the experts."""
         model = self.model
         paged = {name for il in range(model.hparams.n_layer) for name in model.expert_tensors(il)}
-        specs = [spec for spec in model.specs() if spec.name not in paged]
-        return ResidentWeights(self.file, self.device, specs, rows_on_demand=True)
+        return [spec for spec in model.specs() if spec.name not in paged]
+
+    def other_weights(self) -> ResidentWeights:
+        """Describe all weights but the experts; token embeddings are rows read on demand."""
+        return ResidentWeights(self.file, self.device, self.other_specs(), rows_on_demand=True)
 
 
 def moe_source(file: GGUFFile, device: Device, model: Model, params: RunParams) -> MoeSource:
@@ -99,23 +105,15 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
     Raises:
         CapacityError: even the experts of one token do not fit; names the smallest budget.
     """
-    moe, n_embd = source.moe, source.model.hparams.n_embd
-    pools = tuple(plan_pools(source.layers(), moe.n_expert))
-    page_bytes = max(pool.page_bytes for pool in pools)
-    staging = max(STAGING_MIN_BYTES, STAGING_PAGES * page_bytes)
-    rss = source.program_bytes
-    if rss is None:
-        rss = max(0, psutil.Process().memory_info().rss - source.beside_bytes)
+    pools = tuple(plan_pools(source.layers(), source.moe.n_expert))
+    staging = staging_bytes(pools)
     fixed = fixed | {
-        "expert compute": max(MAX_PAIRS, source.params.n_ubatch)
-        * 4
-        * (2 * n_embd + 3 * moe.n_ff_exp)
-        + Carry.plan_bytes(n_embd, moe, source.params.n_ubatch),
+        "expert compute": compute_bytes(source),
         "expert staging": staging,
-        "program and vocabulary": rss + VOCABULARY_RATIO * source.file.data_offset,
+        "program and vocabulary": program_bytes(source),
     }
     left = budget - sum(fixed.values())
-    least = moe.n_expert_used * sum(pool.slot_bytes for pool in pools)
+    least = source.moe.n_expert_used * sum(pool.slot_bytes for pool in pools)
     if left < least:
         parts = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in fixed.items())
         smallest = sum(fixed.values()) + least
@@ -127,6 +125,32 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
         )
     most = sum(pool.all_bytes for pool in pools)
     return PagedPlan(pools=pools, fixed=fixed, staging_bytes=staging, slots_bytes=min(left, most))
+
+
+def staging_bytes(pools: Sequence[PoolPlan]) -> int:
+    """Return the bytes through which reads go that cannot end in a slot."""
+    return max(STAGING_MIN_BYTES, STAGING_PAGES * max(pool.page_bytes for pool in pools))
+
+
+def compute_bytes(source: MoeSource) -> int:
+    """Return the bytes that computing experts apart takes, with what layers hand on."""
+    n_embd, n_ubatch = source.model.hparams.n_embd, source.params.n_ubatch
+    return pairs_bytes(source, max(MAX_PAIRS, n_ubatch)) + Carry.plan_bytes(
+        n_embd, source.moe, n_ubatch
+    )
+
+
+def pairs_bytes(source: MoeSource, n_pairs: int) -> int:
+    """Return the bytes of a graph that computes pairs of token and expert."""
+    return n_pairs * 4 * (2 * source.model.hparams.n_embd + 3 * source.moe.n_ff_exp)
+
+
+def program_bytes(source: MoeSource) -> int:
+    """Return the bytes of this process as it is now, and of the vocabulary to be loaded."""
+    rss = source.program_bytes
+    if rss is None:
+        rss = max(0, psutil.Process().memory_info().rss - source.beside_bytes)
+    return rss + VOCABULARY_RATIO * source.file.data_offset
 
 
 def open_disk(
@@ -145,7 +169,7 @@ def open_disk(
 
 
 def open_store(
-    own: contextlib.ExitStack, source: MoeSource, base: ResidentWeights, plan: PagedPlan
+    own: contextlib.ExitStack, source: MoeSource, base: Weights, plan: PagedPlan
 ) -> ExpertStore:
     """Open the disk, start the I/O threads and reserve the slots; `own` frees them.
 
@@ -153,6 +177,18 @@ def open_store(
         CapacityError: the device has too little memory.
         ModelFileError: the file was changed since its header was read.
     """
+    store = make_store(own, source, base, plan)
+    store.recorder = recorder(own, source, plan.pools)
+    if store.recorder.writes:
+        store.begin_log()
+        own.callback(store.end_log)
+    return store
+
+
+def make_store(
+    own: contextlib.ExitStack, source: MoeSource, base: Weights, plan: PagedPlan
+) -> ExpertStore:
+    """Open a store that records nothing: see `open_store`. Its slots are on `source.device`."""
     params = source.params
     disk = open_disk(own, source.file, direct=params.direct_io is not False)
     reads = profile(disk)
@@ -164,27 +200,33 @@ def open_store(
     store = ExpertStore(base, source.device, plan.pools, transfer, ExpertParams(
         slots_bytes=plan.slots_bytes, n_expert_used=source.moe.n_expert_used,
         policy=params.policy, prefetch=predictor, forced=forced,
-        overlap=params.overlap != "off", watched=params.levers == "proven",
-        overlap_forced=params.overlap == "on" and params.levers == "asked",
+        overlap=plan.overlaps and params.overlap != "off", watched=params.levers == "proven",
+        overlap_forced=plan.overlaps and params.overlap == "on" and params.levers == "asked",
     ))  # fmt: skip
     own.callback(store.close)
-    store.recorder = _recorder(own, source, plan)
-    if store.recorder.writes:
-        store.begin_log()
-        own.callback(store.end_log)
     return store
 
 
-def _recorder(own: contextlib.ExitStack, source: MoeSource, plan: PagedPlan) -> TraceRecorder:
-    """Keep the latest routes in memory, and all of them in a file if one was asked for."""
+def trace_meta(source: MoeSource, pools: Sequence[PoolPlan]) -> TraceMeta:
+    """Describe the routes of a model."""
     moe = source.moe
-    meta = TraceMeta(
+    return TraceMeta(
         model=source.file.path.name, n_layer=source.model.hparams.n_layer,
         n_expert=moe.n_expert, n_expert_used=moe.n_expert_used,
-        page_bytes=max(pool.page_bytes for pool in plan.pools),
-        layers=tuple(sorted(layer.il for pool in plan.pools for layer in pool.layers)),
+        page_bytes=max(pool.page_bytes for pool in pools),
+        layers=tuple(sorted(layer.il for pool in pools for layer in pool.layers)),
     )  # fmt: skip
-    path = source.params.trace
+
+
+def recorder(
+    own: contextlib.ExitStack, source: MoeSource, pools: Sequence[PoolPlan]
+) -> TraceRecorder:
+    """Keep the latest routes in memory, and all of them in a file if one was asked for.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    meta, path = trace_meta(source, pools), source.params.trace
     try:
         writer = None if path is None else own.enter_context(TraceWriter(path, meta))
     except OSError as error:

@@ -1,9 +1,12 @@
 """Which weights are in memory right now, for whoever looks from another thread."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edgeroute.loaded import LoadedModel
+    from edgeroute.offload.device_tier import DeviceTier
+    from edgeroute.offload.expert_pool import ExpertPool
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
 
@@ -25,15 +28,20 @@ def residency(loaded: "LoadedModel") -> dict[str, object] | None:
     return found or None
 
 
-def _experts(store: "ExpertStore") -> dict[str, object]:
-    """Tell which experts are in slots, by layer.
+def _experts(store: "ExpertStore | DeviceTier") -> dict[str, object]:
+    """Tell which experts are in slots, by layer; `device` tells it of a tier above.
 
     `layers` has pairs of a layer's number and a bitmap in hexadecimal digits, the lowest bit
     of its number being expert 0. `leased` of them, and of those on their way, are in use.
     """
+    tiers = {name: _slots(pools) for name, pools in store.tiers.items()}
+    return tiers.pop("dram") | tiers
+
+
+def _slots(pools: "Sequence[ExpertPool]") -> dict[str, object]:
     bits: dict[int, int] = {}
     n_expert = n_slots = n_leased = 0
-    for pool in store.pools:
+    for pool in pools:
         plan = pool.plan
         n_expert = plan.n_expert
         bits |= dict.fromkeys((layer.il for layer in plan.layers), 0)

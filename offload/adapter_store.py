@@ -132,6 +132,11 @@ class AdapterStore(Closing):
         """All adapters, sorted."""
         return sorted(self._pages)
 
+    @property
+    def sources(self) -> list[AdapterSource]:
+        """The files of all adapters, by name."""
+        return [self._pages[name].source for name in self.names]
+
     def knows(self, name: str) -> bool:
         """Whether there is an adapter of that name; any thread may ask."""
         return name in self._pages

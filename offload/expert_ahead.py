@@ -32,6 +32,8 @@ class ExpertsAhead:
         self._forced = forced
         self.coming: dict[int, Ticket] = {}
         """Prefetches on their way, by page."""
+        self.is_above: Callable[[int], bool] | None = None
+        """Tells of a page that a tier above holds it, so that nobody will ask for it here."""
         self._on = False
         self._chosen: tuple[int, Sequence[int], Sequence[int] | None] | None = None
         self._began = 0.0
@@ -77,7 +79,7 @@ class ExpertsAhead:
         if pool is None:
             return
         likely = [page for page, _ in ranked[: len(chosen[1])]]
-        pages: Iterator[int] = (page for page in likely if not pool.table.has(page))
+        pages: Iterator[int] = (page for page in likely if not self._has(pool, page))
         if not self._forced:
             pages = itertools.takewhile(lambda _: self.gate.take(pool.plan.page_bytes), pages)
         self._prefetch(pool, pages)
@@ -89,7 +91,7 @@ class ExpertsAhead:
             return
         n = max(1, most_bytes // pool.plan.page_bytes)
         first = il * self._n_expert
-        absent = (p for p in range(first, first + self._n_expert) if not pool.table.has(p))
+        absent = (p for p in range(first, first + self._n_expert) if not self._has(pool, p))
         self._prefetch(pool, itertools.islice(absent, n))
 
     def take(self, page: int) -> Ticket:
@@ -114,6 +116,9 @@ class ExpertsAhead:
             result = coming.pop(page).results[0]
             table = self._pool_of[page // self._n_expert].table
             (table.loaded if result.outcome == "ok" else table.failed)(page)
+
+    def _has(self, pool: ExpertPool, page: int) -> bool:
+        return pool.table.has(page) or (self.is_above is not None and self.is_above(page))
 
     def _prefetch(self, pool: ExpertPool, pages: Iterable[int]) -> None:
         """Have pages read behind all demand loads, as far as slots are to be had for that."""

@@ -126,6 +126,10 @@ class ExpertPool(Closing):
             for info, tensor in zip(infos, self.slots.tensors(infos), strict=True)
         }
 
+    def infos(self, il: int) -> tuple[TensorInfo, ...]:
+        """Return the tensors of a layer's experts in the file, one per part."""
+        return self._infos[il]
+
     def job(self, page: int, slot: int) -> LoadJob:
         """Describe the load of a page into a slot."""
         il, expert = divmod(page, self.plan.n_expert)

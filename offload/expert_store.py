@@ -6,20 +6,19 @@ Answers `runtime.experts.ExpertPager`. All of it runs on the engine thread but t
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from edgeroute.offload import expert_stats
 from edgeroute.offload.counters import LayerCount
 from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
-from edgeroute.offload.eviction_registry import make_policy
 from edgeroute.offload.expert_ahead import ExpertsAhead
 from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
 from edgeroute.offload.expert_turns import TurnParams, Turns, cut_turns
 from edgeroute.offload.overlap_gate import OverlapGate
 from edgeroute.offload.paging_log import PagingLog, writing
-from edgeroute.offload.policy_choice import MIN_GAIN, better_policy, latest
+from edgeroute.offload.policy_choice import MIN_GAIN, change_policies, latest
 from edgeroute.offload.prefetch import make_predictor
 from edgeroute.offload.prefetch_gate import WATCHED, GateParams, GateReport, PrefetchGate
 from edgeroute.offload.pressure import Pressure
@@ -31,6 +30,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, UsageError
 from edgeroute.runtime.experts import Held, Leased
 from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.stop_flag import StopFlag
 from edgeroute.runtime.weights import Weights
 
 GROUP_BYTES = 48 << 20
@@ -99,7 +99,8 @@ class ExpertStore(Closing):
             UsageError: no such policy or predictor.
         """
         self._base = base
-        self._device = device
+        self.stop_flag = device.stop_flag
+        """What stops a prompt that waits for reads."""
         self._transfer = transfer
         self._n_expert, self._n_used = pools[0].n_expert, params.n_expert_used
         counts = share_slots(pools, params.slots_bytes, params.n_expert_used)
@@ -136,6 +137,7 @@ class ExpertStore(Closing):
         self._min_gain = MIN_GAIN if params.policy == "auto" else WATCHED_GAIN
         self._n_steps, self._next_choice = 0, FIRST_CHOICE
         self._loads: list[_Load] = []
+        self._in_turn: deque[_Load] = deque()
         self._prefill = False
         self._began = self._next_reading = self._stalled = 0.0
         self.stalled_s = 0.0
@@ -181,9 +183,13 @@ class ExpertStore(Closing):
 
     def chose(self, il: int, ids: Sequence[int], guess: Sequence[int] | None) -> None:
         """Learn what a layer chose; what it makes likely is prefetched behind its own loads."""
-        self._end_measured()
         if self.recorder is not None:
             self.recorder.record(il, ids)
+        self.foresee(il, ids, guess)
+
+    def foresee(self, il: int, ids: Sequence[int], guess: Sequence[int] | None) -> None:
+        """Learn what a layer chose for prefetch alone: a tier above answers some of it."""
+        self._end_measured()
         self._ahead.chose(il, ids, guess)
 
     def lease(self, il: int, experts: Sequence[int]) -> Leased | None:
@@ -219,20 +225,36 @@ class ExpertStore(Closing):
             self._measured = None
 
     def in_turn(self, il: int, counts: Mapping[int, int], most: int) -> Iterator[Held | None]:
-        """Hold distinct experts of a layer group by group, resident ones first."""
+        """Hold distinct experts of a layer group by group, resident ones first.
+
+        The first reads begin at once, not only when a group is asked for.
+        """
         self._let_go()
         self._ahead.collect()
         if self._log is not None:
             self._log.turns_begin(most)
         waiting = deque(self._groups(il, counts, most))
-        under_way: deque[_Load] = deque()
+        under_way = self._in_turn = deque[_Load]()
+        self._fill_ahead(il, waiting, under_way)
+        blind = len(counts) > MOST_OF_A_LAYER * self._n_expert
+        return self._turns(il, waiting, under_way, blind=blind)
+
+    @property
+    def next_is_here(self) -> bool:
+        """Whether the next group of `in_turn` needs no waiting."""
+        return bool(self._in_turn) and all(ticket.done for ticket in self._in_turn[0].tickets)
+
+    def _turns(
+        self, il: int, waiting: deque[list[int]], under_way: deque[_Load], *, blind: bool
+    ) -> Iterator[Held | None]:
+        """Wait for group after group; `blind` reads on in the next layer at the end."""
         while waiting or under_way:
             self._fill_ahead(il, waiting, under_way)
             load = under_way.popleft()
             if not self._finish(load):
                 yield None
                 return
-            if not waiting and not under_way and len(counts) > MOST_OF_A_LAYER * self._n_expert:
+            if blind and not waiting and not under_way:
                 self._ahead.read_on(il + 1, 2 * GROUP_BYTES)
             yield Held([page % self._n_expert for page in load.pages], load.slots)
             self._release(load)
@@ -268,19 +290,8 @@ class ExpertStore(Closing):
         if trace is None:
             return
         self._next_choice = 4 * self._n_steps
-        for pool in self.pools:
-            table = pool.table
-            layers = [layer.il for layer in pool.plan.layers]
-            try:
-                better = better_policy(
-                    trace, table.n_slots, table.policy.name, layers, self._min_gain
-                )
-            except CapacityError:  # several sequences at once, more than a replay can hold
-                continue
-            if better is not None:
-                table.set_policy(make_policy(better, pool.shape, table.n_slots))
-                if self._log is not None:
-                    self._log.changed()
+        if change_policies(self.pools, trace, self._min_gain) and self._log is not None:
+            self._log.changed()
         self.policy = "+".join(sorted({pool.table.policy.name for pool in self.pools}))
 
     def close(self) -> None:
@@ -325,7 +336,7 @@ class ExpertStore(Closing):
         if not load.tickets:
             return True
         began = time.perf_counter()
-        stop = self._device.stop_flag.is_set if self._prefill else None
+        stop = self.stop_flag.is_set if self._prefill else None
         try:
             arrived = [self._transfer.wait(ticket, stop) for ticket in load.tickets]
         finally:
@@ -355,6 +366,7 @@ class ExpertStore(Closing):
         load.pool.table.release(load.pages)
 
     def _let_go(self) -> None:
+        self._in_turn.clear()
         while self._loads:
             self._release(self._loads[-1])
 
@@ -402,6 +414,25 @@ class ExpertStore(Closing):
             raise UsageError("no trace is recorded here; open the Runtime with trace=FILE")
         with writing():
             self.recorder.mark(label)
+
+    # below another tier
+
+    def pool(self, il: int) -> ExpertPool:
+        """Return the slots of a layer's experts."""
+        return self._pool_of[il]
+
+    def stand_below(self, is_above: Callable[[int], bool], stop_flag: StopFlag) -> None:
+        """Serve a tier that holds some pages itself, and whose device a stop flag belongs to.
+
+        What it asks is recorded by it, not what layers chose.
+        """
+        self._ahead.is_above = is_above
+        self.stop_flag = stop_flag
+
+    @property
+    def tiers(self) -> dict[str, list[ExpertPool]]:
+        """Slots by the tier that they are in."""
+        return {"dram": self.pools}
 
     # size and statistics
 

@@ -3,10 +3,13 @@
 Replays take the time that nobody waits for anything, and little of it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+from edgeroute.offload.eviction_registry import make_policy
+from edgeroute.offload.expert_pool import ExpertPool
 from edgeroute.offload.replay import choose_policy
 from edgeroute.offload.trace import Trace
+from edgeroute.runtime.errors import CapacityError
 
 CANDIDATES = ("lru", "lfu", "lfru", "hobbit", "least-stale")
 MIN_GAIN = 0.005
@@ -37,3 +40,19 @@ def better_policy(
     choice = choose_policy(trace, n_slots, names, layers=layers)
     gain = choice.hit_ratios[choice.name] - choice.hit_ratios[current]
     return choice.name if gain > min_gain else None
+
+
+def change_policies(pools: Iterable[ExpertPool], trace: Trace, min_gain: float) -> bool:
+    """Give each pool the policy that would have served a trace best; return if any changed."""
+    changed = False
+    for pool in pools:
+        table = pool.table
+        layers = [layer.il for layer in pool.plan.layers]
+        try:
+            better = better_policy(trace, table.n_slots, table.policy.name, layers, min_gain)
+        except CapacityError:  # several sequences at once, more than a replay can hold
+            continue
+        if better is not None:
+            table.set_policy(make_policy(better, pool.shape, table.n_slots))
+            changed = True
+    return changed

@@ -116,6 +116,15 @@ class SlotBook:
         self._free.append(self._forget(page))
         return True
 
+    def give_way(self, page: int) -> None:
+        """Let a resident page pass: it leaves before any member does, unless asked for before."""
+        if page in self._slots and page not in self._passing:
+            if page in self._unused:
+                self._forget_unused(page)
+            else:
+                self.policy.remove(page)
+            self._passing[page] = None
+
     def _idle(self, group: dict[int, None], n: int) -> list[int]:
         """Up to n resident unpinned pages of a group, the newest first."""
         found: list[int] = []

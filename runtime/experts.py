@@ -10,10 +10,14 @@ from edgeroute.runtime.weights import Weights
 
 
 class Held(NamedTuple):
-    """Experts that may be computed with now, and the slot of each."""
+    """Experts that may be computed with now, and the slot of each.
+
+    Of those that are `away` the processor computes all, from slots of its own: see `Leased`.
+    """
 
     experts: Sequence[int]
     slots: Sequence[int]
+    away: bool = False
 
 
 class Leased(NamedTuple):

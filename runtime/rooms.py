@@ -236,7 +236,7 @@ class Rooms(Closing):
                 views.append(None)
             targets.append(target)
             at += stretch.room_bytes
-        return SlotSink(targets, views, whole_parts=False)
+        return SlotSink(targets, views)
 
 
 def _view(address: int, nbytes: int) -> memoryview:

@@ -75,7 +75,7 @@ class Slots(Closing):
         self._on_host = device.info.host_pointers
         self._strides = [stride_bytes(n) if self._on_host else n for n in self._sizes]
         leads = {self._leads(layer) for layer in layers}
-        self._descriptors = Descriptors(len(infos) * (n_slots + len(leads)))
+        self._descriptors = Descriptors(len(infos) * len(leads))
         self._buffers: list[Buffer] = []
         self._bases: list[int] = []
         self._tensors: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
@@ -102,7 +102,10 @@ class Slots(Closing):
         buffer = device.allocate(n_bytes)
         ggml().ggml_backend_buffer_set_usage(buffer.pointer, api.USAGE_WEIGHTS)
         self._buffers.append(buffer)
-        self._bases.append(-(-buffer.base // BLOCK_BYTES) * BLOCK_BYTES)
+        # A device's own memory is aligned as it needs; the block behind the last slot is then
+        # what it may want to pad the tensor with.
+        base = buffer.base
+        self._bases.append(-(-base // BLOCK_BYTES) * BLOCK_BYTES if self._on_host else base)
 
     def _make_tensors(self, leads: Sequence[int]) -> tuple[Tensor, ...]:
         made = []
@@ -139,6 +142,23 @@ class Slots(Closing):
             sink = self._sinks[slot] = self._make_sink(slot)
         return sink
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the device that they take in all."""
+        return sum(buffer.n_bytes for buffer in self._buffers)
+
+    def view(self, slot: int, layer: Sequence[TensorInfo], part: int) -> memoryview:
+        """Return the bytes of a part of a layer's expert where its slot has them: host memory only.
+
+        Lifetime: they are the expert's until the slot is written again.
+        """
+        assert self._on_host, "slots of a device have no memory of this process"
+        return _view(self._address(slot, part) + self._leads(layer)[part], self._sizes[part])
+
+    def offset(self, slot: int, part: int) -> int:
+        """Return where a slot begins in the tensor of a part, in bytes."""
+        return slot * self._strides[part]
+
     def give_back(self, slots: Iterable[int]) -> int:
         """Return the memory of slots that hold nothing to the system, where it can be done.
 
@@ -164,12 +184,14 @@ class Slots(Closing):
         return self._bases[part] + slot * self._strides[part]
 
     def _make_sink(self, slot: int) -> "SlotSink":
-        parts: list[Tensor] = []
-        for part, info in enumerate(self._infos):
-            one = new_tensor(self._descriptors, info.type, info.ne[:2], "slot")
-            place(one, self._buffers[part], self._address(slot, part))
-            parts.append(one)
-        return SlotSink(parts, [None] * len(parts), whole_parts=False)
+        """Make what writes into the tensors of all slots.
+
+        A tensor of one slot would not do: some devices clear what lies behind a tensor when it
+        is placed, and there the next slot begins. Source: ggml-cuda.cu, init_tensor.
+        """
+        (tensors,) = self._tensors.values()  # no part has a lead there
+        offsets = [self.offset(slot, part) for part in range(len(tensors))]
+        return SlotSink(tensors, [None] * len(tensors), offsets)
 
 
 class HostSink:
@@ -197,12 +219,16 @@ class HostSink:
 class SlotSink:
     """Writes one page, part by part, into tensors; from any thread, one page at a time."""
 
+    whole_parts = False
+
     def __init__(
-        self, parts: list[Tensor], views: list[memoryview | None], whole_parts: bool
-    ) -> None:
+        self, parts: Sequence[Tensor], views: Sequence[memoryview | None],
+        offsets: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Take each part's tensor, its memory where the host can write it, and where it begins."""
         self._parts = parts
         self._views = views
-        self.whole_parts = whole_parts
+        self._offsets = offsets or [0] * len(parts)
 
     def destination(self, part: int) -> Landing | None:
         """Return the tensor's own memory, where the file's bytes go there as they are."""
@@ -210,8 +236,9 @@ class SlotSink:
         return None if view is None else Landing(view, 0)
 
     def write(self, part: int, at: int, data: memoryview) -> None:
-        """Copy bytes of a part, in the file's layout; a repacked part must come whole."""
+        """Copy bytes of a part, in the file's layout."""
         address = np.frombuffer(data, np.uint8).ctypes.data
+        at += self._offsets[part]
         ggml().ggml_backend_tensor_set(self._parts[part], address, at, data.nbytes)
 
 

@@ -42,7 +42,7 @@ def test_a_better_policy_takes_over_and_answers_stay(
     better: str | None, lab: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expert_store, "FIRST_CHOICE", 8)
-    monkeypatch.setattr(expert_store, "better_policy", lambda *given: better)
+    monkeypatch.setattr(policy_choice, "better_policy", lambda *given: better)
     monkeypatch.setattr(policy_choice, "STEP_LAYERS", 16)
     monkeypatch.setattr(policy_choice, "MIN_STEPS", 4)
     with lab.paged(slots=6) as paged:  # type: ignore[attr-defined]
@@ -73,7 +73,7 @@ def test_the_choice_is_the_replays(lab: object, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_named_policy_stays(lab: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_store, "FIRST_CHOICE", 1)
-    monkeypatch.setattr(expert_store, "better_policy", lambda *given: "lfu")
+    monkeypatch.setattr(policy_choice, "better_policy", lambda *given: "lfu")
     with lab.paged(slots=6, policy="lru") as paged:  # type: ignore[attr-defined]
         record(paged.store, lab)
         paged.run(STEPS)

@@ -1,0 +1,52 @@
+"""The long proof of three tiers, cut short: it holds, and it can fail."""
+
+from pathlib import Path
+
+import pytest
+
+from edgeroute.offload.device_tier import DeviceTier
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import UsageError
+from edgeroute.tools import synth
+from edgeroute.tools.bench.rpc_servers import RpcServer
+from edgeroute.tools.bench.tiers_proof import DEVICE_RATIO, DRAM_RATIO, MODEL, prove
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("proof") / "model.gguf"
+    synth.write(MODEL, found)
+    return found
+
+
+@pytest.mark.parametrize("policy", ["auto", "lfu"])
+def test_it_holds(policy: str, path: Path, rpc: RpcServer) -> None:
+    with Device.open(rpc.name) as device:
+        found = prove(path, device, policy, 24)
+    n_pages = MODEL.n_layer * MODEL.n_expert
+    assert found["dram_slots"] == DRAM_RATIO * n_pages
+    assert found["device_slots"] == int(DEVICE_RATIO * n_pages)
+    decode = found["decode"]
+    assert decode["hits"] + decode["misses"] == 24 * MODEL.n_layer * MODEL.n_expert_used
+    assert decode["misses"] == decode["dram_hits"] + decode["dram_late"] + decode["disk_reads"]
+
+
+def test_bytes_that_did_not_come_are_noticed(
+    path: Path, rpc: RpcServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, n_sent = DeviceTier._send, 0
+
+    def forget(self: DeviceTier, *args: object) -> None:
+        nonlocal n_sent
+        n_sent += 1
+        uploader_send = self._uploader.send
+        if n_sent > 100:
+            self._uploader.send = lambda *_: None  # type: ignore[method-assign]
+        try:
+            send(self, *args)  # type: ignore[arg-type]
+        finally:
+            self._uploader.send = uploader_send  # type: ignore[method-assign]
+
+    monkeypatch.setattr(DeviceTier, "_send", forget)
+    with Device.open(rpc.name) as device, pytest.raises(UsageError, match="other logits"):
+        prove(path, device, "lfu", 40)
