@@ -9,7 +9,15 @@ from edgeroute.models.base import MoeHparams
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import Builder
-from edgeroute.runtime.tensor import F32, I32, Descriptors, get_bytes, new_tensor, place_all
+from edgeroute.runtime.tensor import (
+    F32,
+    I32,
+    Descriptors,
+    get_bytes,
+    new_tensor,
+    place_all,
+    set_range,
+)
 
 
 class Choice(NamedTuple):
@@ -138,6 +146,33 @@ class Carry:
     def read_guess(self, n: int, ranked: int, *, thinned: bool) -> list[int]:
         """Read the experts that n tokens may choose in the next layer, likewise."""
         return self._read("guess", "guess_weights", n, ranked, thinned).computed()
+
+    def read_h(self, n: int) -> npt.NDArray[np.float32]:
+        """Read the normed input of the experts for n tokens: F32 (n, n_embd)."""
+        found = np.empty((n, self._n_embd), np.float32)
+        get_bytes(self._all["h"], found)
+        return found
+
+    @staticmethod
+    def n_runs(rows: npt.NDArray[np.intp]) -> int:
+        """Count runs of consecutive numbers among ascending ones."""
+        return 1 + int(np.count_nonzero(np.diff(rows) != 1)) if len(rows) else 0
+
+    def write_rows(self, rows: npt.NDArray[np.intp], outs: npt.NDArray[np.float32]) -> None:
+        """Write outputs of pairs computed elsewhere, a message per run of rows.
+
+        Args:
+            rows: their numbers, ascending.
+            outs: F32 (len(rows), n_embd).
+        """
+        if not len(rows):
+            return
+        flat = np.ascontiguousarray(outs).view(np.uint8)
+        ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        first = 0
+        for end in ends:
+            set_range(self._all["outs"], flat[first:end], int(rows[first]) * self._n_embd * 4)
+            first = end
 
     def _read(self, name: str, weights_name: str, n: int, ranked: int, thinned: bool) -> Choice:
         found = np.empty(n * ranked, np.int32)

@@ -5,6 +5,7 @@ and the next stage begins with them. The operations and their order are those of
 `Model.layer`, so that the logits are the same bits as with everything resident.
 """
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
@@ -15,22 +16,25 @@ from edgeroute.models.base import MoeHparams, MoeModel
 from edgeroute.models.blocks import output_norm
 from edgeroute.models.carry import Carry, Choice
 from edgeroute.models.forward import Forward, Piece, shape_of
+from edgeroute.models.host_experts import HostExperts
 from edgeroute.models.moe import THRESHOLDS, n_ranked
 from edgeroute.models.pruning import n_described
 from edgeroute.models.steps import build_attn, build_step
 from edgeroute.runtime.depth import Step, Steps
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
-from edgeroute.runtime.experts import ExpertPager
+from edgeroute.runtime.experts import ExpertPager, Leased
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import BatchShape, Builder, Graph, Span
 from edgeroute.runtime.kv_cache import KvCache, round_cells
-from edgeroute.runtime.tensor import I32, I64, host_view, set_bytes, shape
+from edgeroute.runtime.tensor import F32, I32, I64, host_view, set_bytes, shape
 
 MAX_PAIRS = 2048
 """Pairs of token and expert that are computed in one graph; bounds its memory."""
 MAX_INLINE_TOKENS = 16
 """Up to here a layer's experts are held all at once, if there is room; beyond, in turn."""
+MOST_RUNS = 3
+"""Runs of rows that are written one by one; more of them go in one block, with their numbers."""
 SHAPES_KEPT = 4
 PAIR_COUNTS_KEPT = 8
 """Numbers of pairs, per layer, whose graphs are kept: some experts of a token, then the others."""
@@ -97,6 +101,8 @@ class PagedForward(Forward):
         self._parts_of: dict[Span, list[Stage]] = {}
         self.graphs.max_graphs = (2 * SHAPES_KEPT + PAIR_COUNTS_KEPT) * len(self._parts)
         self._carry = Carry(device, model.hparams.n_embd, self._moe, n_tokens)
+        self.host: HostExperts | None = None
+        """Computes what the pager names away; there must be one where it does."""
 
     @property
     def carry_bytes(self) -> int:
@@ -215,26 +221,36 @@ class PagedForward(Forward):
         leased = self._pager.lease(il, experts)
         if leased is None:
             return False, None
-        if leased.absent or choice.left_out is not None:
+        if leased.absent or leased.away or choice.left_out is not None:
             slots = dict(zip(experts, leased.slots, strict=True))
-            return self._compute_apart(il, choice, slots, leased.absent), None
+            return self._compute_apart(il, choice, slots, leased), None
         if len(experts) == len(ids):
             return True, leased.slots
         slot_of = dict(zip(experts, leased.slots, strict=True))
         return True, [slot_of[expert] for expert in ids]
 
     def _compute_apart(
-        self, il: int, choice: Choice, slots: dict[int, int], absent: Sequence[int]
+        self, il: int, choice: Choice, slots: dict[int, int], leased: Leased
     ) -> bool:
-        """Compute the experts that are there while the others arrive, then those."""
+        """Compute the experts that are there while the others arrive, then those.
+
+        What is away the processor computes, while the device computes what is there.
+        """
         slot_of = np.zeros(self._moe.n_expert, np.int32)
         slot_of[list(slots)] = list(slots.values())
         late = np.zeros(self._moe.n_expert, np.bool_)
-        late[list(absent)] = True
+        late[list(leased.absent)] = True
+        late[list(leased.away)] = True
         waits = late[choice.numbers]
-        if not self._compute_kept(il, choice, slot_of, choice.pairs(~waits)):
+        here = choice.pairs(~waits)
+        if leased.away:
+            if not self._compute_away(il, choice, slot_of, leased.away, here):
+                return False
+            late[list(leased.away)] = False
+            waits = late[choice.numbers]
+        elif not self._compute_kept(il, choice, slot_of, here):
             return False
-        if not absent:
+        if not leased.absent:
             return True
         return self._pager.arrive() and self._compute_kept(il, choice, slot_of,
                                                            choice.pairs(waits))  # fmt: skip
@@ -248,6 +264,11 @@ class PagedForward(Forward):
                 return False
             slot_of = np.full(self._moe.n_expert, -1, np.int32)
             slot_of[list(held.experts)] = held.slots
+            if held.away:
+                nothing = np.empty(0, np.intp)
+                if not self._compute_away(il, choice, slot_of, held.experts, nothing):
+                    return False
+                continue
             pairs = choice.pairs(slot_of[choice.numbers] >= 0)
             with self.graphs.passing(self._pairs_graph(il, len(pairs))) as graph:
                 done = self._compute_pairs(graph, choice, slot_of, pairs)
@@ -259,24 +280,72 @@ class PagedForward(Forward):
         self, il: int, choice: Choice, slot_of: npt.NDArray[np.int32], pairs: npt.NDArray[np.intp]
     ) -> bool:
         """Compute some pairs with a graph that is kept for the next so many."""
-        key = il, len(pairs)
-        graph = self.graphs.find(key)
-        if graph is None:
-            graph = self.graphs.add(key, self._pairs_graph(il, len(pairs)))
+        graph = self._kept_graph(il, len(pairs))
         return self._compute_pairs(graph, choice, slot_of, pairs)
+
+    def _kept_graph(self, il: int, n_pairs: int) -> Graph:
+        key = il, n_pairs
+        return self.graphs.find(key) or self.graphs.add(key, self._pairs_graph(il, n_pairs))
+
+    def _compute_away(
+        self, il: int, choice: Choice, slot_of: npt.NDArray[np.int32], away: Sequence[int],
+        here: npt.NDArray[np.intp],
+    ) -> bool:  # fmt: skip
+        """Have the processor compute some experts while the device computes the pairs `here`."""
+        host = self.host
+        assert host is not None, "a pager names experts away, and nothing computes them"
+        wanted = np.zeros(self._moe.n_expert, np.bool_)
+        wanted[list(away)] = True
+        pairs = choice.pairs(wanted[choice.numbers])
+        host.prepare(il, len(pairs))  # what is built once is no cost of computing
+        graph = self._kept_graph(il, len(here)) if len(here) else None
+        began = time.perf_counter()
+        h = self._carry.read_h(len(choice.ids) // choice.k)
+        self.device.check()
+        if graph is not None:
+            self._fill_pairs(graph, choice, slot_of, here)
+            self.device.compute_begin(graph.pointer)
+        try:
+            experts = choice.numbers[pairs]
+            outs = host.compute(il, h[pairs // choice.k], experts, slot_of[experts])
+        finally:
+            ended = time.perf_counter()  # what the device takes longer is no cost of these
+            done = graph is None or self.device.compute_end()
+        alone_s = time.perf_counter() - ended
+        if outs is None or not done or not self._write_rows(pairs, outs):
+            return False
+        host.book(len(away), len(pairs), time.perf_counter() - began - alone_s)
+        return True
+
+    def _write_rows(self, pairs: npt.NDArray[np.intp], outs: npt.NDArray[np.float32]) -> bool:
+        """Write outputs of pairs into the carry, with the fewest messages."""
+        if self._carry.n_runs(pairs) <= MOST_RUNS:
+            self._carry.write_rows(pairs, outs)
+            return True
+        with self.graphs.passing(self._rows_graph(len(pairs))) as graph:
+            set_bytes(graph.inputs.more["block"], outs)
+            set_bytes(graph.inputs.more["rows"], pairs.astype(np.int64))
+            return self.device.compute(graph.pointer)
 
     def _compute_pairs(
         self, graph: Graph, choice: Choice, slot_of: npt.NDArray[np.int32],
         pairs: npt.NDArray[np.intp],
     ) -> bool:  # fmt: skip
         """Compute some pairs of token and expert, each into its own row of the carry."""
+        self._fill_pairs(graph, choice, slot_of, pairs)
+        return self.device.compute(graph.pointer)
+
+    def _fill_pairs(
+        self, graph: Graph, choice: Choice, slot_of: npt.NDArray[np.int32],
+        pairs: npt.NDArray[np.intp],
+    ) -> None:  # fmt: skip
+        """Say which pairs a graph computes."""
         more, experts = graph.inputs.more, choice.numbers[pairs]
         set_bytes(more["tokens"], (pairs // choice.k).astype(np.int32))
         set_bytes(more["rows"], pairs.astype(np.int64))
         set_bytes(more["slots"], slot_of[experts])
         if "ids" in more:  # of families whose experts have biases
             set_bytes(more["ids"], experts)
-        return self.device.compute(graph.pointer)
 
     # graphs
 
@@ -295,7 +364,7 @@ class PagedForward(Forward):
         ends = until is None and stage.narrow
         span = Span(stage.dense, embed=stage.before is None, output=ends, plan=stage.plan)
         b = self._builder(span, batch, n_described(stage.dense) + 2)
-        x = model.embed(b) if stage.before is None else self._combine(b, stage)
+        x = self._begin(b) if stage.before is None else self._combine(b, stage)
         for i, step in enumerate(stage.dense):
             last = until is None and stage.narrow and i == len(stage.dense) - 1
             x = build_step(b, model, step, x, last=last)
@@ -356,6 +425,15 @@ class PagedForward(Forward):
         outs = self.model.experts(b, il, h, ids, slots)
         flat = b.g.ggml_reshape_2d(b.ctx, outs, n_embd, n_pairs)
         return b.finish(b.g.ggml_set_rows(b.ctx, carry.rows, flat, rows))
+
+    def _rows_graph(self, n_pairs: int) -> Graph:
+        """Build what writes given outputs of pairs to rows of the carry."""
+        batch = shape_of(1, round_cells(1), n_out=1)
+        b = self._builder(Span((), embed=False, output=False), batch, 0)
+        outs = self._carry.views(b, self._carry.n_tokens, 1).rows
+        block = b.more("block", F32, self.model.hparams.n_embd, n_pairs)
+        rows = b.more("rows", I64, n_pairs)
+        return b.finish(b.g.ggml_set_rows(b.ctx, outs, block, rows))
 
 
 def _columns(narrow: bool, batch: BatchShape) -> int:

@@ -2,7 +2,14 @@
 
 import click
 
-from edgeroute.commands import bench_levers, bench_lossy, bench_paged, bench_serve, bench_speed
+from edgeroute.commands import (
+    bench_levers,
+    bench_lossy,
+    bench_paged,
+    bench_serve,
+    bench_speed,
+    bench_tiers,
+)
 
 _EPILOG = """\b
 Examples:
@@ -13,6 +20,7 @@ Examples:
   edgeroute bench contention --reps 5 --seconds 4 --json
   edgeroute bench experts --model moe.gguf --limit 2GiB
   edgeroute bench layers --model qwen2.5-coder-1.5b-instruct
+  edgeroute bench tiers --model moe.gguf --link 100MB
   edgeroute bench speculate --model qwen2.5-coder-1.5b-instruct
   edgeroute bench adapters --model qwen2.5-coder-1.5b-instruct
   edgeroute bench expert-count --model moe.gguf
@@ -37,6 +45,6 @@ for _each in (
     bench_speed.load, bench_speed.batch, bench_speed.contention,
     bench_paged.experts, bench_paged.layers, bench_paged.speculate, bench_paged.replay,
     bench_lossy.adapters, bench_lossy.depth, bench_lossy.expert_count, bench_lossy.prune,
-    bench_lossy.steps, bench_serve.serve, bench_speed.parity,
+    bench_lossy.steps, bench_serve.serve, bench_speed.parity, bench_tiers.tiers,
 ):  # fmt: skip
     command.add_command(_each)
