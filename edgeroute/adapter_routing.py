@@ -206,6 +206,13 @@ class AdapterRouting:
             write_state(self._setup.state, self._router.to_state())
             self._n_unsaved = 0
 
+    def take_over(self, other: "AdapterRouting") -> None:
+        """Have what another learned, for the same library, and the answers it remembers."""
+        self._router, self._features = other._router, other._features
+        self._remembered, self._n_unsaved = other._remembered, other._n_unsaved
+        for name in set(self._router.names) - set(self._store.names):
+            self._router.remove(name)
+
     def stats(self) -> dict[str, object]:
         """Return what the router has done, as plain JSON types."""
         return self._router.stats()

@@ -21,11 +21,19 @@ if TYPE_CHECKING:
 
 
 class Asking:
-    """Turns arguments into requests for one loaded model. Thread-safe: it changes nothing."""
+    """Turns arguments into requests for a Runtime's model. Thread-safe: it changes nothing."""
 
-    def __init__(self, loaded: "LoadedModel", params: RunParams) -> None:
-        self._loaded = loaded
-        self._params = params
+    def __init__(self, model: "Callable[[], LoadedModel]") -> None:
+        """Begin; `model` gives what answers now, which may have been opened again."""
+        self._model = model
+
+    @property
+    def _loaded(self) -> "LoadedModel":
+        return self._model()
+
+    @property
+    def _params(self) -> RunParams:
+        return self._loaded.params
 
     def request(
         self, prompt: str | None, options: Options, emit: Callable[[Outcome], None], *,

@@ -77,6 +77,11 @@ class EmbedRequest(Request):
         self.prompt_ids = self.inputs[len(self._rows)]
         return True
 
+    def restart(self) -> None:
+        """As of any request; of the text at work, nothing is kept."""
+        Request.restart(self)
+        self._sum = None
+
     def finish(self, reason: FinishReason, engine: EngineState) -> None:
         """Tell the listener; `embeddings` has the result of one that ended with `stop`."""
         if reason == "timeout":

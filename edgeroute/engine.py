@@ -25,7 +25,9 @@ from edgeroute.stream import Ask, Chunks, Stream, hear
 
 if TYPE_CHECKING:
     from edgeroute.embedding import Embeddings, EmbedRequest
+    from edgeroute.loaded import LoadedModel
     from edgeroute.runtime.tokenizer import Tokenizer
+    from edgeroute.scheduler import Scheduler
     from edgeroute.session_folder import SavedSession
     from edgeroute.sessions import Sessions
 
@@ -47,8 +49,16 @@ class Runtime(Closing):
         self.params: RunParams = merge_settings(settings)
         self.path = _find(model)
         self._engine = EngineThread(self.path, self.params)
-        self._loaded, self._scheduler = self._engine.loaded, self._engine.scheduler
-        self._asking = Asking(self._loaded, self._loaded.params)
+        self._asking = Asking(lambda: self._loaded)
+
+    @property
+    def _loaded(self) -> "LoadedModel":
+        """What answers now: another one after a device was lost."""
+        return self._engine.parts.loaded
+
+    @property
+    def _scheduler(self) -> "Scheduler":
+        return self._engine.parts.scheduler
 
     def feedback(self, generation_id: str, reward: float) -> None:
         """Tell what an answer was worth: 0 useless, 1 perfect.
@@ -58,9 +68,9 @@ class Runtime(Closing):
         Raises:
             UsageError: no such answer, its feedback was given before, or another reward.
         """
-        routing, adapters = self._scheduler.steps, self._loaded.adapters
 
         def learn() -> None:
+            routing, adapters = self._scheduler.steps, self._loaded.adapters
             taken = routing is not None and routing.choice.feedback(generation_id, reward)
             if not taken or (adapters is not None and adapters.routing.awaits(generation_id)):
                 self._asking.adapters().routing.feedback(generation_id, reward)
@@ -73,12 +83,17 @@ class Runtime(Closing):
         Raises:
             UsageError: no trace is recorded, or the label is too long.
         """
-        store = self._loaded.experts
-        if store is None:
+        if self._loaded.experts is None:
             raise UsageError("no trace is recorded: nothing is paged; open the Runtime with "
                              "trace=FILE and a memory budget below a model with experts"
                              )  # fmt: skip
-        self._engine.order(lambda: store.mark(label))
+
+        def mark() -> None:
+            store = self._loaded.experts
+            if store is not None:  # not opened again meanwhile, with all experts in memory
+                store.mark(label)
+
+        self._engine.order(mark)
 
     def add_adapter(self, path: str | Path) -> str:
         """Check an adapter and put it into the library, also while requests run.
@@ -92,9 +107,8 @@ class Runtime(Closing):
             AdapterFileError: it does not fit this model, or is damaged.
             CapacityError: it does not fit the slots or the budget.
         """
-        adapters = self._asking.adapters()
-        file = adapters.open(path)
-        self._engine.order(lambda: adapters.add(file))
+        file = self._asking.adapters().open(path)
+        self._engine.order(lambda: self._asking.adapters().add(file))
         return file.name
 
     def remove_adapter(self, name: str) -> None:
@@ -103,8 +117,8 @@ class Runtime(Closing):
         Raises:
             UsageError: there is none of that name.
         """
-        adapters = self._asking.adapters()
-        self._engine.order(lambda: adapters.remove(name))
+        self._asking.adapters()
+        self._engine.order(lambda: self._asking.adapters().remove(name))
 
     @property
     def adapters(self) -> list[str]:
@@ -144,6 +158,7 @@ class Runtime(Closing):
         Raises:
             UsageError: an option is unknown or out of range, or the prompt does not fit.
             GrammarError, TemplateError: a constraint or the chat template cannot be used.
+            DeviceLostError: a device is gone, and the model cannot be opened without it.
             ClosedError: the runtime was closed.
         """
         with self._listen(prompt, options, streaming=False) as stream:
@@ -230,7 +245,9 @@ class Runtime(Closing):
 
     def stats(self) -> dict[str, object]:
         """Return what the runtime holds and has done, as plain JSON types."""
-        return runtime_stats(self._loaded, self._scheduler, n_queued=self._engine.n_queued)
+        parts, engine = self._engine.parts, self._engine
+        found = runtime_stats(parts.loaded, parts.scheduler, n_queued=engine.n_queued)
+        return engine.losses.add_to(found)
 
     def residency(self) -> dict[str, object] | None:
         """Return which experts, layers and adapters are in memory; None where all always are.

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from edgeroute.device_loss import devices_at_risk
 from edgeroute.energy_book import open_book
 from edgeroute.runtime import machine
 from edgeroute.runtime.threads import ThreadPolicy
@@ -33,6 +34,8 @@ def make_scheduler(
         is_eog=loaded.tokenizer.is_eog, experts=loaded.experts, adapters=loaded.adapters,
         layers=loaded.layers,
     )  # fmt: skip
+    scheduler.devices = devices_at_risk(loaded)
+    scheduler.compute_ledger = loaded.compute_ledger
     scheduler.energy = open_book(loaded, params.energy)
     if loaded.why_no_drafts(params.speculate) is None:
         # Models that do not draft should not wait for its import.

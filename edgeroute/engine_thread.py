@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeroute.config import RunParams
-from edgeroute.opening import Opening
 from edgeroute.outstanding import Outstanding
 from edgeroute.pulse import Heart, Pulse
+from edgeroute.recovery import Parts, Recovery
 from edgeroute.request import Request
-from edgeroute.runtime import machine
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.errors import ClosedError
+from edgeroute.runtime.errors import ClosedError, DeviceLostError
 
 if TYPE_CHECKING:
+    from edgeroute.device_loss import Losses
     from edgeroute.loaded import LoadedModel
     from edgeroute.scheduler import Scheduler
 
@@ -36,7 +36,8 @@ class EngineThread(Closing):
     """Hands requests and commands to the thread, and watches it. Any thread may use it.
 
     Attributes:
-        loaded, scheduler: the thread's own; others only read them.
+        parts: the model and its scheduler, the thread's own; others only read them. Both are
+            replaced together when the model is opened again.
 
     Raises:
         EdgerouteError: the model cannot be loaded, see LoadedModel; the thread has ended.
@@ -52,14 +53,31 @@ class EngineThread(Closing):
         self._gate = threading.Lock()  # orders "is it open?" against "now it is closed"
         self._outstanding = Outstanding()
         self._heart = Heart()
-        ready: Future[tuple[LoadedModel, Scheduler]] = Future()
+        self.parts: Parts
+        self._recovery: Recovery
+        ready: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._serve, args=(ready,), name="edgeroute-engine", daemon=True
         )
         self._thread.start()
-        self.loaded, self.scheduler = ready.result()
+        ready.result()
 
     # for others
+
+    @property
+    def loaded(self) -> "LoadedModel":
+        """The model that answers now."""
+        return self.parts.loaded
+
+    @property
+    def scheduler(self) -> "Scheduler":
+        """What runs requests on it."""
+        return self.parts.scheduler
+
+    @property
+    def losses(self) -> "Losses":
+        """Devices that were lost, and what became of it."""
+        return self._recovery.losses
 
     def check_open(self) -> None:
         """Raise ClosedError where nothing can be handed to the thread any more."""
@@ -99,9 +117,11 @@ class EngineThread(Closing):
                     return
                 self._heart.command = True
                 try:
+                    self._make_ready()
                     action()
                 except BaseException as error:  # the caller's, not the engine's
-                    wait.tell(functools.partial(done.set_exception, error), last=True)
+                    told = self._recovery.loss_of(self.parts, error) or error
+                    wait.tell(functools.partial(done.set_exception, told), last=True)
                 else:
                     wait.tell(functools.partial(done.set_result, None), last=True)
                 finally:
@@ -125,7 +145,7 @@ class EngineThread(Closing):
         """Tell whether the thread works, and since when nothing has come of it."""
         if not self._thread.is_alive():
             return Pulse(busy=False, idle_s=0.0, doing="nothing: the engine has stopped")
-        return self._heart.read(self.loaded, self.scheduler, self.n_queued)
+        return self._heart.read(*self.parts, self.n_queued)
 
     def interrupt(self) -> None:
         """Stop what the devices compute now: a batch of a prompt, which is computed again."""
@@ -171,59 +191,98 @@ class EngineThread(Closing):
     def _wake(self) -> None:
         self._inbox.put(None)
 
-    def _serve(self, ready: "Future[tuple[LoadedModel, Scheduler]]") -> None:
+    def _serve(self, ready: "Future[None]") -> None:
         """Load, loop until closed, free: the whole life of the thread."""
-        meter = machine.LoadMeter()  # its first reading covers the time of loading
         try:
-            opening = Opening(self._path)
-            # Imported now, not at the top: the vocabulary is being read meanwhile.
-            from edgeroute.loaded import LoadedModel
-
-            loaded = LoadedModel(self._path, self._params, opening, self._wake)
+            recovery = Recovery(self._path, self._params, self._wake, lambda: self._wanted)
         except BaseException as error:
             ready.set_exception(error)
             return
-        with contextlib.closing(loaded):
+        self._recovery = recovery
+        with recovery:
             try:
-                from edgeroute.engine_setup import make_scheduler
-
-                scheduler = make_scheduler(loaded, meter, self._wake)
+                self.parts = recovery.open()
             except BaseException as error:
                 ready.set_exception(error)
                 return
-            ready.set_result((loaded, scheduler))
-            self._loop(scheduler)
-            if scheduler.steps is not None:
-                scheduler.steps.close()
+            try:
+                ready.set_result(None)
+                self._loop()
+            finally:
+                self.parts.close()
 
-    def _loop(self, scheduler: "Scheduler") -> None:
+    @property
+    def _wanted(self) -> bool:
+        """Whether the thread is to go on."""
+        return not self._closing and self._failure is None
+
+    def _loop(self) -> None:
         error: BaseException = ClosedError("this Runtime was closed while the request ran")
         try:
-            while not self._closing and self._failure is None:
-                self._heart.beat = time.monotonic()
-                if not scheduler.busy and self._inbox.empty():
-                    scheduler.use_the_pause()
-                if scheduler.stalled and scheduler.busy:
-                    self._receive(scheduler, wait_s=STALL_POLL_S)
-                else:
-                    self._receive(scheduler, wait_s=0.0 if scheduler.busy else None)
-                scheduler.step()
+            while self._wanted:
+                try:
+                    self._round()
+                except BaseException as failure:
+                    self._heal(failure)
         except BaseException as failure:  # a bug: everyone waiting must hear of it
             with self._gate:
                 self._failure = self._failure or failure
             error = ClosedError(f"the engine stopped: {failure!r}")
             error.__cause__ = failure
         while not self._inbox.empty():
-            self._receive(scheduler, wait_s=0.0)
-        scheduler.fail_all(error)
+            self._receive(wait_s=0.0)
+        self.scheduler.fail_all(error)
 
-    def _receive(self, scheduler: "Scheduler", *, wait_s: float | None) -> None:
+    def _round(self) -> None:
+        """Take what has arrived, and do one step of what there is to do."""
+        self._heart.beat = time.monotonic()
+        scheduler = self.scheduler
+        if not scheduler.busy and self._inbox.empty() and self._recovery.down is None:
+            scheduler.use_the_pause()
+        if scheduler.stalled and scheduler.busy:
+            self._receive(wait_s=STALL_POLL_S)
+        else:
+            self._receive(wait_s=0.0 if scheduler.busy else None)
+        scheduler = self.scheduler
+        if not scheduler.busy and self._recovery.down is not None:
+            return  # nobody asks for what could not be opened
+        self._recovery.check(self.parts)
+        scheduler.step()
+        scheduler.check()
+
+    def _heal(self, failure: BaseException) -> None:
+        """Open the model again if a failure comes of a lost device; else raise it."""
+        loss = self._recovery.loss_of(self.parts, failure)
+        if loss is None:
+            raise failure
+        if not self._wanted:
+            return
+        self._heart.opening = True
+        try:
+            self.parts = self._recovery.heal(self.parts, loss)
+        finally:
+            self._heart.beat = time.monotonic()
+            self._heart.opening = False
+
+    def _make_ready(self) -> None:
+        """See to it that there is a model.
+
+        Raises:
+            DeviceLostError: there is none, for a device is gone.
+        """
+        try:
+            self._recovery.check(self.parts)
+        except DeviceLostError as loss:
+            self._heal(loss)
+            self._recovery.check(self.parts)
+
+    def _receive(self, *, wait_s: float | None) -> None:
         """Take what has arrived; sleep up to `wait_s` until something does, None for ever."""
         while wait_s != 0.0 or not self._inbox.empty():
             with contextlib.suppress(queue.Empty):
                 arrived = self._inbox.get(timeout=wait_s)
                 if isinstance(arrived, Request):
-                    scheduler.submit(arrived)
+                    self.scheduler.submit(arrived)
                 elif arrived is not None:
                     arrived()
             wait_s = 0.0

@@ -28,7 +28,7 @@ class Pulse:
 
 @dataclass(slots=True)
 class Heart:
-    """Times of `time.monotonic`. The engine thread writes `beat` and `command`.
+    """Times of `time.monotonic`. The engine thread writes `beat`, `command` and `opening`.
 
     `woke` is when an idle engine was given something to do, by whoever gave it.
     """
@@ -36,6 +36,8 @@ class Heart:
     beat: float = field(default_factory=time.monotonic)
     woke: float = field(default_factory=time.monotonic)
     command: bool = False
+    opening: bool = False
+    """Whether the model is being opened again: that is no stall, however long it takes."""
     _asked: int = 0
     _moved: float = 0.0
     """When somebody last saw that a long computation had got on."""
@@ -43,6 +45,8 @@ class Heart:
     def read(self, loaded: "LoadedModel", scheduler: "Scheduler", n_queued: int) -> Pulse:
         """Look, from any thread; nothing is locked and nothing waits."""
         busy = self.command or n_queued > 0 or scheduler.busy
+        if self.opening:
+            return Pulse(busy=True, idle_s=0.0, doing="opening the model again")
         devices = [loaded.device] if loaded.small is None else [loaded.device, loaded.small.device]
         asked = sum(device.stop_flag.n_asked for device in devices)
         if asked != self._asked:

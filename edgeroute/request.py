@@ -116,6 +116,8 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
+    continued: list[str] | None = None
+    """How it went on where a device was lost that computed it."""
 
     @property
     def n_left(self) -> int:
@@ -133,6 +135,16 @@ class Request:
         stop = self.on_cancel
         if stop is not None:
             stop()
+
+    def restart(self) -> None:
+        """Forget what it held in an engine that is gone; what it has said already counts.
+
+        It may be submitted to another one, which reads prompt and answer again and goes on.
+        """
+        self.sequence = self.lease = self.lora = self.depth = self.visit = None
+        self.experts_before = self.layers_before = None
+        self.n_cached = self.n_common = 0
+        self.adapter_s = 0.0
 
     def interrupted(self) -> FinishReason | None:
         """Tell whether the listener left or the time is over."""
@@ -235,6 +247,7 @@ class Request:
             depth=None if self.depth is None else self.depth.cost(),
             steps=None if self.steps is None else tuple(self.steps.account.parts),
             session=self._session_stats(), energy=self._energy_stats(engine.energy),
+            continued=None if self.continued is None else tuple(self.continued),
         )  # fmt: skip
 
 

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.admission import Admission
 from edgeroute.embedding import EmbedRequest, States
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.offload.counters import LayerCount
 from edgeroute.request import EngineState, Request, sequence_of, stoppable
-from edgeroute.runtime.errors import ComputeError, EdgerouteError
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import ComputeError, DeviceLostError, EdgerouteError
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
-from edgeroute.runtime.prefix import Mode, PrefixCache
+from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
 from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.speculation_pass import speculate
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from edgeroute.depth import DepthSource
     from edgeroute.depth_guard import DepthGuard
     from edgeroute.energy_book import EnergyBook
+    from edgeroute.offload.device_tier import DeviceTier
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
     from edgeroute.sessions import Sessions
@@ -51,7 +54,7 @@ class Scheduler:
     def __init__(
         self, forward: Forward, ledger: Ledger, threads: ThreadPolicy, *, n_ctx: int,
         n_ubatch: int, max_batch: int, is_eog: Callable[[int], bool],
-        experts: "ExpertStore | None" = None, adapters: "Adapters | None" = None,
+        experts: "ExpertStore | DeviceTier | None" = None, adapters: "Adapters | None" = None,
         layers: "LayerStore | None" = None,
     ) -> None:  # fmt: skip
         self.forward = forward
@@ -64,7 +67,9 @@ class Scheduler:
         self.is_eog = functools.cache(is_eog)  # asked of every token, and 15 us in libllama
         self._experts = experts
         self._layers = layers
-        self._adapters = adapters
+        self.adapters = adapters
+        self.devices: tuple[Device, ...] = ()
+        """Those that may be lost."""
         self.speculation: Speculation | None = None
         self.depth: DepthSource | None = None
         self.depth_guard: DepthGuard | None = None
@@ -72,12 +77,14 @@ class Scheduler:
         self.sessions: Sessions | None = None
         self.energy: EnergyBook | None = None
         self._states = States(forward, ledger, n_ubatch)
+        self.compute_ledger = ledger
+        """Account of the memory that graphs are computed in."""
         self._compute_bytes = forward.graphs.n_bytes
-        self._waiting: deque[Request] = deque()
-        self._arriving: list[Request] = []  # their adapters are held, perhaps still loading
+        self._admission = Admission(self)
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
         self._stepping: list[Request] = []  # two models write these, see StepRouting
+        self._alive: dict[str, Request] = {}  # all of them, in whatever group, by their ids
         self._owed_s = 0.0  # that answers under way get before the next batch of a prompt
         self.stalled = False
         """Whether the last step had nothing to compute: adapters, or another machine, are waited
@@ -90,12 +97,13 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return any(self._groups)
+        return bool(self._alive)
 
     @property
     def _groups(self) -> tuple[deque[Request] | list[Request], ...]:
         """All requests, by how far they are."""
-        return (self._waiting, self._arriving, self._prefilling, self._decoding, self._stepping)
+        beginning = self._admission.waiting, self._admission.arriving
+        return (*beginning, self._prefilling, self._decoding, self._stepping)
 
     @property
     def doing(self) -> str:
@@ -111,15 +119,20 @@ class Scheduler:
     @property
     def n_waiting(self) -> int:
         """Requests without cells yet."""
-        return len(self._waiting) + len(self._arriving)
+        return len(self._admission.waiting) + len(self._admission.arriving)
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
         request.max_tokens = min(request.max_tokens, self._n_ctx - len(request.prompt_ids) + 1)
         if self.energy is not None and not self.busy:
             self.energy.wake()
-        self._waiting.append(request)
+        self._alive[request.id] = request
+        self._admission.waiting.append(request)
         self.stalled = False
+
+    def enter(self, request: Request) -> None:
+        """Let a request run that got its cells."""
+        (self._prefilling if request.steps is None else self._stepping).append(request)
 
     def step(self) -> None:
         """Do one round: at most one prefill batch, then one token for all that decode.
@@ -132,7 +145,7 @@ class Scheduler:
             self.sessions.advance()
         if self.depth_guard is not None:
             self.depth_guard.advance(self._decoding)
-        self._admit()
+        self._admission.admit()
         here = [each for each in self._stepping if each.steps is None or each.steps.phase != "call"]
         self.stalled = not (self._prefilling or self._decoding or here)
         began = time.monotonic()
@@ -168,12 +181,46 @@ class Scheduler:
 
     def fail_all(self, error: BaseException) -> None:
         """End every request with `error`; nothing of theirs stays behind."""
-        for group in self._groups:
-            for request in group:
-                self._fail(request, error)
-            group.clear()
+        for request in list(self._alive.values()):
+            self._leave(request)
+            self._end(request, error)
 
-    # admission and leaving
+    # a device that is gone
+
+    def check(self) -> None:
+        """Raise DeviceLostError where a device is gone: what was read from it since is void."""
+        for device in self.devices:
+            device.check()
+
+    def hand_over(self, error: BaseException) -> list[Request]:
+        """Let go of all requests, as a device is lost.
+
+        Returns:
+            Those that may be submitted again, to another Scheduler; what they have said counts.
+            Those that two models write are ended with `error`.
+        """
+        going = []
+        for request in list(self._alive.values()):
+            self._leave(request)
+            if request.steps is not None or request.other_prompt_ids:
+                self._end(request, error)
+                continue
+            self._let_go(request)
+            if request.sequence is not None:
+                self.prefix.drop(request.sequence)
+            request.restart()
+            going.append(request)
+        self._alive.clear()
+        return going
+
+    def count_on(self, other: "Scheduler") -> None:
+        """Begin to count where another ended, whose model this one's replaces."""
+        self.n_finished += other.n_finished
+        self.n_embedded += other.n_embedded
+        self.n_decode_steps += other.n_decode_steps
+        self.n_decode_tokens += other.n_decode_tokens
+
+    # leaving
 
     def _drop_interrupted(self) -> None:
         for group in self._groups:
@@ -181,90 +228,22 @@ class Scheduler:
                 group.remove(request)
                 self._finish(request, request.interrupted() or "cancelled")
 
-    def _admit(self) -> None:
-        """Let waiting requests in, in order, while there are slots and cells for them.
-
-        One whose adapter is still being loaded lets those behind it pass.
-        """
-        while self._waiting:
-            request = self._waiting[0]
-            try:
-                if self._adapters is not None and not self._adapters.hold(request):
-                    break
-            except EdgerouteError as error:
-                self._fail(self._waiting.popleft(), error)
-                continue
-            self._waiting.popleft()
-            if request.max_tokens < 1:
-                self._finish(request, "length")
-            else:
-                self._arriving.append(request)
-        for request in list(self._arriving):
-            try:
-                arrived = self._adapters is None or self._adapters.has_arrived(request)
-                if arrived and self.sessions is not None and request.session is not None:
-                    arrived = self.sessions.has_arrived(request, self._cells_of(request)[0])
-            except EdgerouteError as error:
-                self._arriving.remove(request)
-                self._fail(request, error)
-                continue
-            if arrived and not self._open(request):
-                return
-
-    def _cells_of(self, request: Request) -> tuple[str | None, Mode]:
-        """Choose how deep a request is computed; return whose cells serve it, and which."""
-        key = None if request.lease is None else request.lease.key
-        reuse, request.depth = request.prefix, None
-        if self.depth is not None and self.depth.on and not request.depth_full:
-            request.depth = self.depth.begin()
-            if request.depth.key is None:  # nobody knows yet what its keys will be
-                reuse = "off"
-            elif request.depth.key:
-                key = f"{key or ''}|{request.depth.key}"
-        return key, reuse
-
-    def _open(self, request: Request) -> bool:
-        """Give a request its cells; False while there are none."""
-        key, reuse = self._cells_of(request)
-        if request.turn is not None:  # cells of another adapter would have served otherwise
-            request.n_common = self.prefix.longest_common(request.prompt_ids)
-        sequence = None if self.sessions is None else self.sessions.take(request, key)
-        if sequence is None:
-            tokens = list(request.prompt_ids)
-            sequence = self.prefix.open(tokens, request.n_cells, reuse, adapter=key)
-        if sequence is None:
-            if self.sessions is not None:
-                self.sessions.blocked()
-            return False
-        self._arriving.remove(request)
-        request.sequence = sequence
-        request.n_cached = sequence.n_past
-        request.started = time.monotonic()
-        request.experts_before = self._spent()
-        request.layers_before = self._layer_stats()
-        if self.steps is not None:
-            try:
-                opened = self.steps.open(request)
-            except EdgerouteError as error:
-                self._fail(request, error)
-                return True
-            if not opened:
-                self._arriving.insert(0, request)
-                request.sequence = None
-                self.prefix.keep(sequence)  # the cells that it found filled
-                return False
-        (self._prefilling if request.steps is None else self._stepping).append(request)
-        return True
-
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request that runs by itself, with what it has."""
         self._leave(request)
         self._finish(request, reason)
 
     def fail(self, request: Request, error: BaseException) -> None:
-        """End a request that runs by itself with an error."""
+        """End a request that runs by itself with an error.
+
+        Raises:
+            DeviceLostError: a device is gone; the request may go on elsewhere, see `hand_over`.
+        """
+        if isinstance(error, DeviceLostError):
+            raise error
+        self.check()  # it may be what the error is about
         self._leave(request)
-        self._fail(request, error)
+        self._end(request, error)
 
     def _finish(self, request: Request, reason: FinishReason, *, keep: bool = True) -> None:
         """Free what a request holds, then tell its listener."""
@@ -275,30 +254,34 @@ class Scheduler:
         if self._experts is not None:
             self._experts.end_sequence()
         request.finish(reason, EngineState(
-            self._ledger.used_bytes, self.threads.n_threads, self._spent(), self._layer_stats(),
+            self._ledger.used_bytes, self.threads.n_threads, *self.spent(),
             None if self.energy is None else self.energy.settle(request),
         ))  # fmt: skip
 
-    def _layer_stats(self) -> dict[str, int | float] | None:
-        return None if self._layers is None else self._layers.stats()
+    def spent(self) -> tuple[LayerCount | None, dict[str, int | float] | None]:
+        """Return what experts and layers that come and go have cost so far."""
+        experts = None if self._experts is None else self._experts.spent()
+        return experts, None if self._layers is None else self._layers.stats()
 
-    def _spent(self) -> LayerCount | None:
-        return None if self._experts is None else self._experts.spent()
-
-    def _fail(self, request: Request, error: BaseException) -> None:
+    def _end(self, request: Request, error: BaseException) -> None:
         self._free(request, keep=False)
         self.n_finished += 1
         request.emit(error)
 
-    def _free(self, request: Request, *, keep: bool) -> None:
-        if self._adapters is not None:
-            self._adapters.release(request)
+    def _let_go(self, request: Request) -> None:
+        """Let all but the cells go of what a request holds."""
+        if self.adapters is not None:
+            self.adapters.release(request)
         if self.speculation is not None:
             self.speculation.end(request)
         if self.steps is not None:
             self.steps.end(request)
         if self.sessions is not None:
             self.sessions.end(request)
+
+    def _free(self, request: Request, *, keep: bool) -> None:
+        self._alive.pop(request.id, None)
+        self._let_go(request)
         sequence, request.sequence = request.sequence, None
         if sequence is not None:
             known = request.depth is None or request.depth.key is not None
@@ -317,7 +300,7 @@ class Scheduler:
         if request.prefill_s == 0.0:
             self._share(request, sequence)
         self.threads.before_prefill()
-        start, n = sequence.n_past, len(request.prompt_ids)
+        start, n = sequence.n_past, len(sequence.tokens)
         end = next_chunk_end(start, n, self._n_ubatch)
         embeds = isinstance(request, EmbedRequest)
         try:
@@ -325,7 +308,7 @@ class Scheduler:
         except EdgerouteError as error:
             self.fail(request, error)
             return
-        piece = Piece(tokens=request.prompt_ids[start:end], pos=start, region=sequence.region,
+        piece = Piece(tokens=sequence.tokens[start:end], pos=start, region=sequence.region,
                       n_out=int(end == n and not embeds), lora=request.lora)  # fmt: skip
         began = time.monotonic()
         with stoppable(request, self.forward.device):
@@ -364,6 +347,7 @@ class Scheduler:
     def _embed(self, request: EmbedRequest, n_tokens: int) -> None:
         """Take the hidden states of a batch; behind a text's last, others come first."""
         request.add(self.forward.residual(n_tokens))
+        self.check()
         sequence = sequence_of(request)
         if sequence.n_past < len(request.prompt_ids):
             return
@@ -379,7 +363,7 @@ class Scheduler:
             return
         request.sequence = None
         self.prefix.drop(sequence)
-        self._arriving.append(request)
+        self._admission.arriving.append(request)
 
     def _decode(self, batch: list[Request]) -> None:
         """Compute one token for each request of a batch."""
@@ -440,7 +424,8 @@ class Scheduler:
                 logits = self.forward.run(pieces, spans, borrow=True)
             else:
                 logits = depth.run(self.forward, pieces)
-            if self._adapters is not None or self.steps is not None:
+            self.check()
+            if self.adapters is not None or self.steps is not None:
                 self._book_compute()
             if self.steps is not None and logits is not None:
                 n_tokens = sum(len(piece.tokens) for piece in pieces)
@@ -450,8 +435,7 @@ class Scheduler:
             return logits
         except EdgerouteError as error:
             for request in requests:
-                self._leave(request)
-                self._fail(request, error)
+                self.fail(request, error)
             return None
 
     def _book_compute(self) -> None:
@@ -462,11 +446,11 @@ class Scheduler:
         """
         n_bytes = self.forward.graphs.n_bytes
         if n_bytes != self._compute_bytes:
-            self._ledger.replace(COMPUTE_BUFFER, n_bytes)
+            self.compute_ledger.replace(COMPUTE_BUFFER, n_bytes)
             self._compute_bytes = n_bytes
 
     def _leave(self, request: Request) -> None:
-        for group in (self._prefilling, self._decoding, self._stepping):
+        for group in self._groups:
             if request in group:
                 group.remove(request)
 

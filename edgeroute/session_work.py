@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from edgeroute.device_loss import devices_at_risk
 from edgeroute.models.depth_file import fingerprint
 from edgeroute.runtime.errors import AdapterFileError, SessionFileError
 from edgeroute.runtime.held_cells import Bytes, HeldCells
@@ -133,6 +134,7 @@ class SessionWork:
     def __init__(self, loaded: "LoadedModel", folder: SessionFolder, copies: Copies) -> None:
         self._loaded, self._folder, self._copies = loaded, folder, copies
         self._kv = loaded.kv
+        self._devices = devices_at_risk(loaded)
         self._adapters: dict[tuple[str, int], str] = {}
         self._plans: dict[str, str] = {}
 
@@ -213,6 +215,7 @@ class SessionWork:
         Raises:
             SessionFileError: the cells were let go by others, or it is not wanted any more.
             OSError: the disk is full, or fails.
+            DeviceLostError: the device is gone that had the cells.
         """
         size = self._kv.shape.bytes_per_cell
         with SessionWriter(self._folder.new_part(), facts, tokens, classes, size) as writer:
@@ -224,6 +227,8 @@ class SessionWork:
                     raise SessionFileError("the save was given up: others needed its cells")
                 writer.add(part)
             held.let_go()
+            for device in self._devices:
+                device.check()  # else what was copied may be zeros
             if not wanted():
                 raise SessionFileError("the session was removed or saved anew meanwhile")
             path = self._folder.file_of(facts)

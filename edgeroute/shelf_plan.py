@@ -136,7 +136,8 @@ def _plan(path: Path, params: RunParams, budget: int) -> tuple[MemoryPlan, Adapt
     with contextlib.ExitStack() as own:
         file = own.enter_context(GGUFFile.open(path))
         model = describe(file)
-        device = own.enter_context(Device.open(params.device))
+        # Whatever it runs on: when that is lost, it goes on in this machine's memory.
+        device = own.enter_context(Device.open("cpu"))
         weights = ResidentWeights(file, device, model.specs(), repack_experts=params.repack_experts)
         own.callback(weights.close)
         depth: DepthSource | NoDepth | None = None

@@ -93,6 +93,9 @@ class GenerationStats:
     (what they cover: what other programs do meanwhile is in a machine's counters). Of requests
     that ran at the same time each has its share, see `edgeroute.energy_book`."""
 
+    continued: tuple[str, ...] | None = None
+    """Of an answer that was under way when a device was lost: how it went on, once a loss."""
+
     @property
     def prefill_tok_s(self) -> float:
         """Prompt tokens computed (not reused) per second."""
@@ -113,6 +116,7 @@ class GenerationStats:
         steps = {} if self.steps is None else {"steps": [asdict(part) for part in self.steps]}
         session = {} if self.session is None else {"session": self.session}
         energy = {} if self.energy is None else {"energy": self.energy}
+        continued = {} if self.continued is None else {"continued": list(self.continued)}
         return (
             {
                 "n_prompt": self.n_prompt,
@@ -135,6 +139,7 @@ class GenerationStats:
             | steps
             | session
             | energy
+            | continued
         )
 
 

@@ -113,6 +113,10 @@ class StepChoice:
         self._served.pop(generation_id, None)
         return taken
 
+    def take_over(self, other: "StepChoice") -> None:
+        """Have what another learned from feedback, and the answers that it is still due for."""
+        self._served, self._policies = other._served, other._policies
+
     def stats(self) -> dict[str, object]:
         """Return what is asked for and what that is now, as plain JSON types."""
         spec = self._calibrated() if self.default == "auto" else self.default

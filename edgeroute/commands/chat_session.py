@@ -70,6 +70,8 @@ class ChatSession:
         self.n_answers += 1
         self.n_generated += len(answer.token_ids)
         self.write("" if answer.text.endswith("\n") else "\n")
+        for each in answer.stats.get("continued", ()):
+            self.note(each)
         if answer.text:
             self.turns.append({"role": "assistant", "content": answer.text})
         else:

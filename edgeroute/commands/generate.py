@@ -37,6 +37,7 @@ Examples:
   edgeroute generate "Why is the sky blue?"
   edgeroute generate --raw "Once upon a time" --temperature 0.8 --seed 7
   edgeroute generate "A colour as JSON" --json-schema colour.json --max-tokens 40
+  edgeroute generate "Why is the sky blue?" --device cuda0,rpc:192.168.1.20:50052
   git diff | edgeroute generate --prompt-file - --system "Write a commit message."
   edgeroute generate "What is 17 * 23?" -m qwen2.5-coder-1.5b-instruct \\
       --small qwen2.5-coder-0.5b-instruct --steps glimpse:1.2 --show-steps
@@ -98,6 +99,8 @@ def _report(answer: Answer, model: str, budget_bytes: int, *, as_json: bool) -> 
         return
     if not answer.text.endswith("\n"):
         click.echo()
+    for each in answer.stats.get("continued", ()):
+        click.echo(f"warning: {each}", err=True)
     click.echo(stats_line(answer, budget_bytes), err=True)
 
 

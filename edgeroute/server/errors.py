@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from edgeroute.runtime.errors import (
     CapacityError,
     ClosedError,
+    DeviceLostError,
     EdgerouteError,
     NeverFitsError,
     TemplateError,
@@ -22,6 +23,8 @@ KINDS: Final = {
     504: "timeout_error",
 }  # fmt: skip
 """The `type` of an error by status; others are the request's fault below 500, else ours."""
+DEVICE_S: Final = 5.0
+"""When a device that was lost may be back."""
 
 
 class ApiError(Exception):
@@ -67,7 +70,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """Say what a failure means to a client.
 
     What is the request's fault is a 4xx; an engine that stopped is 503, for the next request
-    gets a new one; anything unforeseen is 500, without its inner details.
+    gets a new one, and so is a device that is gone; anything unforeseen is 500, without its
+    inner details.
     """
     if isinstance(error, ApiError):
         return error
@@ -79,6 +83,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="does_not_fit", retry_after_s=5)
     if isinstance(error, ClosedError):
         return ApiError(503, str(error), code="engine_stopped", retry_after_s=1)
+    if isinstance(error, DeviceLostError):
+        return ApiError(503, str(error), code="device_lost", retry_after_s=DEVICE_S)
     if isinstance(error, EdgerouteError):
         return ApiError(500, str(error))
     return ApiError(500, "an internal error; the server's log has it under this request's id")

@@ -18,9 +18,9 @@ from edgeroute.config import RunParams
 from edgeroute.engine import Runtime
 from edgeroute.loaded import budget_bytes
 from edgeroute.pool_shelf import NobodyWaits, Shelf
-from edgeroute.runtime.errors import CapacityError, ClosedError, EdgerouteError
+from edgeroute.runtime.errors import CapacityError, ClosedError, DeviceLostError, EdgerouteError
 from edgeroute.runtime.units import format_bytes
-from edgeroute.server.errors import ApiError
+from edgeroute.server.errors import ApiError, as_api_error
 from edgeroute.server.logs import log
 from edgeroute.server.records import ALIAS, ModelFacts, ServerParams
 from edgeroute.server.watchdog import Engine
@@ -329,6 +329,8 @@ class Fleet:
                 f"the server's {format_bytes(self._shelf.budget_bytes)}, not even paged: {error}",
                 param="model", code="does_not_fit",
             )  # fmt: skip
+        if isinstance(error, DeviceLostError):
+            return as_api_error(error)
         known = isinstance(error, EdgerouteError | OSError)
         _log.error("the model %s cannot be opened: %s", place.name, error,
                    exc_info=None if known else error)  # fmt: skip

@@ -119,7 +119,7 @@ def _options(use: Use, left_s: float) -> Options:
 def _busy(runtime: Runtime) -> str:
     stats, pulse = runtime.stats(), runtime.pulse()
     return (f"{stats['running']} requests run and {stats['waiting']} wait, and its last sign of "
-            f"life was {pulse.idle_s:.1f} s ago")  # fmt: skip
+            f"life was {pulse.idle_s:.1f} s ago; it is busy with {pulse.doing}")  # fmt: skip
 
 
 def routes(services: Services) -> list[BaseRoute]:

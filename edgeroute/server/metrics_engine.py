@@ -80,6 +80,9 @@ def _phases(name: str, told: str, *keys: str, label: str = "") -> Figure:
     ))  # fmt: skip
 
 
+OPENED: Final = _one("edgeroute_device_reopenings", "counter",
+                     "Times that the model was opened again because a device was lost.",
+                     "losses", "opened")  # fmt: skip
 FIGURES: Final = (
     Figure("edgeroute_memory_bytes", "gauge",
            "Bytes entered in the model's ledger, by what holds them.",
@@ -106,6 +109,15 @@ FIGURES: Final = (
     _one("edgeroute_graphs_built", "counter",
          "Graphs built; in steady use they are reused.", "graphs_built"),
     _one("edgeroute_model_load_seconds", "gauge", "What opening the model took.", "load_s"),
+    # devices that were lost
+    _one("edgeroute_device_losses", "counter",
+         "Devices that were lost while the model was on them.", "losses", "lost"),
+    OPENED,
+    _several("edgeroute_device_loss_requests", "counter",
+             "Requests under way or waiting then: that went on, and that ended because of it.",
+             "outcome", continued=("losses", "continued"), failed=("losses", "failed")),
+    _one("edgeroute_model_down", "gauge",
+         "1 while nothing could be opened in place of a lost device.", "losses", "down"),
     # experts in slots
     _phases("edgeroute_expert_requests",
             "Experts that were asked for: resident (hits), on their way (late), or not (misses).",
@@ -234,18 +246,27 @@ class Kept:
 
     def __init__(self) -> None:
         self._runtime: weakref.ref[Runtime] | None = None
+        self._n_opened = 0
         self._before: dict[Key, float] = {}
         self._now: dict[Key, float] = {}
 
-    def take(self, runtime: Runtime, counted: Mapping[Key, float]) -> None:
-        """Enter what an engine has counted since it was opened."""
+    def take(self, runtime: Runtime, counted: Mapping[Key, float], n_opened: int = 0) -> None:
+        """Enter what an engine has counted since it was opened.
+
+        Where a device was lost, it opens its model again by itself, `n_opened` times so far: most
+        of its counters then begin anew.
+        """
         same = self._runtime is not None and self._runtime() is runtime
         if not same:
             self._runtime = weakref.ref(runtime)
             for key, value in self._now.items():
                 self._before[key] = self._before.get(key, 0.0) + value
             self._now.clear()
+        anew, self._n_opened = n_opened != self._n_opened, n_opened
         for key, value in counted.items():
+            if anew and value < (before := self._now.get(key, 0.0)):
+                self._before[key] = self._before.get(key, 0.0) + before
+                self._now[key] = 0.0
             # A figure that is summed from parts may be read while it changes: it never sinks.
             self._now[key] = max(value, self._now.get(key, 0.0))
 
@@ -284,7 +305,8 @@ class EngineMetrics(Collector):
                         counted[figure.name, labels] = value
                     else:
                         gauges.setdefault((figure.name, labels), {})[facts.name] = value
-            self._kept.setdefault(facts.name, Kept()).take(runtime, counted)
+            n_opened = int(readings(OPENED, stats).get((), 0))
+            self._kept.setdefault(facts.name, Kept()).take(runtime, counted, n_opened)
         self._gauges = gauges
 
     def describe(self) -> list[Metric]:

@@ -28,6 +28,7 @@ FULL: Mapping[str, object] = {
     "kv_free_cells": 60, "kv_kept_cells": 3, "reused_cells": 9, "running": 1, "waiting": 2,
     "finished": 5, "decode_steps": 10, "mean_batch": 1.5, "graphs_built": 4, "threads": 1,
     "threads_max": 2, "thread_changes": 3, "load_s": 0.5,
+    "losses": {"lost": 2, "opened": 1, "continued": 3, "failed": 1, "down": True},
     "experts": {"policy": "lru", "n_slots": 8, "n_pages": 32, "slots_bytes": 800,
                 "decode": EXPERTS, "prefill": EXPERTS},
     "layers": {"resident": 3, "streamed": 5, "bytes": 3000, "stall_s": 0.5},
