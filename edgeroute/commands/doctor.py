@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from edgeroute.cli import EXIT_REFUSED
+from edgeroute.commands.doctor_device_rows import device_rows
 from edgeroute.commands.doctor_table import Row, show
 from edgeroute.runtime.units import format_bytes
 
@@ -14,6 +15,8 @@ Examples:
   edgeroute doctor
   edgeroute doctor --no-measure
   edgeroute doctor --device orin-nano-8gb-super
+  edgeroute doctor --rpc 192.168.1.20:50052 --rpc 192.168.1.21:50052
+  edgeroute doctor --prove smollm2-135m-instruct --rpc 192.168.1.20:50052
   edgeroute doctor --json
 """
 _CACHE_NOTES = {
@@ -28,8 +31,21 @@ _CACHE_NOTES = {
     "--measure/--no-measure",
     default=True,
     show_default=True,
-    help="Measure disk and memory bandwidth (a few seconds, at most 256 MiB read).",
+    help="Measure disk, memory and every device (a few seconds, at most 256 MiB read).",
 )
+@click.option(
+    "--rpc",
+    metavar="HOST:PORT",
+    multiple=True,
+    help="Look at a device of another machine too; more than once for several.",
+)
+@click.option(
+    "--prove",
+    metavar="MODEL",
+    help="Only compare the answers of every GPU here, and of every --rpc, with the processor's, "
+    "on the first layers of this model, and remember what came out.",
+)
+@click.option("--kv-type", metavar="TYPE", help="Of --prove: how keys and values are kept.")
 @click.option(
     "--device",
     metavar="NAME",
@@ -37,27 +53,48 @@ _CACHE_NOTES = {
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @click.pass_context
-def command(ctx: click.Context, /, measure: bool, device: str | None, as_json: bool) -> None:
+def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     """Measure this machine, check the ggml build, and say what is missing.
 
     Compares what was measured with earlier runs here and with the profile of such a device, and
     names what is throttled. Whatever could not be found out is shown as failed, with its reason.
-    Ends with code 3 when ggml cannot be used here, so that no model would run.
+    Ends with code 3 when ggml cannot be used here, so that no model would run, or when a device
+    does not answer like the processor.
     """
+    if given["prove"] is not None:
+        return _prove(ctx, given, as_json=as_json)
+    _look(ctx, given, as_json=as_json)
+
+
+def _look(ctx: click.Context, given: dict[str, Any], *, as_json: bool) -> None:
     from edgeroute.commands.doctor_compare import compare
     from edgeroute.commands.doctor_facts import gather
     from edgeroute.runtime.board import board
     from edgeroute.tools.forecast.devices import find_device
 
-    profile = None if device is None else find_device(device)
+    profile = None if given["device"] is None else find_device(given["device"])
     before = board()
-    facts = gather(measured=measure)
+    facts = gather(measured=given["measure"], rpc=given["rpc"])
     facts |= compare(facts, (before, board()), profile)
     if as_json:
         click.echo(json.dumps(facts))
     else:
         _print(facts)
     if "error" in facts["ggml"]:
+        ctx.exit(EXIT_REFUSED)
+
+
+def _prove(ctx: click.Context, given: dict[str, Any], *, as_json: bool) -> None:
+    """Compare devices with the processor on one model."""
+    from edgeroute.commands.doctor_prove import proof_rows, prove_devices
+    from edgeroute.commands.generate_shared import pick
+
+    found = prove_devices(given["prove"], given["rpc"], pick(given, ("kv_type",)))
+    if as_json:
+        click.echo(json.dumps({"proofs": found}))
+    else:
+        show("Devices against the processor", proof_rows(found))
+    if not all(each.get("holds") for each in found):
         ctx.exit(EXIT_REFUSED)
 
 
@@ -73,6 +110,7 @@ def _print(facts: dict[str, Any]) -> None:
     ])  # fmt: skip
     show("Compared", _compared(facts))
     show("ggml", [*_section(facts, "ggml", _ggml), *_section(facts, "build", _build)])
+    show("Devices", _section(facts, "devices", device_rows))
     show("Models", _section(facts, "models", _models))
     rows = [(each["what"], f"{each['why']}\n{each['command']}") for each in facts["missing"]]
     show("Missing", _plain_lines(rows) or [("nothing", "")])
@@ -167,12 +205,6 @@ def _ggml(ggml: dict[str, Any]) -> list[Row]:
         ("version", f"{ggml['version']} in llama-cpp-python {ggml['llama_cpp_python'] or '?'}"),
         ("folder", ggml["folder"]),
     ]
-    for device in ggml["devices"]:
-        memory = ""
-        if device["memory_total_bytes"]:
-            free, total = device["memory_free_bytes"], device["memory_total_bytes"]
-            memory = f", {format_bytes(free)} free of {format_bytes(total)}"
-        rows.append((f"device {device['name']}", f"{device['description']}{memory}"))
     return [*rows, ("CPU buffer types", ", ".join(ggml["buffer_types"]))]
 
 

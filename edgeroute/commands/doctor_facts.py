@@ -1,6 +1,5 @@
 """What this machine is: each section measured on its own, a failure told with its reason."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -8,18 +7,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from edgeroute import __version__
+from edgeroute.commands.doctor_devices import local_devices, rpc_devices
+from edgeroute.commands.doctor_hardware import Hardware, look
+from edgeroute.commands.doctor_install import install, missing_gpu, package_version
 from edgeroute.models import store
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device, devices
 from edgeroute.runtime.errors import EdgerouteError
-from edgeroute.runtime.ggml.lib import REMEDY, libraries
+from edgeroute.runtime.ggml.lib import libraries
+from edgeroute.runtime.rpc_link import parse_address
 from edgeroute.tools import measure
 
 Facts = dict[str, Any]
@@ -33,12 +37,18 @@ _FEATURES = (
 _GPU_KINDS = ("gpu", "igpu")
 
 
-def gather(*, measured: bool) -> Facts:
+def gather(*, measured: bool, rpc: Sequence[str] = ()) -> Facts:
     """Gather every section; one that fails is `{"error": reason}`.
 
     Args:
-        measured: also measure disk and memory bandwidth, which takes a second or more.
+        measured: also measure disk, memory and devices, which takes some seconds.
+        rpc: addresses of devices on other machines.
+
+    Raises:
+        UsageError: what was given in `rpc` is no address.
     """
+    for each in rpc:
+        parse_address(each)
     facts: Facts = {
         "edgeroute": {"version": __version__, "python": platform.python_version()},
         "system": _try(_system),
@@ -48,6 +58,8 @@ def gather(*, measured: bool) -> Facts:
         "ggml": _try(_ggml),
         "build": _try(_build),
     }
+    busy = facts["cpu"].get("others_busy", 0.0)
+    facts["devices"] = _try(lambda: _devices(rpc, measured=measured, busy=busy))
     if measured:
         facts["memory_bandwidth"] = _try(_memory_bandwidth)
         facts["disk_bandwidth"] = _try(_disk_bandwidth)
@@ -135,7 +147,7 @@ def _ggml() -> Facts:
     libs = libraries()
     return {
         "version": libs.version,
-        "llama_cpp_python": _package_version(),
+        "llama_cpp_python": package_version(),
         "folder": str(libs.folder),
         "devices": [
             {
@@ -148,6 +160,14 @@ def _ggml() -> Facts:
             for info in devices()
         ],
         "buffer_types": _buffer_types(),
+    }
+
+
+def _devices(rpc: Sequence[str], *, measured: bool, busy: float) -> Facts:
+    threads = max(1, machine.usable_cores() - round(busy))  # one that waits stops all others
+    return {
+        "local": local_devices(threads if measured else None),
+        "rpc": rpc_devices(rpc, measured=measured),
     }
 
 
@@ -223,14 +243,7 @@ def _read_twice(path: Path, what: str) -> Facts:
 
 def _hardware() -> Facts:
     """Accelerators that the system shows, whatever ggml was built for."""
-    nvidia = Path("/proc/driver/nvidia/version").exists() or Path("/etc/nv_tegra_release").exists()
-    return {
-        "nvidia": nvidia or shutil.which("nvidia-smi") is not None,
-        "cuda_toolkit": shutil.which("nvcc") is not None,
-        "render_nodes": sorted(str(p) for p in Path("/dev/dri").glob("renderD*")),
-        "vulkan_loader": shutil.which("vulkaninfo") is not None,
-        "apple_gpu": sys.platform == "darwin" and platform.machine() == "arm64",
-    }
+    return asdict(look())
 
 
 def missing(facts: Facts) -> list[dict[str, str]]:
@@ -238,59 +251,20 @@ def missing(facts: Facts) -> list[dict[str, str]]:
     ggml, hardware = facts["ggml"], facts["hardware"]
     if "error" in ggml:
         # The message of a missing or wrong library carries its own remedy.
-        return [{"what": "a usable ggml", "why": ggml["error"], "command": _install("RPC")}]
+        seen = Hardware() if "error" in hardware else Hardware(**hardware)
+        command = install(seen, "RPC")
+        return [{"what": "a usable ggml", "why": ggml["error"], "command": command}]
     if "error" in hardware:
         return []
+    seen = Hardware(**hardware)
     found = []
     has_gpu = any(device["kind"] in _GPU_KINDS for device in ggml["devices"])
     if not has_gpu:
-        found += _missing_gpu(hardware)
+        found += [asdict(each) for each in missing_gpu(seen)]
     if facts["build"].get("rpc") is False:
         why = "layers on other machines (ggml's RPC backend) are not built in"
-        found.append({"what": "RPC", "why": why, "command": _install("RPC")})
+        found.append({"what": "RPC", "why": why, "command": install(seen, "RPC")})
     if not facts["models"].get("installed"):
         why = "no model is installed yet"
         found.append({"what": "a model", "why": why, "command": "edgeroute pull"})
     return found
-
-
-def _missing_gpu(hardware: Facts) -> list[dict[str, str]]:
-    if hardware["apple_gpu"]:
-        why = "this Mac has a GPU, and ggml was built without Metal"
-        return [{"what": "Metal", "why": why, "command": _install("METAL", "RPC")}]
-    if hardware["nvidia"]:
-        why = "there is an NVIDIA GPU, and ggml was built without CUDA"
-        if not hardware["cuda_toolkit"]:
-            why += "; nvcc is not on the PATH: install the CUDA toolkit first"
-        return [{"what": "CUDA", "why": why, "command": _install("CUDA", "RPC")}]
-    if hardware["render_nodes"]:
-        why = f"{hardware['render_nodes'][0]} is a GPU, and ggml was built without Vulkan"
-        if not hardware["vulkan_loader"]:
-            why += "; vulkaninfo is not on the PATH: install the Vulkan SDK first"
-        return [{"what": "Vulkan", "why": why, "command": _install("VULKAN", "RPC")}]
-    return []
-
-
-def _install(*backends: str) -> str:
-    """The command that builds llama-cpp-python again, with these backends."""
-    flags = " ".join(f"-DGGML_{name}=ON" for name in backends)
-    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
-    pip = f"{python} -m pip install --force-reinstall --no-cache-dir --no-deps"
-    wanted = f'"llama-cpp-python{_requirement()}"'
-    if sys.platform == "win32":
-        return f'set "CMAKE_ARGS={flags}" && {pip} {wanted}'
-    return f'CMAKE_ARGS="{flags}" {pip} {wanted}'
-
-
-def _requirement() -> str:
-    """The version that is here, or the range that edgeroute asks for."""
-    version = _package_version()
-    return f"=={version}" if version else REMEDY.rpartition("llama-cpp-python")[2].strip("'")
-
-
-def _package_version() -> str | None:
-    """Version of llama-cpp-python; None where only its libraries are here."""
-    try:
-        return importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
-        return None

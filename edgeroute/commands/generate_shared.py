@@ -31,8 +31,14 @@ _RUNTIME_OPTIONS = (
                  "together.  [default: 4096]"),
     click.option("--kv-type", metavar="TYPE", help="How keys and values are kept: f16 or "
                  "q8_0.  [default: f16]"),
-    click.option("--device", metavar="NAME", help="A ggml device by name or kind.  "
-                 "[default: cpu]"),
+    click.option("--device", metavar="NAMES", help="What computes: cpu; auto, the fastest that is "
+                 "proved to answer like it; or ggml's devices by name, several with commas "
+                 "between, such as cuda0,rpc:192.168.1.20:50052.  [default: cpu]"),
+    click.option("--device-memory", metavar="BYTES", help="What may be used of each device's own "
+                 "memory, such as 6GiB; without it what it has free, less a reserve."),
+    click.option("--host-experts", metavar="WHEN", help="Compute experts that a device has no room "
+                 "for by the processor: auto (where that is measured to be quicker), on, off.  "
+                 "[default: auto]"),
     click.option("--policy", metavar="NAME", help="Which expert of a paged model leaves when "
                  "another needs its room: auto, lru, lfu, lfru, hobbit ...  [default: auto]"),
     click.option("--prefetch", metavar="WHEN", help="Read experts ahead: auto (while it pays), "
@@ -81,7 +87,7 @@ _SAMPLING_OPTIONS = (
     click.option("--seed", type=int, help="Same seed, same text; without it a random one."),
 )  # fmt: skip
 SETTINGS = (
-    *("memory", "threads", "n_ctx", "kv_type", "device"),
+    *("memory", "threads", "n_ctx", "kv_type", "device", "device_memory", "host_experts"),
     *("policy", "prefetch", "trace", "adapters", "depth", "speculate", "small", "steps"),
     *("remote", "levers"),
 )

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from edgeroute.runtime.units import format_bytes
 
 if TYPE_CHECKING:
     from edgeroute.commands.plan_forecast import Foreseen
+    from edgeroute.config import RunParams
     from edgeroute.runtime.gguf import GGUFFile
     from edgeroute.tools.forecast.plan import ExpertSlots, Paging
     from edgeroute.tools.forecast.plan_layers import Streaming
@@ -28,6 +29,7 @@ Examples:
   edgeroute plan hf:owner/repository/mixture-Q4_K_M.gguf --memory 6GiB
   edgeroute plan hf:owner/repository/model.gguf --device orin-nano-8gb --power-mode 15W
   edgeroute plan ./mixture-of-experts.gguf --memory 2GiB --trace routes.trace
+  edgeroute plan qwen2.5-coder-1.5b-instruct --on cuda0,rpc:192.168.1.20:50052
   edgeroute plan ./model.gguf --memory 1GiB --json || echo "does not fit"
 """
 
@@ -50,6 +52,9 @@ Examples:
     help="Forecast for this device, or the one in "
     "a .toml file, instead of this machine; `list` names them.",
 )
+@click.option("--on", "device", metavar="NAMES", help="Also say what would go where on these "
+              "devices of this machine or others: see --device of `edgeroute serve`.")  # fmt: skip
+@click.option("--device-memory", metavar="BYTES", help="Of --on: what may be used of each.")
 @click.option("--power-mode", "mode", metavar="NAME", help="One of the device's power modes.")
 @click.option(
     "--trace",
@@ -92,15 +97,25 @@ def command(ctx: click.Context, /, model: str, as_json: bool, **given: Any) -> N
     where = Where(device=given["on"], mode=given["mode"], trace=given["trace"],
                   fresh=given["fresh"], n_prompt=given["n_prompt"])  # fmt: skip
     with _header(model) as header:
-        seen = foresee(header.file, params, where, lambda line: click.echo(f"measuring {line}",
+        here = replace(params, device="cpu")  # forecasts are of processors
+        seen = foresee(header.file, here, where, lambda line: click.echo(f"measuring {line}",
                                                                            err=True))  # fmt: skip
-    found = _facts(model, header, seen)
+        found = _facts(model, header, seen) | _on_devices(header, params, given["device"])
     if as_json:
         click.echo(json.dumps(found))
     else:
         print_plan(found)
     if not seen.plan.fits:
         ctx.exit(EXIT_CAPACITY)
+
+
+def _on_devices(header: "_Header", params: "RunParams", names: str | None) -> dict[str, Any]:
+    """Add what would go where, if that was asked."""
+    if names is None:
+        return {}
+    from edgeroute.commands.plan_devices import plan_on
+
+    return {"on": plan_on(header.file, params, whole=header.source["kind"] == "file")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,10 @@ def print_plan(found: dict[str, Any]) -> None:
     ])  # fmt: skip
     if found["slots"] is not None:
         show("Experts", _experts(found["experts"], found["slots"]))
+    if "on" in found:
+        from edgeroute.commands.plan_devices import device_plan_rows
+
+        show("Devices", device_plan_rows(found["on"]))
     show(f"Forecast for {found['machine']}", _forecast(found))
 
 

@@ -184,10 +184,10 @@ class Paged:
 class Lab:
     """One file, opened resident and, by `paged`, paged."""
 
-    def __init__(self, path: Path, *, n_threads: int = 1) -> None:
+    def __init__(self, path: Path, *, n_threads: int = 1, device: str = "cpu") -> None:
         with contextlib.ExitStack() as own:
             self.file = own.enter_context(GGUFFile.open(path))
-            self.device = own.enter_context(Device.open("cpu"))
+            self.device = own.enter_context(Device.open(device))
             self.device.set_threads(n_threads)
             model = describe(self.file)
             assert isinstance(model, MoeModel) and model.hparams.moe is not None

@@ -1,7 +1,7 @@
 """`edgeroute doctor` and `edgeroute plan`: what they say, and that it agrees with the engine."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import edgeroute
 from edgeroute import paging, paging_layers
 from edgeroute.cli import cli
 from edgeroute.commands import doctor_facts, doctor_table, plan_forecast
+from edgeroute.commands.doctor_hardware import Hardware
 from edgeroute.config import RunParams
 from edgeroute.offload.eviction_cliff import CycleShape, cyclic_trace
 from edgeroute.offload.trace import TraceWriter
@@ -435,28 +436,23 @@ def test_doctor_without_ggml_still_reports_and_ends_with_3(
 
 
 @pytest.mark.parametrize(
-    ("hardware", "what", "words"),
+    ("hardware", "what"),
     [
-        ({"nvidia": True}, "CUDA", "-DGGML_CUDA=ON"),
-        ({"nvidia": True, "cuda_toolkit": True}, "CUDA", "-DGGML_CUDA=ON"),
-        ({"render_nodes": ["/dev/dri/renderD128"]}, "Vulkan", "-DGGML_VULKAN=ON"),
-        ({"apple_gpu": True}, "Metal", "-DGGML_METAL=ON"),
-        ({}, None, ""),
+        ({"nvidia": True}, "CUDA"),
+        ({"render_nodes": ["/dev/dri/renderD128"]}, "Vulkan"),
+        ({"apple_gpu": True}, "Metal"),
+        ({}, None),
     ],
 )
 def test_a_gpu_build_is_advised_only_where_there_is_a_gpu(
-    facts: dict[str, Any], hardware: dict[str, Any], what: str | None, words: str
+    facts: dict[str, Any], hardware: dict[str, Any], what: str | None
 ) -> None:
-    seen = {"nvidia": False, "cuda_toolkit": False, "render_nodes": [], "vulkan_loader": True,
-            "apple_gpu": False} | hardware  # fmt: skip
+    seen = asdict(Hardware()) | hardware
     cpu = {"devices": [{"kind": "cpu"}]}
     base = facts | {"hardware": seen, "ggml": cpu, "build": {"rpc": True, "features": []},
                     "models": {"installed": ["one"]}}  # fmt: skip
     found = doctor_facts.missing(base)
     assert [each["what"] for each in found] == ([what] if what else [])
-    for each in found:
-        assert words in each["command"] and "llama-cpp-python==" in each["command"]
-        assert ("nvcc" in each["why"]) == (what == "CUDA" and not seen["cuda_toolkit"])
     with_gpu = base | {"ggml": {"devices": [{"kind": "cpu"}, {"kind": "gpu"}]}}
     assert doctor_facts.missing(with_gpu) == []
     without_rpc = base | {"build": {"rpc": False, "features": []}}

@@ -406,13 +406,9 @@ def test_prompts_that_begin_alike_at_once_are_computed_once(tiny_path: Path) -> 
     assert all(n > 100 for n in cached[1:]), cached
 
 
-def test_a_device_that_no_test_proves_says_so(
-    tiny: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_processor_needs_no_proof(tiny: Runtime) -> None:
+    """Other devices do: see tests/device/test_device_choice.py."""
     assert tiny.stats()["warnings"] == [] and tiny.stats()["device"] == "CPU"
-    device = tiny._loaded.device
-    monkeypatch.setattr(device, "info", dataclasses.replace(device.info, name="X0", kind="gpu"))
-    assert "X0 is not proven" in str(tiny.stats()["warnings"])
 
 
 def test_a_bug_met_by_one_answer_ends_no_other(tiny: Runtime) -> None:
