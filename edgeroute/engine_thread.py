@@ -60,7 +60,12 @@ class EngineThread(Closing):
             target=self._serve, args=(ready,), name="edgeroute-engine", daemon=True
         )
         self._thread.start()
-        ready.result()
+        try:
+            ready.result()
+        except BaseException:
+            if ready.done():  # not where Ctrl-C ended the wait for it
+                self._thread.join()
+            raise
 
     # for others
 

@@ -12,21 +12,16 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from edgeroute.offload.counters import LayerCount
-from edgeroute.offload.expert_pool import ExpertPool, share_slots
+from edgeroute.offload.expert_pool import ExpertPool
 from edgeroute.offload.expert_store import (
-    DEFAULT_POLICY,
-    FIRST_CHOICE,
-    OFF_POLICY,
-    WATCHED_GAIN,
     ExpertStore,
-    check_tightest,
 )
+from edgeroute.offload.expert_tier import ExpertTier, SlotParams
 from edgeroute.offload.expert_turns import cut_groups
 from edgeroute.offload.miss_gate import HostExpertsMode, MissGate
 from edgeroute.offload.overlap_gate import OverlapGate
 from edgeroute.offload.page_table import Missing
 from edgeroute.offload.paging_log import writing
-from edgeroute.offload.policy_choice import MIN_GAIN, change_policies, latest
 from edgeroute.offload.prefetch_gate import GateReport
 from edgeroute.offload.tier_counts import (
     TierCount,
@@ -36,12 +31,9 @@ from edgeroute.offload.tier_counts import (
     with_hits,
 )
 from edgeroute.offload.tier_turns import Coming
-from edgeroute.offload.trace import TraceRecorder
-from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.experts import Held, Leased
-from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.upload import Uploader
 from edgeroute.runtime.weights import Weights
 
@@ -56,17 +48,13 @@ BENCHLOG, 2026-11-23."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TierParams:
+class TierParams(SlotParams):
     """How a device keeps experts: bytes for slots, and whose turn it is when one is missing.
 
-    `policy` is as in ExpertParams, `watched` too. `host_experts` says who computes what is
-    missing. At most `staging_bytes` of host memory hold what is being sent.
+    `host_experts` says who computes what is missing. At most `staging_bytes` of host memory
+    hold what is being sent.
     """
 
-    slots_bytes: int
-    n_expert_used: int
-    policy: str = "auto"
-    watched: bool = False
     host_experts: HostExpertsMode = "off"
     staging_bytes: int = 0
 
@@ -79,7 +67,7 @@ class _Group(NamedTuple):
     slots: list[int]
 
 
-class DeviceTier(Closing):
+class DeviceTier(ExpertTier):
     """The experts of one model on one device. Not thread-safe: the engine thread owns it.
 
     Lifetime: owns its slots; `base` and `below` must outlive it.
@@ -94,54 +82,27 @@ class DeviceTier(Closing):
             CapacityError: the device has too little memory.
             UsageError: no such policy.
         """
-        self._base, self._device, self.below = base, device, below
-        plans = [pool.plan for pool in below.pools]
-        n_used = params.n_expert_used
-        counts = share_slots(plans, params.slots_bytes, n_used)
-        self.cliff = check_tightest(plans, counts, n_used)
-        self.device_policy = params.policy
-        if params.policy == "auto":
-            self.device_policy = self.cliff.fallback or DEFAULT_POLICY
-        self._chooses = params.policy == "auto" or (params.watched and params.policy != OFF_POLICY)
-        self._chooses = self._chooses and self.cliff.fallback is None
-        self._min_gain = MIN_GAIN if params.policy == "auto" else WATCHED_GAIN
-        self._n_steps, self._next_choice = 0, FIRST_CHOICE
+        self._device, self.below = device, below
         self._uploader = Uploader(device, params.staging_bytes)
-        self.pools: list[ExpertPool] = []
         try:
-            for plan, n_slots in zip(plans, counts, strict=True):
-                self.pools.append(ExpertPool(device, plan, n_slots, self.device_policy))
+            super().__init__(base, device, [pool.plan for pool in below.pools], params)
         except BaseException:
-            self.close()
+            self._uploader.close()
             raise
-        self._pool_of = {layer.il: pool for pool in self.pools for layer in pool.plan.layers}
-        self._n_expert = plans[0].n_expert
-        self._tensors: dict[str, Tensor] = {}
-        for pool in self.pools:
-            self._tensors |= pool.tensors()
         n_layer = 1 + max(self._pool_of)
         self.decode, self.prefill = TierCounters(n_layer), TierCounters(n_layer)
         self._counters = self.decode
-        self.gate = MissGate(sum(counts) // len(self._pool_of), params.host_experts)
+        self.gate = MissGate(
+            sum(pool.slots.n_slots for pool in self.pools) // len(self._pool_of),
+            params.host_experts,
+        )
         """Says who computes what is missing; whoever computes it tells it what that took."""
         self._held: list[_Group] = []
         self._n_hits = [0] * (n_layer * self._n_expert)  # of each page, since it came
         self._turn: tuple[int, int] | None = None
         self._prefill = False
         self._stalled = 0.0
-        self.recorder: TraceRecorder | None = None
         below.stand_below(self._has, device.stop_flag)
-
-    # weights
-
-    def __getitem__(self, name: str) -> Tensor:
-        found = self._tensors.get(name)
-        return self._base[name] if found is None else found
-
-    def get(self, name: str) -> Tensor | None:
-        """Return a tensor, or None where the file has none of that name."""
-        found = self._tensors.get(name)
-        return self._base.get(name) if found is None else found
 
     # a pass over the model
 
@@ -255,20 +216,12 @@ class DeviceTier(Closing):
         and then.
         """
         self.below.reconsider()
-        if not self._chooses or self.recorder is None or self._n_steps < self._next_choice:
-            return
-        trace = latest(self.recorder.trace())
-        if trace is None:
-            return
-        self._next_choice = 4 * self._n_steps
-        change_policies(self.pools, trace, self._min_gain)
-        self.device_policy = "+".join(sorted({pool.table.policy.name for pool in self.pools}))
+        self._change_policies()
 
     def close(self) -> None:
         """Free the slots; safe to call twice."""
         self._uploader.close()
-        for pool in self.pools:
-            pool.close()
+        self._close_pools()
 
     # pages
 
@@ -439,7 +392,7 @@ class DeviceTier(Closing):
     @property
     def policy(self) -> str:
         """The policies at work, the device's first where they differ."""
-        return "+".join(dict.fromkeys((self.device_policy, self.below.policy)))
+        return "+".join(dict.fromkeys((self.tier_policy, self.below.policy)))
 
     @property
     def overlap(self) -> OverlapGate:
@@ -475,7 +428,7 @@ class DeviceTier(Closing):
         kinds = {name: self.layers(prefill=name == "prefill") for name in ("decode", "prefill")}
         return self.below.stats() | {"device": {
             "name": self._device.info.name,
-            "policy": self.device_policy,
+            "policy": self.tier_policy,
             "n_slots": sum(pool.table.n_slots for pool in self.pools),
             "n_pages": sum(pool.plan.n_pages for pool in self.pools),
             "slots_bytes": self.slots_bytes,

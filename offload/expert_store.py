@@ -12,24 +12,20 @@ from typing import NamedTuple
 
 from edgeroute.offload import expert_stats
 from edgeroute.offload.counters import LayerCount
-from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
 from edgeroute.offload.expert_ahead import ExpertsAhead
 from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
+from edgeroute.offload.expert_tier import ExpertTier, SlotParams
 from edgeroute.offload.expert_turns import TurnParams, Turns, cut_turns
 from edgeroute.offload.overlap_gate import OverlapGate
 from edgeroute.offload.paging_log import PagingLog, writing
-from edgeroute.offload.policy_choice import MIN_GAIN, change_policies, latest
 from edgeroute.offload.prefetch import make_predictor
 from edgeroute.offload.prefetch_gate import WATCHED, GateParams, GateReport, PrefetchGate
 from edgeroute.offload.pressure import Pressure
-from edgeroute.offload.trace import TraceRecorder
 from edgeroute.offload.transfer import Ticket, Transfer
 from edgeroute.runtime import machine
-from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, UsageError
 from edgeroute.runtime.experts import Held, Leased
-from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.stop_flag import StopFlag
 from edgeroute.runtime.weights import Weights
 
@@ -45,24 +41,18 @@ READING_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertParams:
+class ExpertParams(SlotParams):
     """How experts are kept: bytes for slots, the eviction policy, the predictor.
 
-    `policy` "auto" begins with the default, or with what does not collapse below the LRU
-    cliff. `prefetch` names a predictor; it is on only while it pays, or always if `forced`, or,
-    if `watched` as well, until it loses. A named policy that is watched gives way to one that
-    would have hit `WATCHED_GAIN` more. `overlap` allows resident experts to be computed while
+    `prefetch` names a predictor; it is on only while it pays, or always if `forced`, or, if
+    `watched` as well, until it loses. `overlap` allows resident experts to be computed while
     others arrive, while that pays, or always with `overlap_forced`.
     """
 
-    slots_bytes: int
-    n_expert_used: int
-    policy: str = "auto"
     prefetch: str = "gate"
     forced: bool = False
     overlap: bool = True
     overlap_forced: bool = False
-    watched: bool = False
 
 
 class _Load(NamedTuple):
@@ -77,12 +67,7 @@ class _Load(NamedTuple):
     began: float
 
 
-DEFAULT_POLICY, OFF_POLICY = "lfru", "lru"
-WATCHED_GAIN = 0.02
-"""Hit rate by which another policy must be better than the one that was asked for."""
-
-
-class ExpertStore(Closing):
+class ExpertStore(ExpertTier):
     """The experts of one model. Not thread-safe: the engine thread owns it.
 
     Lifetime: owns slots and transfer; `base` must outlive it.
@@ -98,29 +83,12 @@ class ExpertStore(Closing):
             CapacityError: the budget or the device holds too little.
             UsageError: no such policy or predictor.
         """
-        self._base = base
+        self._transfer = transfer
+        n_layer = 1 + max(layer.il for plan in pools for layer in plan.layers)
+        predictor = make_predictor(params.prefetch, n_layer, pools[0].n_expert)
+        super().__init__(base, device, pools, params)
         self.stop_flag = device.stop_flag
         """What stops a prompt that waits for reads."""
-        self._transfer = transfer
-        self._n_expert, self._n_used = pools[0].n_expert, params.n_expert_used
-        counts = share_slots(pools, params.slots_bytes, params.n_expert_used)
-        self.cliff = check_tightest(pools, counts, params.n_expert_used)
-        self.policy = params.policy
-        if params.policy == "auto":
-            self.policy = self.cliff.fallback or DEFAULT_POLICY
-        n_layer = 1 + max(layer.il for plan in pools for layer in plan.layers)
-        predictor = make_predictor(params.prefetch, n_layer, self._n_expert)
-        self.pools: list[ExpertPool] = []
-        try:
-            for plan, n_slots in zip(pools, counts, strict=True):
-                self.pools.append(ExpertPool(device, plan, n_slots, self.policy))
-        except BaseException:
-            self.close()
-            raise
-        self._pool_of = {layer.il: pool for pool in self.pools for layer in pool.plan.layers}
-        self._tensors: dict[str, Tensor] = {}
-        for pool in self.pools:
-            self._tensors |= pool.tensors()
         allowed = params.prefetch != "none" and (params.forced or self.cliff.fallback is None)
         watched = params.forced and params.watched
         how = replace(WATCHED if watched else GateParams(),
@@ -132,10 +100,6 @@ class ExpertStore(Closing):
         self.overlapped_s = 0.0
         """Seconds in which experts were computed while others of their layer were read."""
         self._measured: float | None = None
-        self._chooses = params.policy == "auto" or (params.watched and params.policy != OFF_POLICY)
-        self._chooses = self._chooses and self.cliff.fallback is None
-        self._min_gain = MIN_GAIN if params.policy == "auto" else WATCHED_GAIN
-        self._n_steps, self._next_choice = 0, FIRST_CHOICE
         self._loads: list[_Load] = []
         self._in_turn: deque[_Load] = deque()
         self._prefill = False
@@ -143,19 +107,7 @@ class ExpertStore(Closing):
         self.stalled_s = 0.0
         """Seconds that passes over the model have waited for reads so far."""
         self.pressure = Pressure(self.slots_bytes)
-        self.recorder: TraceRecorder | None = None
         self._log: PagingLog | None = None  # where the recorder writes a file
-
-    # weights
-
-    def __getitem__(self, name: str) -> Tensor:
-        found = self._tensors.get(name)
-        return self._base[name] if found is None else found
-
-    def get(self, name: str) -> Tensor | None:
-        """Return a tensor, or None where the file has none of that name."""
-        found = self._tensors.get(name)
-        return self._base.get(name) if found is None else found
 
     # a pass over the model
 
@@ -284,21 +236,13 @@ class ExpertStore(Closing):
         To be called when nothing is being computed: it takes a few tenths of a second, now
         and then.
         """
-        if not self._chooses or self.recorder is None or self._n_steps < self._next_choice:
-            return
-        trace = latest(self.recorder.trace())
-        if trace is None:
-            return
-        self._next_choice = 4 * self._n_steps
-        if change_policies(self.pools, trace, self._min_gain) and self._log is not None:
+        if self._change_policies() and self._log is not None:
             self._log.changed()
-        self.policy = "+".join(sorted({pool.table.policy.name for pool in self.pools}))
 
     def close(self) -> None:
         """Stop the I/O threads, then free the slots; safe to call twice."""
         self._transfer.close()
-        for pool in self.pools:
-            pool.close()
+        self._close_pools()
 
     # loads
 
@@ -437,6 +381,11 @@ class ExpertStore(Closing):
     # size and statistics
 
     @property
+    def policy(self) -> str:
+        """The policies at work."""
+        return self.tier_policy
+
+    @property
     def slots_bytes(self) -> int:
         """Bytes of all slots in use."""
         return sum(pool.table.n_slots * pool.slots.slot_bytes for pool in self.pools)
@@ -488,11 +437,3 @@ class ExpertStore(Closing):
 
 def _turn_params() -> TurnParams:
     return TurnParams(group_bytes=GROUP_BYTES, n_ahead=GROUPS_AHEAD)
-
-
-def check_tightest(pools: Sequence[PoolPlan], counts: Sequence[int], n_used: int) -> CliffReport:
-    """Ask of the pool with the fewest slots per layer whether it can hold a token's experts."""
-    tightest = min(range(len(pools)), key=lambda i: counts[i] / len(pools[i].layers))
-    plan = pools[tightest]
-    shape = CycleShape(n_layer=len(plan.layers), n_expert=plan.n_expert, n_expert_used=n_used)
-    return check_cliff(counts[tightest], shape)

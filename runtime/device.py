@@ -6,6 +6,7 @@ Nothing here assumes that a tensor's memory is host memory: bytes go in and out 
 
 import ctypes
 import functools
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -68,6 +69,9 @@ _SILENT = structs.LOG_CALLBACK(_drop)  # ggml keeps the pointer: it must live as
 def _load_backends() -> None:
     """Make sure that a CPU device is registered; builds with loadable backends need a search."""
     g = ggml()
+    # Wrong tokens on an H100 came from the first single-token attention of a layer, behind a rope:
+    # ggml starts both before their predecessors have ended (BENCHLOG, 2026-11-23). It asks once.
+    os.environ.setdefault("GGML_CUDA_PDL", "0")
     # ggml prints to stderr by default; what matters reaches the user as an exception.
     g.ggml_log_set(ctypes.cast(_SILENT, ctypes.c_void_p), None)
     if g.ggml_backend_dev_by_type(api.DEVICE_CPU) is None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from edgeroute.engine import Runtime
+from edgeroute.runtime.tokenizer import refuse_above
 from edgeroute.server.asked import Begun, Fields, Shape
 from edgeroute.server.bodies import MAX_ANSWERS, CompletionBody, Prompt
 from edgeroute.server.errors import ApiError
@@ -57,6 +58,8 @@ class CompletionQuestion:
         """Prepare all choices; see Question."""
         check_bias(runtime, self._options)
         check_ids(runtime, self._prompts, "prompt")
+        if len(self._prompts) > 1:
+            self._check_room(runtime)
         spelling = None if self._body.logprobs is None else Spelling(runtime.tokenizer)
         found = []
         for number, prompt in enumerate(self._prompts):
@@ -67,6 +70,21 @@ class CompletionQuestion:
                 for i in range(self._n)
             ]
         return found
+
+    def _check_room(self, runtime: Runtime) -> None:
+        """Refuse all before the first of them is being answered.
+
+        Raises:
+            ContextError: a prompt has more tokens than there is room for.
+        """
+        limit = runtime.params.n_ctx
+        for prompt in self._prompts:
+            if isinstance(prompt, str):
+                runtime.tokenizer.encode(
+                    prompt, add_special=True, parse_special=False, max_tokens=limit
+                )
+            else:
+                refuse_above(len(prompt), limit)
 
     def _echo(self, runtime: Runtime, prompt: str | Sequence[int]) -> str:
         if not self._body.echo:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeroute.offload import expert_store, policy_choice
+from edgeroute.offload import expert_tier, policy_choice
 from edgeroute.offload.eviction_registry import POLICIES
 from edgeroute.offload.trace import Trace, TraceMeta, TraceRecorder
 from edgeroute.runtime.device import Device
@@ -355,8 +355,7 @@ def test_each_tier_has_the_policy_that_suits_what_it_is_asked_for(
     small: Any, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DRAM is judged by what the device missed, the device by what the layers chose."""
-    for module in (expert_store, tier_lab.device_tier):
-        monkeypatch.setattr(module, "FIRST_CHOICE", 8)
+    monkeypatch.setattr(expert_tier, "FIRST_CHOICE", 8)
     asked = {}
 
     def better(trace: Trace, n_slots: int, *_: object) -> str:

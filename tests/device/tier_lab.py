@@ -16,7 +16,7 @@ import numpy as np
 from edgeroute.config import RunParams
 from edgeroute.loaded import kv_shape
 from edgeroute.models.paged import PagedForward
-from edgeroute.offload import device_tier, expert_store
+from edgeroute.offload import device_tier, expert_tier
 from edgeroute.offload.device_tier import DeviceTier, TierParams
 from edgeroute.offload.disk import Disk, DiskFile
 from edgeroute.offload.expert_store import ExpertParams, ExpertStore
@@ -34,7 +34,7 @@ paged_lab: Any = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = paged_lab
 _spec.loader.exec_module(paged_lab)
 
-_check_cliff = functools.cache(expert_store.check_cliff)  # a simulation of 0.2 s
+_check_cliff = functools.cache(expert_tier.check_cliff)  # a simulation of 0.2 s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class Tiers:
             slots_bytes=self.device_bytes, n_expert_used=lab.n_used, policy=params.policy,
             host_experts=params.host_experts,
         )  # fmt: skip
-        with mock.patch.object(expert_store, "check_cliff", _check_cliff):
+        with mock.patch.object(expert_tier, "check_cliff", _check_cliff):
             self.below = ExpertStore(base, lab.device, lab.pools, self.transfer, how)
             own.callback(self.below.close)
             self.below._next_reading = math.inf  # what else runs here must not take slots away

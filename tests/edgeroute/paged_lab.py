@@ -22,7 +22,7 @@ from edgeroute.models.base import MoeModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.paged import PagedForward
 from edgeroute.models.registry import describe
-from edgeroute.offload import expert_store
+from edgeroute.offload import expert_tier
 from edgeroute.offload.counters import LayerCount, total
 from edgeroute.offload.disk import Disk, DiskFile
 from edgeroute.offload.expert_pool import ExpertLayer, PoolPlan, plan_pools
@@ -43,7 +43,7 @@ faulty = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = faulty
 _spec.loader.exec_module(faulty)
 
-_check_cliff = functools.cache(expert_store.check_cliff)  # a simulation of 0.2 s
+_check_cliff = functools.cache(expert_tier.check_cliff)  # a simulation of 0.2 s
 
 N_CELLS, N_TOKENS = 1280, 256
 SMALL = replace(
@@ -140,7 +140,7 @@ class Paged:
             policy=params.policy, prefetch=params.prefetch, forced=params.forced,
             overlap=params.overlap,
         )  # fmt: skip
-        with mock.patch.object(expert_store, "check_cliff", _check_cliff):
+        with mock.patch.object(expert_tier, "check_cliff", _check_cliff):
             self.store = ExpertStore(base, lab.device, lab.pools, self.transfer, how)
         own.callback(self.store.close)
         self.store._next_reading = math.inf  # what else runs here must not take slots away

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeroute.offload import expert_store, policy_choice
+from edgeroute.offload import expert_store, expert_tier, policy_choice
 from edgeroute.offload.trace import TraceMeta, TraceRecorder
 
 _spec = importlib.util.spec_from_file_location(
@@ -41,7 +41,7 @@ def record(store: expert_store.ExpertStore, lab: object) -> None:
 def test_a_better_policy_takes_over_and_answers_stay(
     better: str | None, lab: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_store, "FIRST_CHOICE", 8)
+    monkeypatch.setattr(expert_tier, "FIRST_CHOICE", 8)
     monkeypatch.setattr(policy_choice, "better_policy", lambda *given: better)
     monkeypatch.setattr(policy_choice, "STEP_LAYERS", 16)
     monkeypatch.setattr(policy_choice, "MIN_STEPS", 4)
@@ -56,7 +56,7 @@ def test_a_better_policy_takes_over_and_answers_stay(
 
 
 def test_the_choice_is_the_replays(lab: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_store, "FIRST_CHOICE", 8)
+    monkeypatch.setattr(expert_tier, "FIRST_CHOICE", 8)
     monkeypatch.setattr(policy_choice, "STEP_LAYERS", 160)
     with lab.paged(slots=6) as paged:  # type: ignore[attr-defined]
         record(paged.store, lab)
@@ -72,7 +72,7 @@ def test_the_choice_is_the_replays(lab: object, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_named_policy_stays(lab: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_store, "FIRST_CHOICE", 1)
+    monkeypatch.setattr(expert_tier, "FIRST_CHOICE", 1)
     monkeypatch.setattr(policy_choice, "better_policy", lambda *given: "lfu")
     with lab.paged(slots=6, policy="lru") as paged:  # type: ignore[attr-defined]
         record(paged.store, lab)

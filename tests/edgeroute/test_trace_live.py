@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgeroute import Runtime, paging
-from edgeroute.offload import expert_store, paging_log, policy_choice
+from edgeroute.offload import expert_store, expert_tier, paging_log, policy_choice
 from edgeroute.offload.eviction import Lru
 from edgeroute.offload.eviction_registry import POLICIES
 from edgeroute.offload.replay_live import replay_live
@@ -108,7 +108,7 @@ def test_other_slots_and_another_policy_are_replayed_too(
     lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(policy_choice, "better_policy", lambda *given: "lfu")
-    monkeypatch.setattr(expert_store, "latest", lambda trace: trace)
+    monkeypatch.setattr(expert_tier, "latest", lambda trace: trace)
     with lab.paged(slots=8) as paged, Recorded(paged, tmp_path / "t") as live:
         paged.run(lab_module.LESS)
         live.store._next_choice = 0

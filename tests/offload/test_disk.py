@@ -38,7 +38,7 @@ def stored(
     return path, write_file(path, N_BYTES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_range_is_what_a_plain_read_gives(
     stored: tuple[Path, bytes], data: st.DataObject

@@ -96,7 +96,7 @@ def test_a_real_small_run_under_a_limit(tmp_path: Path) -> None:
     except UsageError as error:
         pytest.skip(f"no control group can be made here: {error}")
     path = tmp_path / "dense.gguf"
-    synth.write(replace(synth.ARCHITECTURES["llama"], n_layer=240, weight_type="Q8_0"), path)
+    synth.write(replace(synth.ARCHITECTURES["llama"], n_layer=280, weight_type="Q8_0"), path)
     memory = int(0.95 * path.stat().st_size)  # far more than this program's own
     result = CliRunner().invoke(command.command, [
         "speculate", "--model", str(path), "--limit", "600MiB", "--memory", str(memory),

@@ -13,7 +13,7 @@ from edgeroute.models.base import Hparams, Model, MoeHparams
 from edgeroute.models.registry import describe
 from edgeroute.offload.eviction_cliff import CliffReport
 from edgeroute.offload.expert_pool import PoolPlan, share_slots
-from edgeroute.offload.expert_store import DEFAULT_POLICY, check_tightest
+from edgeroute.offload.expert_tier import DEFAULT_POLICY, check_tightest
 from edgeroute.paging import VOCABULARY_RATIO, MoeSource, moe_source, plan_paged
 from edgeroute.paging_layers import LayerSource
 from edgeroute.runtime import machine
