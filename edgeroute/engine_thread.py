@@ -229,6 +229,7 @@ class EngineThread(Closing):
                     self._round()
                 except BaseException as failure:
                     self._heal(failure)
+            error = self._failure or error  # given up by another thread, with its reason
         except BaseException as failure:  # a bug: everyone waiting must hear of it
             with self._gate:
                 self._failure = self._failure or failure

@@ -69,7 +69,8 @@ class Api:
         return _ok(self.post(CHAT, HELLO | body))
 
     def complete(self, **body: Any) -> dict[str, Any]:
-        return _ok(self.post(COMPLETIONS, {"prompt": "hello there"} | body))
+        # Greedy: a random model's answer never ends by chance then.
+        return _ok(self.post(COMPLETIONS, {"prompt": "hello there", "temperature": 0} | body))
 
     def refused(self, path: str, body: object, status: int = 400) -> dict[str, Any]:
         answer = self.post(path, body)
