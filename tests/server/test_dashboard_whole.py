@@ -64,7 +64,7 @@ def test_pieces_of_a_pair_say_who_wrote_them(base: str) -> None:
 
 
 def test_a_request_shows_up_without_its_words(base: str) -> None:
-    ask(base, max_tokens=20)
+    ask(base, max_tokens=20, temperature=0)
     until, text = time.monotonic() + 20, ""
     with httpx2.stream("GET", f"{base}/edgeroute/live", timeout=20) as stream:
         for piece in stream.iter_text():
