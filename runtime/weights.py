@@ -188,6 +188,7 @@ class ResidentWeights:
 
         Raises:
             CapacityError: not enough memory; what was allocated is freed by `close`.
+            DeviceLostError: the device is gone.
         """
         by_home: dict[int | None, list[TensorInfo]] = {}
         names: dict[int | None, list[str]] = {}
@@ -246,6 +247,7 @@ class ResidentWeights:
         shared = self._mapped_sources()
         for tensor, info in zip(tensors, infos, strict=True):
             g.ggml_backend_tensor_set(tensor, self._file.address(info), 0, info.nbytes)
+            self._device.check()  # the rest of a large model would go nowhere for a while
             if info.name not in shared:
                 self._file.release(info.offset, info.nbytes)
 
