@@ -20,7 +20,7 @@ from typing import Any, Final
 from edgeroute import __version__
 from edgeroute.lever_proofs import model_id
 from edgeroute.runtime.board_files import Tree
-from edgeroute.runtime.cache_file import cache_path, replace_text
+from edgeroute.runtime.cache_file import cache_path, read_entries, replace_text
 from edgeroute.runtime.device import DeviceInfo
 from edgeroute.runtime.ggml.lib import libraries
 from edgeroute.runtime.gguf import GGUFFile
@@ -167,17 +167,8 @@ def _version() -> str:
 
 def _read(path: Path) -> dict[Subject, DeviceProof]:
     """Read a file as far as it can be believed."""
-    try:
-        with path.open(encoding="ascii") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-        found = json.loads(text) if len(text) <= MAX_FILE_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict) or found.get("version") != _VERSION:
-        return {}
-    listed = found.get("entries")
     entries: dict[Subject, DeviceProof] = {}
-    for each in (listed if isinstance(listed, list) else [])[-MAX_ENTRIES:]:
+    for each in read_entries(path, _VERSION, MAX_FILE_BYTES)[-MAX_ENTRIES:]:
         if not isinstance(each, dict):
             continue
         about, proof = _subject_of(each.get("subject")), _proof_of(each.get("proof"))

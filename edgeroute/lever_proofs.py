@@ -22,7 +22,7 @@ import psutil
 
 from edgeroute import __version__
 from edgeroute.runtime import machine
-from edgeroute.runtime.cache_file import cache_path, replace_text
+from edgeroute.runtime.cache_file import cache_path, read_entries, replace_text
 from edgeroute.runtime.ggml.lib import libraries
 from edgeroute.runtime.gguf import GGUFFile
 
@@ -171,17 +171,8 @@ def _text(entries: Sequence[tuple[Fingerprint, Sequence[Proof]]]) -> str:
 
 def _read(path: Path) -> dict[Fingerprint, tuple[Proof, ...]]:
     """Read a file as far as it can be believed."""
-    try:
-        with path.open(encoding="ascii") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-        found = json.loads(text) if len(text) <= MAX_FILE_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict) or found.get("version") != _VERSION:
-        return {}
-    listed = found.get("entries")
     entries: dict[Fingerprint, tuple[Proof, ...]] = {}
-    for each in (listed if isinstance(listed, list) else [])[-MAX_ENTRIES:]:
+    for each in read_entries(path, _VERSION, MAX_FILE_BYTES)[-MAX_ENTRIES:]:
         made_for = _fingerprint_of(each)
         proofs = each.get("proofs") if made_for is not None else None
         if made_for is None or not isinstance(proofs, list):

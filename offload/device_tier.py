@@ -32,7 +32,6 @@ from edgeroute.offload.tier_counts import (
 )
 from edgeroute.offload.tier_turns import Coming
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.experts import Held, Leased
 from edgeroute.runtime.upload import Uploader
 from edgeroute.runtime.weights import Weights
@@ -363,19 +362,6 @@ class DeviceTier(ExpertTier):
         self._turn = None
         missed = self._asked_below(il) - difference
         self._pool_of[il].table.counters.misses[il] = missed
-
-    # the trace's file
-
-    def mark(self, label: str) -> None:
-        """Enter into the trace's file that a sequence begins, of a domain `label`.
-
-        Raises:
-            UsageError: no file is recorded or can be written, or the label is too long.
-        """
-        if self.recorder is None:
-            raise UsageError("no trace is recorded here; open the Runtime with trace=FILE")
-        with writing():
-            self.recorder.mark(label)
 
     # statistics
 

@@ -24,7 +24,7 @@ from edgeroute.offload.pressure import Pressure
 from edgeroute.offload.transfer import Ticket, Transfer
 from edgeroute.runtime import machine
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import CapacityError, UsageError
+from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.experts import Held, Leased
 from edgeroute.runtime.stop_flag import StopFlag
 from edgeroute.runtime.weights import Weights
@@ -347,17 +347,6 @@ class ExpertStore(ExpertTier):
             with contextlib.suppress(OSError):  # the step before has said so
                 self._log.count()
             self._log = None
-
-    def mark(self, label: str) -> None:
-        """Enter into the trace's file that a sequence begins, of a domain `label`.
-
-        Raises:
-            UsageError: no file is recorded or can be written, or the label is too long.
-        """
-        if self.recorder is None:
-            raise UsageError("no trace is recorded here; open the Runtime with trace=FILE")
-        with writing():
-            self.recorder.mark(label)
 
     # below another tier
 

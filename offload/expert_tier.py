@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
 from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
+from edgeroute.offload.paging_log import writing
 from edgeroute.offload.policy_choice import MIN_GAIN, change_policies, latest
 from edgeroute.offload.trace import TraceRecorder
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
+from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.weights import Weights
 
@@ -84,6 +86,17 @@ class ExpertTier(Closing):
         """Return a tensor, or None where the file has none of that name."""
         found = self._tensors.get(name)
         return self._base.get(name) if found is None else found
+
+    def mark(self, label: str) -> None:
+        """Enter into the trace's file that a sequence begins, of a domain `label`.
+
+        Raises:
+            UsageError: no file is recorded or can be written, or the label is too long.
+        """
+        if self.recorder is None:
+            raise UsageError("no trace is recorded here; open the Runtime with trace=FILE")
+        with writing():
+            self.recorder.mark(label)
 
     def _change_policies(self) -> bool:
         """Take the policies that would have served the latest tokens best; True if any is new."""
