@@ -17,7 +17,7 @@ from edgeroute.device_support import Probe, unsupported
 from edgeroute.models.base import MoeModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.runtime import machine
-from edgeroute.runtime.cache_file import cache_path, replace_text
+from edgeroute.runtime.cache_file import cache_path, read_entries, replace_text
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ComputeError, UnsupportedModelError
@@ -127,19 +127,8 @@ def _key(probe: Probe, device: Device, n_threads: int) -> str:
 
 def _read(path: Path) -> dict[str, _Note]:
     """Read notes as far as they can be believed."""
-    try:
-        with path.open(encoding="ascii") as file:
-            text = file.read(_MAX_BYTES + 1)
-        found = json.loads(text) if len(text) <= _MAX_BYTES else None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict) or found.get("version") != _VERSION:
-        return {}
-    listed = found.get("entries")
-    if not isinstance(listed, list):
-        return {}
     notes: dict[str, _Note] = {}
-    for each in listed[-_MAX_ENTRIES:]:
+    for each in read_entries(path, _VERSION, _MAX_BYTES)[-_MAX_ENTRIES:]:
         if not isinstance(each, dict) or each.keys() != {"key", "when", "speed"}:
             continue
         key, when, speed = each["key"], each["when"], each["speed"]
