@@ -139,7 +139,7 @@ def test_a_pause_before_a_request_is_no_stall(
     opened.pulse()
     for heart in (opened._loaded.device, opened._engine._heart):
         heart.beat -= 3600
-    opened._engine._heart._moved = 0.0
+    opened._engine._heart._moved = -math.inf  # 0 is minutes ago on a machine that just started
     assert opened.pulse().idle_s > 3000 and not opened.pulse().busy
     stream = opened.stream(prompt_ids=[40] * 9, max_tokens=2)
     pulse = opened.pulse()

@@ -100,7 +100,7 @@ def test_every_plot_becomes_a_file(profile: dict[str, Any], tmp_path: Path) -> N
 def test_text_shows_with_and_without_fonts(fonts: bool) -> None:
     """Without the strokes, a machine that has no font would draw nothing here."""
     svg = tag("svg", words(4, 20, "Ag 19", px=16), xmlns="http://www.w3.org/2000/svg",
-              width=80, height=30)  # fmt: skip
+              width=80, height=30, font_family=png._FAMILIES)  # fmt: skip
     text = svg if fonts else outline(svg, LIGHT)
     drawn = resvg_py.svg_to_bytes(svg_string=text, skip_system_fonts=not fonts)
     if fonts and not png._has_fonts():
