@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from edgeroute.config import RunParams
 from edgeroute.outstanding import Outstanding
-from edgeroute.pulse import Heart, Pulse
+from edgeroute.pulse import Heart, Pulse, opens_in
 from edgeroute.recovery import Parts, Recovery
 from edgeroute.request import Request
 from edgeroute.runtime.closing import Closing
@@ -60,6 +60,7 @@ class EngineThread(Closing):
             target=self._serve, args=(ready,), name="edgeroute-engine", daemon=True
         )
         self._thread.start()
+        opens_in(self._thread)
         try:
             ready.result()
         except BaseException:

@@ -18,9 +18,9 @@ from typing import Final
 
 from edgeroute.engine import Runtime
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.errors import CapacityError, ClosedError
+from edgeroute.runtime.errors import CapacityError, ClosedError, EdgerouteError
 from edgeroute.runtime.units import format_bytes
-from edgeroute.shelf_place import Lease, Place, State, Ticket, make_place
+from edgeroute.shelf_place import Lease, Place, State, Ticket, choose_victims, make_place
 from edgeroute.shelf_plan import ShelfModel
 
 SETTINGS: Final = ("threads", "n_ctx", "n_kv", "n_ubatch", "max_batch", "kv_type", "device")
@@ -58,7 +58,7 @@ class Shelf(Closing):
         self.places: Mapping[str, Place] = {
             each.name: make_place(each, budget_bytes, owner) for each in models
         }
-        self._lost: dict[int, tuple[str, int]] = {}  # engines that have not returned
+        self._lost: dict[int, tuple[str, int]] = {}  # engines and openings that do not return
         self._queue: deque[Ticket] = deque()
         self._closed = False
         self._tick = 0
@@ -74,9 +74,14 @@ class Shelf(Closing):
 
     @property
     def lost_bytes(self) -> int:
-        """Bytes of abandoned engines that have not returned."""
+        """Bytes of abandoned engines, and openings, that have not returned."""
         with self._changed:
             return sum(n_bytes for _, n_bytes in self._lost.values())
+
+    def n_lost(self, name: str) -> int:
+        """Tell how many engines and openings of a model were abandoned and have not returned."""
+        with self._changed:
+            return sum(each == name for each, _ in self._lost.values())
 
     @property
     def n_waiting(self) -> int:
@@ -168,7 +173,7 @@ class Shelf(Closing):
                     raise ClosedError(f"this {self._owner.title()} was closed; make a new one")
                 if ticket.left is not None and ticket.left.is_set():
                     raise NobodyWaits(f"nobody waits for the model {place.name!r} any more")
-                first = self._queue[0] is ticket
+                first = self._first() is ticket
                 if place.state in ("opening", "open") and not place.broken:
                     if first or self._may_overtake(place):
                         return self._lend(place)
@@ -178,16 +183,22 @@ class Shelf(Closing):
                             each.state = "closing"
                         return victims
                     place.state, place.runtime, ticket.opens = "opening", Future(), True
-                    return self._lend(place)
+                    place.opener = self._lend(place)
+                    return place.opener
                 self._wait(ticket)
 
     def _lend(self, place: Place) -> Lease:
         place.n_leases += 1
         return Lease(self, place)
 
+    def _first(self) -> Ticket:
+        """Whose turn it is: who waits for what is lost holds nobody else up."""
+        most = self.budget_bytes - self.lost_bytes
+        return next((each for each in self._queue if each.place.n_bytes <= most), self._queue[0])
+
     def _may_overtake(self, place: Place) -> bool:
         """Whether the first in the queue could have its room with this model left open."""
-        first = self._queue[0]
+        first = self._first()
         if first.place.paged:
             return False
         names = first.overtaken_by | {place.name}
@@ -198,34 +209,8 @@ class Shelf(Closing):
         return True
 
     def _victims(self, place: Place) -> list[Place] | None:
-        """Choose idle models to close for one that is closed, or broken; None: not yet."""
-        if place.state == "open":
-            return None if place.n_leases else [place]
-        others = [each for each in self.places.values() if each is not place]
-        if place.state == "closing" or any(
-            each.paged and each.state == "opening" for each in others
-        ):
-            return None
-        if place.paged:
-            # What is left for its pages is found by what the process has taken: that must not
-            # be other models, which are in the budget already. They may open again beside it.
-            kept = [each for each in others if each.state != "closed"]
-            busy = any(each.state != "open" or each.n_leases for each in kept)
-            return None if busy else kept
-        missing = place.n_bytes - (self.budget_bytes - self.used_bytes)
-        idle = [each for each in others if each.state == "open" and not each.n_leases]
-        found: list[Place] = []
-        for each in sorted(idle, key=lambda each: each.used):
-            if missing > 0:
-                found.append(each)
-                missing -= each.n_bytes
-        if missing > 0:
-            return None
-        for each in list(found):  # small ones that a larger one behind them made needless
-            if each.n_bytes <= -missing:
-                found.remove(each)
-                missing += each.n_bytes
-        return found
+        free_bytes = self.budget_bytes - self.used_bytes
+        return choose_victims(place, list(self.places.values()), free_bytes)
 
     def _wait(self, ticket: Ticket) -> None:
         """Wait for a change.
@@ -288,23 +273,52 @@ class Shelf(Closing):
 
     def _open(self, place: Place, lease: Lease) -> None:
         """Open a model whose room is reserved, and tell all who have a lease of it."""
-        opened, began = place.runtime, time.monotonic()
+        opened, began = lease.opened, time.monotonic()
         try:
             runtime = Runtime(place.model.path, memory=place.n_bytes, **place.model.arguments())
         except BaseException as error:
-            place.failed = str(error) or type(error).__name__
-            lease.close()
-            self._set_state(place, "closed")
-            others = error if isinstance(error, Exception) else ClosedError("opening it was broken "
-                                                                           "off")  # fmt: skip
-            opened.set_exception(others)
+            ours = not isinstance(error, Exception)
+            others = ClosedError("opening it was broken off") if ours else error
+            with self._changed:
+                if not self._come_back(opened):
+                    place.failed = str(error) or type(error).__name__
+                    lease.close()
+                    self._set_state(place, "closed")
+                    opened.set_exception(others)
             raise
         with self._changed:
-            place.load_s = time.monotonic() - began
-            place.n_opened += 1
-            place.failed, place.used_at = None, time.monotonic()
-            self._set_state(place, "open")
-            opened.set_result(runtime)
+            if id(opened) not in self._lost:
+                place.load_s = time.monotonic() - began
+                place.n_opened += 1
+                place.failed, place.used_at = None, time.monotonic()
+                self._set_state(place, "open")
+                opened.set_result(runtime)
+                return
+        runtime.close()
+        self._come_back(opened)
+        raise NobodyWaits(f"opening the model {place.name!r} was given up before it ended")
+
+    def forsake(self, place: Place, error: EdgerouteError) -> bool:
+        """Wait no more for the opening of a model, which hangs; tell whether there was one.
+
+        Whoever has a lease of it gets `error`; the next one opens it anew. Its part of the budget
+        counts as lost until the opening returns: what it holds by then, only it knows.
+        """
+        with self._changed:
+            if place.state != "opening" or place.opener is None:
+                return False
+            self._lost[id(place.runtime)] = place.name, place.n_bytes
+            place.runtime.set_exception(error)
+            place.failed = str(error)
+            place.opener.close()
+            self._set_state(place, "closed")
+            return True
+
+    def _come_back(self, opened: "Future[Runtime]") -> bool:
+        """Count an opening as lost no longer; tell whether it was."""
+        with self._changed:
+            self._changed.notify_all()
+            return self._lost.pop(id(opened), None) is not None
 
     def _set_state(self, place: Place, state: State) -> None:
         with self._changed:

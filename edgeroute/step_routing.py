@@ -331,8 +331,11 @@ class StepRouting:
             self.commit(request, state, token, "large")
             if request.sequence is None:
                 return
-        if told.ended:
+        eos = self._main.tokenizer.eos
+        if told.ended and (eos is None or request.sampler.admits(eos)):
             self._scheduler.finish(request, "stop")
+        elif told.ended:  # its grammar, which the remote model does not know, wants more
+            self._begin_here(request, state)
         elif state.phase == "call":  # cut off within a step
             self._begin(request, state, "large")
 

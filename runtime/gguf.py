@@ -8,7 +8,6 @@ pages), so writers must replace model files, never rewrite them.
 import mmap
 import os
 import stat
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,11 +20,12 @@ from edgeroute.runtime.errors import ClosedError, ModelFileError
 from edgeroute.runtime.gguf_header import Header, HeldParts, parse_header
 from edgeroute.runtime.gguf_metadata import Metadata
 from edgeroute.runtime.gguf_types import GGMLType, TensorInfo, ValueType
+from edgeroute.runtime.host_memory import read_in
 
 __all__ = ["GGMLType", "GGUFFile", "Metadata", "TensorInfo", "ValueType"]
 
-_MADV_POPULATE_READ = 22  # Source: linux/mman.h; Python's mmap does not name it yet
 _POPULATE_BYTES = 64 << 20  # at once, so that Ctrl-C is heard between
+_HEADER_BYTES, _PIECE_BYTES = 16 << 20, 1 << 18
 _MIN_FILE_BYTES = 4 + 4 + 8 + 8
 
 
@@ -137,16 +137,12 @@ class GGUFFile(Closing):
 
         Does nothing where the system cannot; the pages then come on first use.
         """
-        mapping = self._open_mapping()
         start = offset & -mmap.PAGESIZE
         end = min(offset + nbytes, self.size_bytes)
-        if sys.platform != "linux":
-            return
         for at in range(start, end, _POPULATE_BYTES):
-            try:
-                mapping.madvise(_MADV_POPULATE_READ, at, min(_POPULATE_BYTES, end - at))
-            except OSError:  # a kernel before 5.14 does not know this advice
-                return
+            self._open_mapping()
+            if not read_in(self._base_address + at, min(_POPULATE_BYTES, end - at)):
+                return  # a kernel before 5.14 does not know this advice
 
     def close(self) -> None:
         """Unmap the file, or leave that to the last view of it that is still held."""
@@ -197,8 +193,22 @@ def _map(path: Path) -> _Mapped:
                 f"the model file {path} has {status.st_size} bytes, fewer than the "
                 f"{_MIN_FILE_BYTES} of a GGUF header; fetch it again"
             )
+        _read_ahead(descriptor)
         return _Mapped(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), status)
     except (OSError, ValueError, OverflowError) as error:
         raise ModelFileError(f"cannot map the model file {path}: {error}") from error
     finally:
         os.close(descriptor)
+
+
+def _read_ahead(descriptor: int) -> None:
+    """Have the header in memory before it is parsed.
+
+    The parser reads mapped pages, and where one of them has to come from a disk all threads of
+    Python wait for it: for ever, where the disk is stuck.
+    """
+    if not hasattr(os, "pread"):
+        return
+    for at in range(0, _HEADER_BYTES, _PIECE_BYTES):
+        if len(os.pread(descriptor, _PIECE_BYTES, at)) < _PIECE_BYTES:
+            return

@@ -1,4 +1,4 @@
-"""Gives parts of this process's own memory back to the system."""
+"""Gives parts of this process's own memory back to the system, and reads mapped files in."""
 
 import ctypes
 import functools
@@ -10,6 +10,8 @@ OWN_PAGES_FROM = 1 << 16
 """Bytes from which a block of the heap gets pages of its own, see `keep_heap_small`."""
 _M_MMAP_THRESHOLD = -3  # Source: malloc.h of glibc
 _ADVICE = {"linux": 4, "darwin": 5}  # MADV_DONTNEED, MADV_FREE: the next touch reads zeros
+_WILL_NEED = 3  # MADV_WILLNEED, on Linux and macOS alike
+_POPULATE_READ = 22  # Source: linux/mman.h, MADV_POPULATE_READ
 
 
 @functools.cache
@@ -34,6 +36,42 @@ def give_back(address: int, nbytes: int) -> int:
     if madvise is None or end <= start:
         return 0
     return end - start if madvise(start, end - start, _ADVICE[sys.platform]) == 0 else 0
+
+
+def will_need(address: int, nbytes: int) -> bool:
+    """Have the system begin to read a part of a mapped file, which is not waited for.
+
+    Python's own `mmap.madvise` would keep its other threads waiting while the wish is queued.
+
+    Args:
+        address: any inside a mapping.
+        nbytes: how many bytes of it.
+
+    Returns:
+        Whether the system takes such wishes.
+    """
+    madvise = _madvise()
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    return madvise is not None and madvise(start, address + nbytes - start, _WILL_NEED) == 0
+
+
+def read_in(address: int, nbytes: int) -> bool:
+    """Read pages of a mapped file and map them, while other threads of Python go on.
+
+    Python's own `mmap.madvise` keeps them all waiting: for as long as the disk takes, or for ever
+    where that is stuck.
+
+    Args:
+        address: of a page's first byte, inside a mapping.
+        nbytes: how many bytes of it.
+
+    Returns:
+        Whether they are there; False where the system cannot.
+    """
+    madvise = _madvise()
+    if sys.platform != "linux" or madvise is None:
+        return False
+    return madvise(address, nbytes, _POPULATE_READ) == 0
 
 
 def keep_heap_small() -> bool:

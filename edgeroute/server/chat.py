@@ -67,6 +67,8 @@ class ChatQuestion:
         messages = messages_for(template, _known_roles(self._messages, template), plan)
         options = self._options | {"messages": messages}
         options |= self._format if plan is None else plan.options
+        if plan is not None or any(_about_tools(each) for each in self._messages):
+            options |= _written_here(runtime, self._options)
         spelling = Spelling(tokenizer) if body.logprobs else None
         found = []
         for i in range(body.n or 1):
@@ -153,6 +155,28 @@ class ChatChoice:
             return {"tool_calls": [call]}
         self._calls[part.index][1].append(part.text)
         return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+
+
+def _about_tools(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "tool" or "tool_calls" in message
+
+
+def _written_here(runtime: Runtime, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what keeps a remote model out of an answer about tools.
+
+    It would be told neither of the tools nor of the syntax that their grammar enforces, and of
+    earlier calls as the template here has them.
+
+    Raises:
+        ApiError: 400, the request asks for its steps all the same.
+    """
+    if runtime.params.remote is None:
+        return {}
+    if options.get("steps") not in (None, "off", "small"):
+        raise ApiError(400, f"edgeroute.steps is {options['steps']!r:.80}, but with tools the "
+                       "remote model writes nothing: it does not know how the model here calls "
+                       "them; leave edgeroute.steps out", param="edgeroute.steps")  # fmt: skip
+    return {"steps": "off"}
 
 
 def _delta(delta: Fields, logprobs: Fields | None = None) -> Fields:

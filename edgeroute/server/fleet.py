@@ -7,7 +7,6 @@ each model at most: all who wait for the same model share its opening.
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from edgeroute.runtime.errors import CapacityError, ClosedError, DeviceLostError
 from edgeroute.runtime.units import format_bytes
 from edgeroute.server.errors import ApiError, as_api_error
 from edgeroute.server.logs import log
+from edgeroute.server.openings import MAX_HUNG, HungOpening, Opening
 from edgeroute.server.records import ALIAS, ModelFacts, ServerParams
 from edgeroute.server.watchdog import Engine
 from edgeroute.shelf_place import Lease, Place
@@ -31,6 +31,8 @@ RETRY_S: Final = 2.0
 """When another try may succeed, where nothing better is known."""
 LOAD_S: Final = 5.0
 """What opening a model is taken to last, until it was measured."""
+DISK: Final = "see whether its disk or network file system answers"
+"""What to do about an opening that hangs."""
 CLOSE_S: Final = 30.0
 """How long a model may take to close, at least: saved sessions are written meanwhile."""
 UNUSED_POLLS: Final = 4
@@ -61,28 +63,6 @@ class FleetUse:
         self._lease.broke()
 
 
-class _Opening:
-    """The opening of one model, and how many wait for it."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.done: asyncio.Future[None] = loop.create_future()
-        self.left = threading.Event()
-        self.lease: Lease | None = None
-        self.error: Exception | None = None
-        self.n_waiting = 0
-        self.began = time.monotonic()
-
-    def leave(self) -> bool:
-        """Wait no more; tell whether nobody does, so that its turn may be given up."""
-        self.n_waiting -= 1
-        if self.n_waiting:
-            return False
-        if self.lease is not None:
-            self.lease.close()
-        self.left.set()
-        return not self.done.done()
-
-
 class Fleet:
     """The `Models` protocol over a Shelf.
 
@@ -103,7 +83,7 @@ class Fleet:
         self._names = list(self._shelf.places)
         self._created = {each.name: _created(each) for each in self.places}
         self._threads = ThreadPoolExecutor(2 * len(self._names) + 2, "edgeroute-fleet")
-        self._openings: dict[str, _Opening] = {}
+        self._openings: dict[str, Opening] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._n_uses = 0
         self._closing = False
@@ -124,7 +104,7 @@ class Fleet:
             name=place.name, state=place.state, created=self._created[place.name],
             n_ctx=place.model.params.n_ctx, n_bytes=place.n_bytes, adapters=adapters,
             adapter_folders=tuple(map(Path, place.model.params.adapters or ())),
-            n_busy=place.n_leases,
+            n_busy=place.n_leases, failed=place.failed,
         )  # fmt: skip
 
     def peek(self, name: str) -> Runtime | None:
@@ -139,6 +119,7 @@ class Fleet:
             "budget_bytes": shelf.budget_bytes,
             "used_bytes": shelf.used_bytes,
             "lost_bytes": shelf.lost_bytes,
+            "n_hung": sum(map(shelf.n_lost, self._names)),
             "n_requests": self._n_uses,
             "max_requests": self._params.max_waiting,
             "n_waiting": sum(each.n_waiting for each in self._openings.values()),
@@ -153,7 +134,7 @@ class Fleet:
 
     @property
     def lost_bytes(self) -> int:
-        """Bytes of abandoned engines that have not returned."""
+        """Bytes of abandoned engines and openings that have not returned."""
         return self._shelf.lost_bytes
 
     @property
@@ -263,42 +244,29 @@ class Fleet:
                 if opening.leave():
                     self._shelf.wake()
 
-    def _begin(self, place: Place) -> _Opening:
+    def _begin(self, place: Place) -> Opening:
         """Begin to open a model; there is one at a time of each, and so one thread."""
-        opening = self._openings[place.name] = _Opening(asyncio.get_running_loop())
+        if self._shelf.n_lost(place.name) >= MAX_HUNG:
+            raise ApiError(503, f"the model {place.name!r} hung {MAX_HUNG} times and none of that "
+                           f"has ended; {DISK}, or restart the server", code="model_hangs",
+                           retry_after_s=self._params.watchdog_s)  # fmt: skip
+        opening = self._openings[place.name] = Opening(asyncio.get_running_loop())
         task = asyncio.create_task(self._run(place, opening))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return opening
 
-    async def _run(self, place: Place, opening: _Opening) -> None:
-        """Lease a model in a thread, and tell all who wait."""
+    async def _run(self, place: Place, opening: Opening) -> None:
+        """Open a model, and note what came of it."""
+        n_before = place.n_opened
+        await opening.run(lambda: self._shelf.lease(place.name, left=opening.left))
+        if opening.lease is not None and place.n_opened > n_before:
+            log(logging.INFO, "model opened", model=place.name, seconds=place.load_s,
+                n_bytes=place.n_bytes, evicted=self._shelf.n_evicted)  # fmt: skip
+        if self._openings.get(place.name) is opening:
+            del self._openings[place.name]
 
-        def lease() -> Lease:
-            found = self._shelf.lease(place.name, left=opening.left)
-            try:
-                _ = found.runtime  # which another may be opening
-            except BaseException:
-                found.close()
-                raise
-            return found
-
-        loop, n_before = asyncio.get_running_loop(), place.n_opened
-        try:
-            found = await loop.run_in_executor(self._threads, lease)
-        except Exception as error:
-            opening.error = error
-        else:
-            opening.lease = found
-            if place.n_opened > n_before:
-                log(logging.INFO, "model opened", model=place.name, seconds=place.load_s,
-                    n_bytes=place.n_bytes, evicted=self._shelf.n_evicted)  # fmt: skip
-            if not opening.n_waiting:
-                found.close()
-        del self._openings[place.name]
-        opening.done.set_result(None)
-
-    def _too_late(self, place: Place, opening: _Opening) -> ApiError:
+    def _too_late(self, place: Place, opening: Opening) -> ApiError:
         """Say why a model was not there in time."""
         load_s = place.load_s or LOAD_S
         if place.state == "opening":
@@ -316,6 +284,9 @@ class Fleet:
         if isinstance(error, ClosedError):
             return ApiError(503, "the server is shutting down", code="shutting_down",
                             retry_after_s=RETRY_S)  # fmt: skip
+        if isinstance(error, HungOpening):
+            return ApiError(503, f"{error}; {DISK}, and try again", code="model_hangs",
+                            retry_after_s=self._params.watchdog_s)  # fmt: skip
         if isinstance(error, CapacityError):
             lost = self._shelf.lost_bytes
             if error.smallest_bytes is None or lost:
@@ -339,6 +310,19 @@ class Fleet:
                         code="model_not_opened")  # fmt: skip
 
     # engines that stop, and the end
+
+    @property
+    def openings(self) -> Mapping[str, Opening]:
+        """Models that are being opened now: their room is there."""
+        return {
+            name: each for name, each in self._openings.items()
+            if self._place(name).state == "opening"
+        }  # fmt: skip
+
+    def forsake(self, name: str, error: HungOpening) -> None:
+        """Wait no more for a model's opening, which hangs; the next use opens it anew."""
+        if self._shelf.forsake(self._place(name), error):
+            self._openings.pop(name).give_up(error)
 
     def abandon(self, name: str, engine: Engine) -> None:
         """Wait no more for a model's engine, which does not return; the next use opens it anew."""

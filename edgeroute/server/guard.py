@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from starlette.middleware import Middleware
 from starlette.responses import Response
@@ -46,6 +46,8 @@ PAGE_POLICY: Final = (
 DATA_POLICY: Final = b"default-src 'none'; frame-ancestors 'none'"
 LAST_WORD_S: Final = 2.0
 """How long the end of a stream that failed may take to be sent."""
+CORS: Final = "cors_headers"
+"""Where in a request's state stands what lets another origin read its answer."""
 QUIET: Final = ("/health/live", "/health/ready", "/metrics")
 """Paths that are asked every few seconds; their success is logged for debugging only."""
 
@@ -93,7 +95,7 @@ class Outermost:
         request_id = Head(scope).request_id or new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         token = REQUEST_ID.set(request_id)
-        answer = _Answer(send, request_id)
+        answer = _Answer(send, scope["state"])
         try:
             await self._serve(scope, receive, answer)
         finally:
@@ -150,8 +152,8 @@ async def _fail(error: Exception, scope: Scope, answer: "_Answer") -> int:
 class _Answer:
     """What a request's answer is sent through: adds headers, and knows how far it has come."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self._request_id = send, request_id
+    def __init__(self, send: Send, state: Mapping[str, Any]) -> None:
+        self._send, self._state = send, state
         self.status = 0
         self.kind = b""
         self.ended = False
@@ -170,7 +172,8 @@ class _Answer:
         page = self.kind.startswith(b"text/html")
         wanted = [
             *ALWAYS, (b"content-security-policy", PAGE_POLICY if page else DATA_POLICY),
-            (b"cache-control", b"no-store"), (b"x-request-id", self._request_id.encode()),
+            (b"cache-control", b"no-store"),
+            (b"x-request-id", self._state["request_id"].encode()), *self._state.get(CORS, ()),
         ]  # fmt: skip
         return headers + [(name, value) for name, value in wanted if name not in have]
 
@@ -178,7 +181,8 @@ class _Answer:
 class HeadGuard:
     """Refuses requests by their head, and answers what browsers ask before another origin's.
 
-    Sets `scope["state"]["has_key"]`: whether the request has shown one of the keys.
+    Sets `scope["state"]["has_key"]`: whether the request has shown one of the keys; and what
+    lets another origin read the answer, whichever it will be: `Outermost` sends it.
     """
 
     def __init__(self, app: ASGIApp, params: ServerParams) -> None:
@@ -191,32 +195,23 @@ class HeadGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        head = Head(scope)
+        head, state = Head(scope), scope.setdefault("state", {})
         try:
-            check_shape(head, self._params)
             reader = self._origin(head, self._host(head))
             if reader is not None:
-                send = _adding(cors_headers(reader), send)
-                asked = preflight(head)
-                if asked is not None:
-                    answer = Response(status_code=204)
-                    answer.raw_headers.extend(asked)
-                    await answer(scope, receive, send)
-                    return
-            scope.setdefault("state", {})["has_key"] = await self._key(head)
+                state[CORS] = cors_headers(reader)
+            check_shape(head, self._params)
+            asked = None if reader is None else preflight(head)
+            if asked is not None:
+                answer = Response(status_code=204)
+                answer.raw_headers.extend(asked)
+                await answer(scope, receive, send)
+                return
+            state["has_key"] = await self._key(head)
         except ApiError as error:
             await refuse(error, scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-
-def _adding(headers: Headers, send: Send) -> Send:
-    async def give(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", []), *headers]}
-        await send(message)
-
-    return give
 
 
 __all__ = ["Patience", "guards"]

@@ -6,7 +6,8 @@ for a second, so that no number of probes costs more than one token a second.
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -28,18 +29,23 @@ PROMPT: Final = "Hi"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a check found: the model that answered, and in which time; or why none did."""
+    """What a check found: the model that answered, and in which time; or why none did.
+
+    Also models that could not be opened the last time, and why.
+    """
 
     model: str | None
     seconds: float
     why: str | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def response(self) -> Response:
         """Return what is told of it."""
         if self.why is not None:
             return ApiError(503, self.why, code="not_ready", retry_after_s=READY_S).response()
-        told = {"status": "ready", "model": self.model, "seconds": round(self.seconds, 4)}
-        return JSONResponse(told)
+        told: dict[str, object] = {"status": "ready", "model": self.model}
+        told["seconds"] = round(self.seconds, 4)
+        return JSONResponse(told | ({"failed": self.failed} if self.failed else {}))
 
 
 class Readiness:
@@ -80,7 +86,9 @@ class Readiness:
         finally:
             self._checking = None
         seconds = time.monotonic() - began
-        verdict = Verdict(model=name, seconds=seconds, why=why)
+        facts = map(self._models.facts, self._models.names)
+        failed = {each.name: each.failed for each in facts if each.failed is not None}
+        verdict = Verdict(model=name, seconds=seconds, why=why, failed=failed)
         self._last = time.monotonic(), verdict
         return verdict
 

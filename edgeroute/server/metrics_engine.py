@@ -18,7 +18,8 @@ PHASES: Final = ("decode", "prefill")
 SERVER: Final = {
     "budget_bytes": "Bytes that all models together may take.",
     "used_bytes": "Bytes that they take.",
-    "lost_bytes": "Bytes of engines that hang and were given up.",
+    "lost_bytes": "Bytes of engines and openings that hang and were given up.",
+    "n_hung": "Engines and openings that hang and were given up.",
 }
 """What is told of all models together, by key of `Models.snapshot`."""
 MAX_OWNERS: Final = 64
@@ -345,6 +346,10 @@ class EngineMetrics(Collector):
         yield _gauge(
             "edgeroute_model_users", "Requests that keep a model open.",
             {(each.name,): each.n_busy for each in self._facts}, "model",
+        )  # fmt: skip
+        yield _gauge(
+            "edgeroute_model_failed", "1 where a model could not be opened the last time.",
+            {(each.name,): int(each.failed is not None) for each in self._facts}, "model",
         )  # fmt: skip
         yield _gauge(
             "edgeroute_engine_silent_seconds", "Since an engine that is waited for made progress.",

@@ -36,7 +36,8 @@ class ServerParams:
         max_waiting: requests under way or waiting at once; one more gets 429.
         timeout_s: longest time from a request to the end of its answer.
         stall_s: longest time that a reader of a stream may take nothing of it.
-        watchdog_s: longest time that an engine may compute without a sign of life.
+        watchdog_s: longest time that an engine may compute without a sign of life, and that
+            opening a model may neither read nor compute.
         idle_s: a model unused for so long is closed; None: only when others need its room.
         max_body_bytes: of a request.
         max_json_depth: nesting of a request's JSON.
@@ -133,6 +134,8 @@ class ModelFacts:
         n_bytes: what it takes of the budget while it is not closed.
         adapters: names of its adapters, as far as known.
         adapter_folders: where more of them may lie; empty where it can have none.
+        n_busy: requests that keep it open.
+        failed: why it could not be opened the last time; None where it could.
     """
 
     name: str
@@ -143,6 +146,7 @@ class ModelFacts:
     adapters: tuple[str, ...] = ()
     adapter_folders: tuple[Path, ...] = ()
     n_busy: int = 0
+    failed: str | None = None
 
 
 class Models(Protocol):

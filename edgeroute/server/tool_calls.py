@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from edgeroute.options import MAX_TOOLS
 from edgeroute.runtime.errors import GrammarError
 from edgeroute.server.errors import ApiError
-from edgeroute.server.tool_grammar import Calls, Function, call_grammar, function_rules
+from edgeroute.server.tool_grammar import Calls, Function, call_grammar, function_rules, tag_forms
 from edgeroute.server.tool_messages import convert
 from edgeroute.server.tool_reader import CallArguments, CallBegin, Part, TextPart, ToolReader
 from edgeroute.server.tool_styles import HERMES, Message, Style, Traits, traits_of
+from edgeroute.server.tool_tags import Forms
 
 __all__ = [
     "CallArguments", "CallBegin", "Part", "TextPart", "ToolPlan", "ToolReader", "messages_for",
@@ -43,6 +44,7 @@ class ToolPlan:
         traits: what the chat template makes of tools.
         options: what goes into `generate`: `grammar` and `shown_tokens`, and `tools` where the
             template knows them. None of them may be overwritten.
+        forms: how arguments are written, by function, where each has a tag of its own.
     """
 
     functions: tuple[Function, ...]
@@ -51,6 +53,7 @@ class ToolPlan:
     parallel: bool
     traits: Traits
     options: dict[str, Any]
+    forms: Mapping[str, Forms] = field(default_factory=dict)
 
     @property
     def style(self) -> Style:
@@ -59,7 +62,7 @@ class ToolPlan:
 
     def reader(self) -> ToolReader:
         """Return what takes one answer apart."""
-        return ToolReader(self.style, self.callable, parallel=self.parallel)
+        return ToolReader(self.style, self.callable, parallel=self.parallel, forms=self.forms)
 
 
 def plan_tools(
@@ -103,6 +106,7 @@ def plan_tools(
     )  # fmt: skip
     try:
         grammar = call_grammar(calls)
+        forms = {f.name: tag_forms(f) for f in callable_ if calls.style.tagged}
     except GrammarError as error:
         raise ApiError(400, str(error), param="tools") from None
     options: dict[str, Any] = {"grammar": grammar, "shown_tokens": calls.style.shown}
@@ -110,7 +114,7 @@ def plan_tools(
         options["tools"] = [f.told() for f in functions]
     return ToolPlan(
         functions=functions, callable=tuple(f.name for f in callable_), required=calls.required,
-        parallel=calls.many, traits=traits, options=options,
+        parallel=calls.many, traits=traits, options=options, forms=forms,
     )  # fmt: skip
 
 

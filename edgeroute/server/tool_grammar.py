@@ -13,7 +13,9 @@ from typing import Any, Final
 from edgeroute.runtime.errors import GrammarError
 from edgeroute.runtime.json_loose import loosen
 from edgeroute.runtime.json_schema import PRIMITIVES, schema_rules
+from edgeroute.server.gbnf_text import class_char, literal, text_rules
 from edgeroute.server.tool_styles import Style, parts_of
+from edgeroute.server.tool_tags import Forms, forms_of, tag_rules
 
 MAX_CALLS: Final = 32
 """Calls of one answer: a weak model would go on as long as it may."""
@@ -66,21 +68,39 @@ class Calls:
     answer_schema: Mapping[str, Any] | str | None = None
 
 
-def function_rules(function: Function, index: int) -> tuple[str, dict[str, str]]:
+def function_rules(
+    function: Function, index: int, *, tagged: bool = False
+) -> tuple[str, dict[str, str]]:
     """Return the rule of a function's arguments, and the rules it needs.
 
     What no grammar can express is left out where the function is not strict.
 
+    Args:
+        function: what may be called.
+        index: its number, for the rules' names.
+        tagged: whether each argument has a tag of its own.
+
     Raises:
         GrammarError: the schema is malformed, or strict and cannot be expressed.
     """
-    prefix = f"f{index}-"
+    rules_of, prefix = tag_rules if tagged else schema_rules, f"f{index}-"
     try:
-        return schema_rules(function.parameters, prefix)
+        return rules_of(function.parameters, prefix)
     except GrammarError:
         if function.strict:
             raise
-    return schema_rules(loosen(function.parameters), prefix)
+    return rules_of(loosen(function.parameters), prefix)
+
+
+def tag_forms(function: Function) -> Forms:
+    """Tell how the arguments are written in which `function_rules` has tags; errors as there."""
+    try:
+        tag_rules(function.parameters, "")
+    except GrammarError:
+        if function.strict:
+            raise
+        return forms_of(loosen(function.parameters))
+    return forms_of(function.parameters)
 
 
 def call_grammar(calls: Calls) -> str:
@@ -123,7 +143,7 @@ class _Writer:
         """Return the grammar's text."""
         calls = self._calls
         for i, function in enumerate(calls.functions):
-            top, rules = function_rules(function, i)
+            top, rules = function_rules(function, i, tagged=calls.style.tagged)
             self._rules |= {**rules, f"args-{i}": top}
         whole = f"{literal(calls.style.marker)} {self._all_calls(calls.style)}"
         if calls.required:
@@ -155,7 +175,8 @@ class _Writer:
     def _free_text(self, style: Style) -> str:
         """The rule of text, of calls, or of text and then calls."""
         if style.marker:
-            self._text_until(style.marker, self._all_calls(style))
+            calls = self._all_calls(style)
+            self._rules |= text_rules("text", style.marker, calls, may_end=True)
         else:
             self._rules["text-0"] = ".*"
         n_chars = sum(len(f.name) for f in self._calls.functions)
@@ -185,19 +206,6 @@ class _Writer:
             ways.append(f"{literal(style.between + style.before)} again")
         self._rules["tail"] = " | ".join(ways)
 
-    def _text_until(self, marker: str, after: str) -> None:
-        """Add the rules of text without a marker, then perhaps the marker and what follows."""
-        letters = sorted(set(marker))
-        for k in range(len(marker)):
-            ahead = {c: _longest_begin(marker, marker[:k] + c) for c in letters}
-            ways = [
-                f"{literal(c)} {after if n == len(marker) else f'text-{n}'}"
-                for c, n in ahead.items()
-                if n
-            ]
-            others = "".join(_class_char(c) for c, n in ahead.items() if n)
-            self._rules[f"text-{k}"] = " | ".join(['""', f"[^{others}] text-0", *ways])
-
     def _node(self, node: _Node, marker: str) -> str:
         """The rule of a text that begins as a call may begin; it may turn out to be none."""
         if node.rule is not None:
@@ -207,12 +215,12 @@ class _Writer:
         spaces = _SPACE if node.spaced else ""
         ways = ['""', *(f"{literal(c)} {self._node(n, marker)}" for c, n in node.next.items())]
         if spaces:
-            ways.append(f"[{''.join(map(_class_char, spaces))}] {name}")
+            ways.append(f"[{''.join(map(class_char, spaces))}] {name}")
         others = [*node.next, *spaces]
         if marker and marker[0] not in others:
             others.append(marker[0])
             ways.append(f"{literal(marker[0])} text-1")
-        ways.append(f"[^{''.join(map(_class_char, others))}] text-0")
+        ways.append(f"[^{''.join(map(class_char, others))}] text-0")
         self._rules[name] = " | ".join(ways)
         return name
 
@@ -229,21 +237,3 @@ def _way(node: _Node, parts: Sequence[str], *, spaced: bool = False) -> _Node:
 def _spaced(syntax: str) -> str:
     """Syntax with white space at will before each of its parts."""
     return " ".join(f"ws {literal(part)}" for part in parts_of(syntax))
-
-
-def _longest_begin(marker: str, seen: str) -> int:
-    """How many of the last characters seen are a marker's first ones."""
-    return next(n for n in range(len(seen), -1, -1) if marker.startswith(seen[len(seen) - n :]))
-
-
-def literal(text: str) -> str:
-    """A GBNF literal."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + escaped.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") + '"'
-
-
-def _class_char(c: str) -> str:
-    """A character inside a GBNF character class."""
-    if c in '"\n\t\r':
-        return literal(c)[1:-1]
-    return c if c.isalnum() else f"\\x{ord(c):02X}"

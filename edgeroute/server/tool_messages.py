@@ -120,11 +120,24 @@ def _native(message: dict[str, Any], traits: Traits) -> Message:
     calls = []
     for call in message["tool_calls"]:
         name, text = call["function"]["name"], call["function"]["arguments"]
-        arguments = json.loads(text) if traits.wants_objects else text
+        arguments = _told_arguments(text, traits)
         call_id = _short(call["id"]) if traits.short_ids else call["id"]
         function = {"name": name, "arguments": arguments}
         calls.append({"id": call_id, "type": "function", "function": function})
     return {**message, "tool_calls": calls}
+
+
+def _told_arguments(text: str, traits: Traits) -> object:
+    """Arguments of a call as a template wants them; with tags, what is no text as its JSON."""
+    if not traits.wants_objects:
+        return text
+    found = json.loads(text)
+    if traits.style is None or not traits.style.tagged:
+        return found
+    return {
+        name: each if isinstance(each, str) else json.dumps(each, ensure_ascii=False)
+        for name, each in found.items()
+    }
 
 
 def _short(call_id: str) -> str:

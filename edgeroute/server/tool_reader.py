@@ -6,11 +6,12 @@ back until it is one, or is text.
 
 import secrets
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from edgeroute.server.tool_styles import Style, parts_of
+from edgeroute.server.tool_tags import Forms, TagArguments
 
 MAX_SPACE: Final = 64
 """White space in a row that may stand inside a call's syntax."""
@@ -57,9 +58,13 @@ class ToolReader:
         style: syntax of calls.
         names: functions that may be called.
         parallel: read several calls; otherwise all behind the first is dropped.
+        forms: of the functions' arguments, by name; needed where these have tags.
     """
 
-    def __init__(self, style: Style, names: Sequence[str], *, parallel: bool) -> None:
+    def __init__(
+        self, style: Style, names: Sequence[str], *, parallel: bool,
+        forms: Mapping[str, Forms] | None = None,
+    ) -> None:  # fmt: skip
         self.n_calls = 0
         self._style = self._current = style
         self._heads = [(_head(each, each.begin), each) for each in style.free]
@@ -67,13 +72,14 @@ class ToolReader:
             self._heads.append(([style.marker, *_head(style, style.begin)], style))
         self._names = tuple(names)
         self._parallel = parallel
+        self._forms = forms or {}
         self._parts: list[Part] = []
         self._run: list[str] = []
         self._space: list[str] = []
         self._is_text = self._behind_call = False
         self._held = ""
         self._alternatives: list[_Match] = []
-        self._json: _JsonEnd | None = None
+        self._reading: _Arguments | None = None
         self._done = False
 
     @property
@@ -86,8 +92,8 @@ class ToolReader:
         todo = deque(text)
         while todo and not self._done:
             c = todo.popleft()
-            if self._json is not None:
-                self._argument(c, self._json)
+            if self._reading is not None:
+                self._argument(c, self._reading)
             elif self._alternatives or self._may_begin(c):
                 back = self._try(c)
                 todo.extendleft(reversed(back))
@@ -98,7 +104,7 @@ class ToolReader:
 
     def finish(self) -> list[Part]:
         """End the answer: return what was held back."""
-        if not self._done and self._json is None:
+        if not self._done and self._reading is None:
             inside = self.n_calls and self._alternatives and not self._alternatives[0].is_first
             if not inside:
                 for c in self._held:
@@ -146,15 +152,16 @@ class ToolReader:
         call_id = f"call_{secrets.token_hex(12)}"
         self._parts.append(CallBegin(self.n_calls, call_id, name))
         self.n_calls += 1
-        self._json = _JsonEnd()
-        self._argument("{", self._json)
+        tagged = self._current.tagged
+        self._reading = TagArguments(self._forms[name]) if tagged else _JsonEnd()
+        self._run.append(self._reading.begin())
 
-    def _argument(self, c: str, scan: "_JsonEnd") -> None:
-        self._run.append(c)
-        if not scan.feed(c):
+    def _argument(self, c: str, reading: "_Arguments") -> None:
+        self._run.append(reading.feed(c))
+        if not reading.done:
             return
         self._end_run()
-        self._json = None
+        self._reading = None
         after = parts_of(self._current.after)
         if after:
             self._alternatives = [_Match(after, self._names, self._current)]
@@ -189,12 +196,24 @@ class ToolReader:
         self._run.clear()
         if not text:
             return
-        inside = self._json is not None
+        inside = self._reading is not None
         self._parts.append(CallArguments(self.n_calls - 1, text) if inside else TextPart(text))
 
     def _take(self) -> list[Part]:
         parts, self._parts = self._parts, []
         return parts
+
+
+class _Arguments(Protocol):
+    """Reads a call's arguments, and writes them as JSON."""
+
+    done: bool
+
+    def begin(self) -> str:
+        """Return how the JSON text begins."""
+
+    def feed(self, c: str) -> str:
+        """Take a character; return what there is more of the JSON text."""
 
 
 class _Match:
@@ -243,14 +262,19 @@ class _Match:
 
 
 class _JsonEnd:
-    """Finds where an object ends that begins with the first character."""
+    """Passes a JSON object on, up to its end."""
 
     def __init__(self) -> None:
+        self.done = False
         self._depth = 0
         self._in_text = self._escaped = False
 
-    def feed(self, c: str) -> bool:
-        """Whether the object ends with this character."""
+    def begin(self) -> str:
+        """Return its first character, which was read with the call's name."""
+        return self.feed("{")
+
+    def feed(self, c: str) -> str:
+        """Take a character of it, and return that."""
         if self._escaped:
             self._escaped = False
         elif self._in_text:
@@ -262,10 +286,11 @@ class _JsonEnd:
             self._depth += 1
         elif c in "}]":
             self._depth -= 1
-            return self._depth == 0
-        return False
+            self.done = self._depth == 0
+        return c
 
 
 def _head(style: Style, begin: str) -> list[str]:
-    """The parts of a call's syntax up to its arguments' first character."""
-    return [*parts_of(begin + style.before), _NAME_HERE, *parts_of(style.middle), "{"]
+    """The parts of a call's syntax up to its arguments, with the first character of JSON."""
+    first = [] if style.tagged else ["{"]
+    return [*parts_of(begin + style.before), _NAME_HERE, *parts_of(style.middle), *first]

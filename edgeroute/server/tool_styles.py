@@ -26,6 +26,7 @@ class Style:
         begin, end: around all calls; without a marker the end may be missing.
         before, middle, after: around each call's name and arguments.
         between: between two calls; None where an answer has one call at most.
+        tagged: whether each argument has a tag of its own, see `tool_tags`; else they are JSON.
         shown: control tokens that vocabularies may have for parts of it.
         also: others, without a marker, that models of the family slip into when they are free;
             they differ in how they begin only.
@@ -38,6 +39,7 @@ class Style:
     between: str | None
     begin: str = ""
     end: str = ""
+    tagged: bool = False
     shown: tuple[str, ...] = ()
     also: tuple["Style", ...] = ()
 
@@ -59,6 +61,10 @@ HERMES: Final = Style(
     marker="<tool_call>", before=f"\n{_NAME}", middle=_ARGUMENTS, after="}\n</tool_call>",
     between="\n<tool_call>", shown=("<tool_call>", "</tool_call>"), also=_BARE,
 )  # fmt: skip
+TAGGED: Final = Style(
+    marker="<tool_call>", before="\n<function=", middle=">\n", after="\n</tool_call>",
+    between="\n<tool_call>", tagged=True, shown=("<tool_call>", "</tool_call>"),
+)  # fmt: skip
 MISTRAL: Final = Style(
     marker="[TOOL_CALLS]", begin="[", before=_NAME, middle=_ARGUMENTS, after="}",
     between=", ", end="]", shown=("[TOOL_CALLS]",),
@@ -79,7 +85,9 @@ def style_of(template: str) -> Style | None:
     """Return the syntax that a template's text tells the model to use, if it is one of these."""
     if "[TOOL_CALLS]" in template:
         return MISTRAL_ARGS if "[ARGS]" in template else MISTRAL
-    if "<tool_call>" in template:  # others put XML inside, or names of keys
+    if "<tool_call>" in template:  # others put names of keys inside
+        if "<function=" in template and "<parameter=" in template:
+            return TAGGED
         other = ("<function=", "<arg_key>", "<parameter")
         is_hermes = "arguments" in template and not any(word in template for word in other)
         return HERMES if is_hermes else None
@@ -136,7 +144,7 @@ def traits_of(template: str | None) -> Traits:
     for call_id, wants_objects in (
         (PROBE_ID, False), (PROBE_ID, True), (SHORT_ID, False), (SHORT_ID, True),
     ):  # fmt: skip
-        if _tells_calls(template, call_id, wants_objects):
+        if _tells_calls(template, style, call_id, wants_objects):
             short = call_id == SHORT_ID
             return Traits(
                 style=style, wants_objects=wants_objects, short_ids=short, has_system=has_system
@@ -144,8 +152,8 @@ def traits_of(template: str | None) -> Traits:
     return Traits(style=None, has_system=has_system)
 
 
-def _tells_calls(template: str, call_id: str, wants_objects: bool) -> bool:
-    """Whether a call's arguments come out as JSON, and its result at all."""
+def _tells_calls(template: str, style: Style, call_id: str, wants_objects: bool) -> bool:
+    """Whether a call's arguments come out in its syntax, and its result at all."""
     arguments = {_NEEDLE: 1} if wants_objects else f'{{"{_NEEDLE}": 1}}'
     call = {
         "id": call_id,
@@ -157,7 +165,8 @@ def _tells_calls(template: str, call_id: str, wants_objects: bool) -> bool:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "probe", "tool_call_id": call_id, "content": "result_5f0c"},
     ], [_TOOL])  # fmt: skip
-    return f'{{"{_NEEDLE}":' in found and "result_5f0c" in found
+    told = f"<parameter={_NEEDLE}>\n1\n</parameter>" if style.tagged else f'{{"{_NEEDLE}":'
+    return told in found and "result_5f0c" in found
 
 
 def _try(

@@ -1,20 +1,24 @@
-"""The watchdog: finds engines that compute without a sign of life, and gives them up.
+"""The watchdog: finds engines and openings without a sign of life, and gives them up.
 
 An engine that is stuck is first asked to stop what it computes: a batch of a prompt is then
 computed again. If that does not help, or not for long, its requests fail with 503 and the model is
 opened anew at the next use. What the thread holds is counted as lost until it returns.
+
+A model's opening that reads nothing and computes nothing for that time is given up as well, when
+the next look finds the same: nothing can be asked of a thread that waits for a disk.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from edgeroute.pulse import Pulse
 from edgeroute.runtime.errors import ClosedError
 from edgeroute.runtime.units import format_bytes
+from edgeroute.server.openings import HungOpening
 
 LOOKS: Final = 6
 """How often one looks in the time that an engine may be silent."""
@@ -43,6 +47,21 @@ class Engine(Protocol):
         """Bytes that it holds after that, until it returns."""
 
 
+class Opening(Protocol):
+    """A model's opening that is watched."""
+
+    @property
+    def pulse(self) -> "Pulsing":
+        """Its signs of life."""
+
+
+class Pulsing(Protocol):
+    """Signs of life that are read."""
+
+    def read(self) -> Pulse:
+        """Look; tell since when nothing has come of it."""
+
+
 class Watched(Protocol):
     """Whose engines are watched: a Fleet."""
 
@@ -59,6 +78,13 @@ class Watched(Protocol):
 
     def abandon(self, name: str, engine: Engine) -> None:
         """Wait no more for an engine."""
+
+    @property
+    def openings(self) -> Mapping[str, Opening]:
+        """Openings under way, by their models' names."""
+
+    def forsake(self, name: str, error: HungOpening) -> None:
+        """Wait no more for an opening."""
 
 
 @dataclass(slots=True)
@@ -81,10 +107,13 @@ class Watchdog:
     def __init__(self, fleet: Watched, limit_s: float) -> None:
         self._fleet, self._limit_s = fleet, limit_s
         self._suspects: dict[str, _Suspect] = {}
+        self._silent: dict[str, Opening] = {}
         self.n_stopped = 0
         """Computations that were asked to stop."""
         self.n_abandoned = 0
         """Engines that were given up."""
+        self.n_forsaken = 0
+        """Openings that were given up."""
 
     @property
     def healthy(self) -> bool:
@@ -99,7 +128,7 @@ class Watchdog:
             self.look()
 
     def look(self) -> None:
-        """Look once at every open engine."""
+        """Look once at every open engine, and at every opening."""
         now = time.monotonic()
         for name in self._fleet.names:
             engine = self._fleet.peek(name)
@@ -109,6 +138,25 @@ class Watchdog:
                 suspect = None
             if engine is not None:
                 self._judge(name, engine, suspect, now)
+        before, self._silent = self._silent, {}
+        for name, opening in list(self._fleet.openings.items()):
+            idle_s = opening.pulse.read().idle_s
+            if idle_s <= self._limit_s:
+                continue
+            # After a pause of the whole process the first look knows nothing of what follows.
+            if before.get(name) is opening:
+                self._forsake(name, idle_s)
+            else:
+                self._silent[name] = opening
+
+    def _forsake(self, name: str, idle_s: float) -> None:
+        self.n_forsaken += 1
+        _log.error("opening the model %s has read and computed nothing for %.1f s; it is given up",
+                   name, idle_s)  # fmt: skip
+        self._fleet.forsake(name, HungOpening(
+            f"opening the model {name!r} has read and computed nothing for {idle_s:.1f} s and was "
+            "given up"
+        ))  # fmt: skip
 
     def _judge(self, name: str, engine: Engine, suspect: _Suspect | None, now: float) -> None:
         pulse = engine.pulse()

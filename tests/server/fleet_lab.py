@@ -122,3 +122,21 @@ class HungDevice:
             return real(device, graph)
 
         monkeypatch.setattr(Device, "compute", compute)
+
+
+class HungDisk:
+    """Makes the opening of one model wait for `go`, as if its disk were stuck, while `hangs`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.hangs, self.go = threading.Event(), threading.Event()
+        self.hangs.set()
+        self.n_begun = 0
+        real = Runtime
+
+        def opened(path: Path, **settings: Any) -> Runtime:
+            if path.stem == name and self.hangs.is_set():
+                self.n_begun += 1
+                assert self.go.wait(60)
+            return real(path, **settings)
+
+        monkeypatch.setattr(pool_shelf, "Runtime", opened)

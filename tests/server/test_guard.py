@@ -246,6 +246,31 @@ def test_a_refused_key_can_be_read_by_a_configured_origin() -> None:
     assert reply["access-control-allow-origin"] == "https://app.example"
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/v1/models", 200), ("/breaks", 500), ("/wrong", 400), ("/refuses", 429), ("/none", 404),
+     ("/v1/models/" + 5000 * "x", 414), ("/text/event-stream", 200), ("/text/plain", 200)],
+)  # fmt: skip
+def test_a_configured_origin_reads_every_answer_failures_too(path: str, status: int) -> None:
+    """A page hears of an error without these headers as of a network that is down."""
+    origin = ("origin", "https://app.example")
+    reply = ask(HOST, origin, params=SHARED, path=path)
+    assert reply.status == status
+    assert reply["access-control-allow-origin"] == "https://app.example"
+    assert reply["access-control-expose-headers"] == "x-request-id, retry-after"
+    assert reply["vary"] == "origin"
+    for params, asked in ((SHARED, (HOST,)), (PLAIN, (HOST, ("origin", "http://localhost:8080")))):
+        assert not ask(*asked, params=params, path=path).has("access-control-allow-origin")
+
+
+def test_a_head_that_is_too_large_is_refused_in_words_that_the_page_can_read() -> None:
+    params = replace(SHARED, max_header_bytes=200)
+    reply = ask(HOST, ("origin", "https://app.example"), ("x-long", 300 * "x"), params=params)
+    assert reply.status == 431 and reply["access-control-allow-origin"] == "https://app.example"
+    reply = ask(HOST, ("origin", "https://evil.example"), ("x-long", 300 * "x"), params=params)
+    assert reply.status == 403 and not reply.has("access-control-allow-origin")
+
+
 def test_every_origin_with_keys_is_a_mistake() -> None:
     with pytest.raises(UsageError, match="cors_origins has"):
         guards(ServerParams(cors_origins=("*",), api_keys=("k",)))

@@ -13,7 +13,15 @@ from edgeroute.runtime import gbnf, gbnf_check
 from edgeroute.runtime.template import render
 from edgeroute.server.errors import ApiError
 from edgeroute.server.tool_calls import ToolPlan, messages_for, plan_tools
-from edgeroute.server.tool_styles import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, Style, traits_of
+from edgeroute.server.tool_styles import (
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_ARGS,
+    TAGGED,
+    Style,
+    traits_of,
+)
 from tests.server import tools_lab as lab
 
 USER = {"role": "user", "content": "Hi"}
@@ -186,6 +194,8 @@ def test_any_data_is_messages_or_an_error_400(first: Any, second: Any) -> None:
     (lab.QWEN, HERMES, True, False, True),
     (lab.QWEN_TEXT, HERMES, False, False, True),
     (lab.QWEN_XML, None, False, False, True),
+    (lab.TAGS, TAGGED, True, False, True),
+    (lab.TAGS.replace("</parameter>", ""), None, False, False, True),
     (lab.QWEN.replace("{% if tools %}", "{% if 0 %}"), None, False, False, True),
     (lab.MISTRAL_V3, MISTRAL, True, True, False),
     (lab.MISTRAL_V11, MISTRAL_ARGS, False, False, True),

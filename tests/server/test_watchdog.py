@@ -11,7 +11,8 @@ from edgeroute.pulse import Pulse
 from edgeroute.runtime.errors import ClosedError
 from edgeroute.server import watchdog
 from edgeroute.server.errors import as_api_error
-from edgeroute.server.watchdog import Engine, Watchdog
+from edgeroute.server.openings import HungOpening
+from edgeroute.server.watchdog import Engine, Opening, Watchdog
 from tests.server.fleet_lab import (
     HungDevice,
     ask,
@@ -53,6 +54,8 @@ class FakeFleet:
     engines: dict[str, Engine]
     abandoned: list[str] = field(default_factory=list)
     cannot_open: Sequence[str] = ()
+    openings: dict[str, Opening] = field(default_factory=dict)
+    forsaken: list[str] = field(default_factory=list)
 
     @property
     def names(self) -> Sequence[str]:
@@ -64,6 +67,22 @@ class FakeFleet:
     def abandon(self, name: str, engine: Engine) -> None:
         assert self.engines[name] is engine
         self.abandoned.append(name)
+
+    def forsake(self, name: str, error: HungOpening) -> None:
+        del self.openings[name]
+        self.forsaken.append(str(error))
+
+
+@dataclass
+class FakeOpening:
+    idle_s: float
+
+    @property
+    def pulse(self) -> "FakeOpening":
+        return self
+
+    def read(self) -> Pulse:
+        return Pulse(busy=True, idle_s=self.idle_s, doing="opening")
 
 
 @pytest.fixture
@@ -149,6 +168,25 @@ def test_an_engine_that_replaced_a_suspect_is_none(clock: Callable[[float], None
     clock(LIMIT_S)
     dog.look()
     assert dog.healthy and not fleet.abandoned and not fresh.n_interrupted
+
+
+def test_an_opening_is_given_up_that_two_looks_find_silent() -> None:
+    red, blue = FakeOpening(LIMIT_S + 1), FakeOpening(LIMIT_S - 1)
+    fleet = FakeFleet({}, openings={"red": red, "blue": blue})
+    dog = Watchdog(fleet, LIMIT_S)
+    dog.look()
+    assert fleet.forsaken == []  # the whole process may have been stopped until now
+    red.idle_s = 0.0
+    dog.look()
+    red.idle_s = LIMIT_S + 1
+    dog.look()
+    assert fleet.forsaken == []
+    dog.look()
+    (why,) = fleet.forsaken
+    assert "'red'" in why and "61.0 s" in why and dog.n_forsaken == 1
+    fleet.openings["red"] = FakeOpening(LIMIT_S + 1)  # another one
+    dog.look()
+    assert len(fleet.forsaken) == 1
 
 
 def test_memory_that_keeps_a_model_away_is_unhealthy() -> None:

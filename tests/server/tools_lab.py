@@ -97,6 +97,19 @@ QWEN = "{% if tools %}{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif
 )
 QWEN_TEXT = QWEN.replace("c.arguments | tojson", "c.arguments")
 QWEN_XML = QWEN.replace("</tool_call>", "<function=f></tool_call>")
+TAGS = (
+    "{% if tools %}{% for t in tools %}<function>{{ t.function.name }}\n{% endfor %}{% endif %}"
+    + (
+        _CHATML.replace(
+            "CALLS",
+            "{% for c in m.tool_calls or [] %}{% set c = c.function %}"
+            "\n<tool_call>\n<function={{ c.name }}>\n"
+            "{% for name, value in c.arguments | items %}<parameter={{ name }}>\n"
+            "{{ value | tojson if value is mapping else value | string }}\n</parameter>\n"
+            "{% endfor %}</function>\n</tool_call>{% endfor %}",
+        )
+    )
+)
 MISTRAL_V3 = (
     "{{ bos_token }}{% if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]"
     "{% endif %}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
