@@ -127,12 +127,19 @@ def _nvpmodel_modes(tree: Tree) -> dict[int, str]:
 
 
 def _nvpmodel(tree: Tree, run: Run, modes: Mapping[int, str]) -> str | None:
-    """Read the mode that is set: from nvpmodel's status file, else by asking it."""
+    """Read the mode that is set: from nvpmodel's status file, else by asking it, or its service.
+
+    The last reaches into containers, see `jetson_stats`.
+    """
     status = re.search(r"pmode:\s*([0-9]{1,4})", tree.text(_NVP_STATUS))
     if status:
         return modes.get(int(status[1]), status[1])
     answer = re.search(r"NV Power Mode:\s*([\w.-]{1,60})", run(["nvpmodel", "-q"]))
-    return answer[1] if answer else None
+    if answer or run is not run_command:
+        return answer[1] if answer else None
+    from edgeroute.runtime.jetson_stats import power_mode  # others need not wait for its import
+
+    return power_mode()
 
 
 def _profile(tree: Tree, battery: bool | None) -> str | None:

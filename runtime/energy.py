@@ -147,8 +147,11 @@ def _machine(mode: str, root: Path, notes: list[str]) -> Iterator[Counter]:
     # Most machines have neither: their import would be paid for nothing.
     if mode == "all":
         from edgeroute.runtime.energy_power import Tegrastats, open_battery, open_jetson
+        from edgeroute.runtime.jetson_stats import open_jetson_stats
 
-        jetson = open_jetson(root) or (Tegrastats.open() if root == Path("/") else None)
+        jetson: Counter | None = open_jetson(root)
+        if jetson is None and root == Path("/"):
+            jetson = Tegrastats.open() or open_jetson_stats()
         if jetson is not None:
             yield jetson
         battery = open_battery(root)

@@ -82,6 +82,10 @@ class ThreadPolicy:
         elif self._trial_from is None:
             self._set(max(self.n_threads, self._free_cores(FREE_CORES)))
 
+    def resume(self) -> None:
+        """Forget what others did since the last reading: nothing was to be computed here."""
+        self._meter.read()
+
     def usual_s(self, n_tokens: int) -> float | None:
         """Median seconds of recent steps at the current number of threads, if there are enough."""
         times = self._usual.get((self.n_threads, n_tokens))

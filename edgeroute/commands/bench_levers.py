@@ -12,6 +12,7 @@ from edgeroute.models.catalogue import DEFAULT_MODEL
 @click.command(epilog=examples(
     "levers", "", "moe.gguf --memory 2GiB --only prefetch --only policy",
     "moe.gguf --memory 2GiB --limit 2.5GiB --exhaustive --json",
+    "moe.gguf --memory 2GiB --missing --exhaustive --minutes 20",
 ))  # fmt: skip
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--memory", metavar="BYTES", help="Budget that the levers are measured at; what "
@@ -31,6 +32,10 @@ from edgeroute.models.catalogue import DEFAULT_MODEL
               "chance.")  # fmt: skip
 @click.option("--exhaustive", is_flag=True, help="Then measure the default against every single "
               "configuration: it should be within 3 % of the best.")  # fmt: skip
+@click.option("--minutes", default=20.0, show_default=True, type=click.FloatRange(0.1, 1440),
+              help="About how long that may take.")  # fmt: skip
+@click.option("--missing", is_flag=True, help="Measure only what has no verdict from before, on "
+              "this machine at this budget.")  # fmt: skip
 @click.option("--store/--no-store", default=True, show_default=True,
               help="Keep the verdicts, for Runtimes with levers=\"proven\".")  # fmt: skip
 @click.option("--check", is_flag=True, help="Exit with status 1 if a target is missed.")
@@ -52,12 +57,15 @@ def levers(ctx: click.Context, /, **options: Any) -> None:
     settings: dict[str, Any] = {
         name: options[name] for name in ("memory", "threads", "adapters") if options[name]
     }
-    if options["small"]:
-        settings["small"] = str(resolve(options["small"]))
+    small = None if options["small"] is None else str(resolve(options["small"]))
     limit = options["limit"]
-    how = LeverParams(settings=settings, pairs=options["pairs"], seconds=options["seconds"],
-                      limit_bytes=None if limit is None else parse_bytes(limit))  # fmt: skip
-    given = {name: options[name] for name in ("controls", "exhaustive", "store")}
+    how = LeverParams(
+        settings=settings, small=small, pairs=options["pairs"], seconds=options["seconds"],
+        limit_bytes=None if limit is None else parse_bytes(limit),
+    )  # fmt: skip
+    given = {
+        name: options[name] for name in ("controls", "missing", "exhaustive", "minutes", "store")
+    }
     wanted = bench.WantedLevers(measure=how, only=options["only"], **given)
     params = bench_params(options)
     report, interrupted = bench.run(params, progress, wanted)

@@ -142,3 +142,19 @@ def test_passes_of_many_sizes_are_compared_with_their_own() -> None:
     assert policy.n_threads == 2
     run(5)
     assert policy.n_threads == 2 and policy.n_changes <= 4
+
+
+def test_what_others_did_in_a_pause_is_not_load_after_it() -> None:
+    changes = {}
+    for resumed in (True, False):
+        machine = Machine()
+        policy = make(machine)
+        machine.run(policy, 1)
+        machine.n_busy = 2
+        machine.now += 5  # nothing to compute here
+        if resumed:
+            policy.resume()
+        machine.n_busy = 0 if resumed else 2
+        machine.run(policy, 1)
+        changes[resumed] = policy.n_changes
+    assert changes[True] == 0 and changes[False] > 0

@@ -1,23 +1,30 @@
 """The bench of levers: gains and verdicts on made-up runs, what is kept, one real small run."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from edgeroute import lever_proofs
+from edgeroute import Runtime, lever_proofs, paging
 from edgeroute.commands import bench as command
+from edgeroute.config import RunParams
 from edgeroute.lever_proofs import load_proofs
+from edgeroute.loaded import budget_bytes
 from edgeroute.models.depth_file import fingerprint as model_of
+from edgeroute.runtime import machine
 from edgeroute.runtime.errors import EdgerouteError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.skippers.plan import DepthPlan, LayerDepth
 from edgeroute.tools import synth
+from edgeroute.tools.bench.limit import MemoryLimit
 from edgeroute.tools.bench.report import BenchParams
+from edgeroute.tools.convert.pack import pack
 from edgeroute.tools.depth_file import DepthContent, write_depth_file
 from edgeroute.tools.levers import bench
 from edgeroute.tools.levers import measure as levers_measure
@@ -25,8 +32,14 @@ from edgeroute.tools.levers.bench import WantedLevers
 from edgeroute.tools.levers.candidates import LEVERS, Facts, candidates
 from edgeroute.tools.levers.gain import gain_of, verdict_of
 from edgeroute.tools.levers.measure import Bench, LeverParams
-from edgeroute.tools.levers.runner import Sample, Work
+from edgeroute.tools.levers.race import LIFE
+from edgeroute.tools.levers.runner import Judge, Sample, Turn, TurnRunner, Work
 
+MOE = replace(
+    synth.ARCHITECTURES["qwen3moe"], n_layer=4, n_embd=128, n_ff=128, n_ff_exp=128, n_head=2,
+    n_head_kv=1, n_embd_head=64, n_expert=48, n_expert_used=3,
+)  # fmt: skip
+"""36 MiB of experts."""
 FACTS = Facts(pages="experts", drafts=False, repacks=False, cores=2)
 SPEEDS = {"prefetch": {"gate": 0.5, "auto": 0.55, "eam": 1.3}, "policy": {"lfu": 0.9}}
 """Seconds per token with a setting; 1 with others."""
@@ -72,6 +85,23 @@ class Played:
         return Sample(decode_s=10 * token_s, n_decode=10, prefill_s=token_s, n_prefill=5,
                       token_ids=((1, 2 + odd),), switched_off=())  # fmt: skip
 
+    def opened(self, own: object, factory: object, settings: Mapping[str, Any]) -> "PlayedTurns":
+        """What `Bench.opened` would return."""
+        return PlayedTurns(self, settings)
+
+
+class PlayedTurns:
+    """A process that takes turns as `Played` takes runs."""
+
+    def __init__(self, played: Played, settings: Mapping[str, Any]) -> None:
+        self._played, self._settings = played, settings
+
+    def call(self, method: str, *args: Any) -> Any:
+        if method != "turn":
+            return 1
+        sample = self._played._run(self._settings, Work(prompts=("p",), n_tokens=8), {})
+        return Turn(token_s=sample.token_s, token_ids=(1, 2))
+
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Played:
@@ -86,6 +116,12 @@ def measure(params: BenchParams, **how: Any) -> tuple[dict[tuple[str, Any], dict
         if "settings" in each:
             found[each["lever"], each["settings"].get(each["lever"])] = each
     return found, (report, interrupted)
+
+
+def made_for(params: BenchParams, how: LeverParams) -> lever_proofs.Fingerprint:
+    with GGUFFile.open(params.path) as file:
+        memory = how.settings.get("memory")
+        return lever_proofs.fingerprint(file, budget_bytes(RunParams(memory=memory)))
 
 
 def test_gains_are_ratios_with_an_interval_that_holds_them() -> None:
@@ -108,8 +144,8 @@ def test_verdicts() -> None:
 
 
 def test_every_lever_has_candidates_somewhere() -> None:
-    many = Facts(pages="experts", drafts=True, repacks=True, cores=4, plans=("half",),
-                 small="s", steps=True, adapters=("a",))  # fmt: skip
+    many = Facts(pages="experts", drafts=True, repacks=True, sidecar=True, cores=4, plans=("half",),
+                 small="s", shares=True, steps=True, adapters=("a",))  # fmt: skip
     found = candidates(many)
     assert {each.lever for each in found} == set(LEVERS)
     assert not any("random" in each.name for each in found)
@@ -132,8 +168,8 @@ def test_measured_levers_are_judged_and_kept(params: BenchParams, played: Played
     assert found["policy", "mru"]["note"] == "no room"
     assert "differ" in found["policy", "static"]["note"]
     assert all(each["levers"] == "asked" for each in played.asked)
-    made_for = bench._made_for(params, wanted)
-    kept = {(p.lever, p.settings[p.lever]): p.verdict for p in load_proofs(made_for)}
+    proofs = load_proofs(made_for(params, wanted))
+    kept = {(p.lever, p.settings[p.lever]): p.verdict for p in proofs}
     assert kept == {key: each["verdict"] for key, each in found.items()}
 
 
@@ -161,22 +197,66 @@ def test_interrupted_it_keeps_what_was_measured(params: BenchParams, played: Pla
     assert interrupted and {lever for lever, _ in found} == {"prefetch"}
     assert found["prefetch", "gate"]["verdict"] == "wins"
     assert "interrupted" in report.notes[-1]
-    assert len(load_proofs(bench._made_for(params, how))) == len(found)
+    assert len(load_proofs(made_for(params, how))) == len(found)
 
 
 @pytest.mark.parametrize(
     ("proven", "met"), [({"prefetch": "gate", "policy": "lfu"}, True), ({}, False)]
 )
 def test_the_default_must_be_near_the_best_single_one(
-    proven: dict[str, Any], met: bool, params: BenchParams, played: Played
-) -> None:
+    proven: dict[str, Any], met: bool, params: BenchParams, played: Played,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     played.proven = proven
-    how = LeverParams(pairs=3)
+    monkeypatch.setattr(Bench, "opened", played.opened)
+    how = LeverParams(pairs=3, settings={"memory": "1MiB"})
     _, (report, _) = measure(params, only=("prefetch", "policy"), measure=how, exhaustive=True,
                              store=False)  # fmt: skip
     assert report.met == met and "prefetch=gate" in report.criteria[0].what
     expected = 1 / 0.9 if met else 0.5
     assert report.criteria[0].value == pytest.approx(expected, rel=0.05)
+    singles = {each["setting"]: each for each in report.results if each["lever"] == "single"}
+    assert "policy=mru" not in singles  # it could not be run
+    assert singles["prefetch=eam"]["standing"] == "within"
+    assert (singles["prefetch=gate"]["standing"] == "within") == met
+
+
+def test_an_interrupted_race_is_told(
+    params: BenchParams, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bench, "opened", played.opened)
+    how = LeverParams(pairs=3, settings={"memory": "1MiB"})
+    measure(params, only=("overlap",), measure=how)
+    played.stop_after = len(played.asked) + 1 + 4 * LIFE + 2  # in the second heat
+    _, (report, interrupted) = measure(params, only=("overlap",), measure=how, missing=True,
+                                       exhaustive=True)  # fmt: skip
+    assert interrupted and not report.criteria and "interrupted" in report.notes[-1]
+    singles = {each["setting"]: each for each in report.results if each["lever"] == "single"}
+    assert set(singles) == {"overlap=auto", "overlap=on", "overlap=off"}
+    assert {each["n_rounds"] for each in singles.values()} == {LIFE}
+    assert len(report.rows) == len(report.results) == 2 + 3
+
+
+def test_what_is_known_is_not_measured_again(params: BenchParams, played: Played) -> None:
+    how = LeverParams(pairs=3)
+    measure(params, only=("prefetch",), measure=how)
+    played.asked.clear()
+    _, (report, _) = measure(params, only=("prefetch", "overlap"), measure=how, missing=True)
+    assert {each.get("overlap") for each in played.asked} == {"off", "on", "auto"}
+    assert not any("prefetch" in each for each in played.asked)
+    before = [each for each in report.results if each.get("before")]
+    assert {each["lever"] for each in before} == {"prefetch"}
+    assert len(report.rows) == len(report.results) == len(before) + 2
+
+
+def test_a_small_model_of_another_vocabulary_writes_steps_only() -> None:
+    facts = replace(FACTS, drafts=True, small="s", steps=True)
+    for shares in (True, False):
+        found = candidates(replace(facts, shares=shares))
+        (steps,) = (each for each in found if each.lever == "steps")
+        assert steps.settings["small"] == "s" and steps.off["small"] == ("s" if shares else None)
+        drafts = [each for each in found if each.settings.get("speculate") == "small"]
+        assert len(drafts) == shares
 
 
 def test_what_cannot_be_measured_is_refused(params: BenchParams, played: Played) -> None:
@@ -225,3 +305,91 @@ def test_a_real_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert headless["kl_nats"] > short_keys["kl_nats"]
     for found in data["results"]:
         assert found["verdict"] in ("wins", "loses", "level", "lossy")
+
+
+def test_a_real_small_contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paged Runtimes side by side; who wins is nobody's promise, that answers agree is."""
+    monkeypatch.setattr(levers_measure, "Worker", Here)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr(paging, "psutil", SimpleNamespace(Process=lambda: process))
+    path = tmp_path / "moe.gguf"
+    synth.write(MOE, path)
+    result = CliRunner().invoke(command.command, [
+        "levers", str(path), "--memory", "24MiB", "--only", "overlap", "--pairs", "3", "--seconds",
+        "0.1", "--threads", "1", "--exhaustive", "--minutes", "0.1", "--json",
+    ])  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    data = json.loads(result.stdout.splitlines()[-1])
+    singles = {each["setting"]: each for each in data["results"] if each["lever"] == "single"}
+    assert set(singles) == {"overlap=auto", "overlap=on", "overlap=off"}
+    assert not any("error" in each for each in singles.values())
+    assert all(each["n_rounds"] % LIFE == 0 for each in singles.values())
+    (criterion,) = data["criteria"]
+    assert "best single configuration, overlap=" in criterion["what"] and criterion["value"] > 0
+    assert "3 single configurations against the default" in result.stderr
+
+
+def test_turns_are_one_long_answer(tmp_path: Path) -> None:
+    """What is in memory of an answer goes on as if it had never paused, bit for bit."""
+    path = tmp_path / "dense.gguf"
+    synth.make("llama", path, weight_type="Q8_0", n_layer=2)
+    settings: Any = {"n_ctx": 256, "threads": 1}
+    prompts = ("The keeper wrote down the weather.", "def refine(cells):")
+    with Runtime(path, **settings) as runtime:
+        long = [runtime.generate(each, max_tokens=40, prefix="off").token_ids for each in prompts]
+    runner = TurnRunner(path, settings)
+    try:
+        for at in (0, 1, 2):
+            runner.begin(prompts, at, n_warm=8)
+            found = [token for _ in range(3) for token in runner.turn(9).token_ids]
+            assert tuple(found) == long[at % 2][8:38]
+    finally:
+        runner.close()
+
+
+def test_a_packed_model_has_a_lever_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr(paging, "psutil", SimpleNamespace(Process=lambda: process))
+    path = tmp_path / "moe.gguf"
+    synth.write(MOE, path)
+    judge = Judge(path, {"n_ctx": 64, "memory": 20 << 20})
+    found = judge.facts(None)
+    assert found.pages == "experts" and not found.sidecar
+    pack(path)
+    found = judge.facts(None)
+    assert found.sidecar and "sidecar" in {each.lever for each in candidates(found)}
+
+
+def test_runs_are_under_the_limit_that_was_asked_for(params: BenchParams) -> None:
+    """A real process in a real group, and one whose limit is too small for it."""
+    try:
+        MemoryLimit(1 << 30).close()
+    except UsageError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    limit_bytes = 768 << 20
+    enough = Bench(params.path, LeverParams(limit_bytes=limit_bytes), lambda line: None)
+    with contextlib.ExitStack() as own:
+        worker = enough.opened(own, Limited, {})
+        assert worker.call("limit_bytes") == limit_bytes
+    assert "in a control group of 768 MiB, most used" in enough.note
+    small = Bench(params.path, LeverParams(limit_bytes=64 << 20), lambda line: None)
+    with pytest.raises(EdgerouteError, match="raise --limit"), contextlib.ExitStack() as own:
+        small.opened(own, Limited, {}).call("eat", 128 << 20)
+
+
+class Limited:
+    """What a process knows of the group that it is in."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._held = b""
+
+    def limit_bytes(self) -> int:
+        """Return what the group may take."""
+        return machine.memory().total_bytes
+
+    def eat(self, n_bytes: int) -> None:
+        """Take memory."""
+        self._held = b"x" * n_bytes
+
+    def close(self) -> None:
+        """Nothing to free."""

@@ -44,6 +44,7 @@ def series(*values: float) -> Series:
 
 def found(**speeds: float) -> Found:
     return Found(link_bytes_s=100_000_000, same_answers=True,
+                 first_s={mode: 1.5 for mode in speeds},
                  series={mode: series(speed) for mode, speed in speeds.items()},
                  lives={mode: life(layer()) for mode in speeds})  # fmt: skip
 

@@ -1,5 +1,9 @@
 """Emulation: what is imitated, what is computed, and a paged model on a slow drive."""
 
+import contextlib
+import mmap
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from edgeroute import paging
+from edgeroute.offload.disk import DiskFile
 from edgeroute.offload.throttle import Throttle
 from edgeroute.runtime.errors import UsageError
 from edgeroute.tools import synth
+from edgeroute.tools.bench.limit import MemoryLimit
+from edgeroute.tools.bench.workers import Worker
 from edgeroute.tools.forecast import emulate as module
+from edgeroute.tools.forecast import read_limit
 from edgeroute.tools.forecast.devices import load_devices
 from edgeroute.tools.forecast.emulate import (
     EmulatedRuntime,
@@ -18,6 +26,7 @@ from edgeroute.tools.forecast.emulate import (
     emulate,
     plan_emulation,
 )
+from edgeroute.tools.forecast.read_limit import ReadLimit
 from edgeroute.tools.forecast.records import Speeds, StoragePoint
 
 GB = 10**9
@@ -98,6 +107,7 @@ def test_a_model_runs_as_on_the_device(moe_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "Worker", Here)
     # No control group in the tests: the limit becomes the Runtime's budget.
     monkeypatch.setattr(module, "MemoryLimit", _refuse)
+    monkeypatch.setattr(module, "ReadLimit", _refuse)
     # The test runner's own memory, which is larger than the model, counts as nothing.
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     monkeypatch.setattr(paging, "psutil", SimpleNamespace(Process=lambda: process))
@@ -116,6 +126,7 @@ def test_a_model_runs_as_on_the_device(moe_path: Path, monkeypatch: pytest.Monke
     assert found.resources["memory"].how == "not possible"
     assert "no control group" in found.resources["memory"].note
     assert found.resources["storage"].how == "emulated"
+    assert "not slowed: no control group" in found.resources["storage"].note
     assert found.n_tokens == 5 and found.hit_ratio is not None and 0 < found.hit_ratio < 1
     assert found.read_bytes_token > 0 and found.stall_s_token > 0
     assert sum(through) >= 5 * found.read_bytes_token
@@ -126,5 +137,83 @@ def test_a_model_runs_as_on_the_device(moe_path: Path, monkeypatch: pytest.Monke
     assert found.to_dict()["resources"]["speed"]["how"] == "computed"
 
 
-def _refuse(n_bytes: int) -> None:
+def _refuse(*limit: object) -> None:
     raise UsageError("no control group can be made here")
+
+
+class Reader:
+    """Reads a file past the page cache, inside a worker."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def groups(self) -> str:
+        """Name the control groups that it is in."""
+        return Path("/proc/self/cgroup").read_text()
+
+    def read(self) -> int:
+        """Read it all; return how many bytes that was."""
+        with DiskFile.open(Path(self._path)) as disk:
+            buffer = memoryview(mmap.mmap(-1, disk.size_bytes))
+            return disk.read_at(0, buffer)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    path = tmp_path / "big"
+    path.write_bytes(bytes(8 << 20))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path
+
+
+def test_the_kernel_holds_reads_to_a_rate_and_nothing_is_left(big: Path) -> None:
+    try:
+        limit = ReadLimit(big, 32 << 20)
+    except UsageError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    with limit:
+        with Worker(*limit.factory(Reader, str(big))) as worker:
+            assert f"/{limit.folder.name}\n" in worker.call("groups")
+            assert worker.call("read") == 8 << 20
+        throttle = (limit.folder / "blkio.throttle.read_bps_device").read_text().split()
+        counted = (limit.folder / "blkio.throttle.io_service_bytes").read_text()
+        assert throttle[1] == str(32 << 20)
+        assert int(re.search(r"Read (\d+)", counted)[1]) >= 8 << 20  # type: ignore[index]
+    assert not limit.folder.exists()
+    limit.close()
+
+
+def test_memory_and_reads_are_limited_at_once(big: Path) -> None:
+    try:
+        reads, memory = ReadLimit(big, 32 << 20), MemoryLimit(256 << 20)
+    except UsageError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    with reads, memory, Worker(*memory.factory(*reads.factory(Reader, str(big)))) as worker:
+        groups = worker.call("groups")
+        assert reads.folder.name in groups and memory.folder.name in groups
+
+
+def test_what_is_on_no_disk_is_not_limited() -> None:
+    with pytest.raises(UsageError, match="on no disk"):
+        ReadLimit(Path("/proc/self/status"), 1e6)
+    with pytest.raises(UsageError, match="on no disk"):
+        ReadLimit(Path("/no/such/file"), 1e6)
+
+
+def test_without_groups_the_plan_says_so(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_limit.limits, "own_groups", lambda controller: iter([(True, big)]))
+    with pytest.raises(UsageError, match="none of version 1"):
+        ReadLimit(big, 1e6)
+    plan = plan_emulation(PI, memory_bytes=32 * GIB, cores=8, storage=FAST)
+    with contextlib.ExitStack() as own:
+        limit, told = module._limit_reads(own, plan, big)
+    assert limit is None and "none of version 1" in told.resources["storage"].note
+    monkeypatch.setattr(module, "ReadLimit", lambda *given: contextlib.nullcontext(given))
+    with contextlib.ExitStack() as own:
+        limit, told = module._limit_reads(own, plan, big)
+    assert limit == (big, pytest.approx(99e6))
+    assert "the kernel (blkio) holds all reads" in told.resources["storage"].note

@@ -2,13 +2,14 @@
 
 The kernel limits memory, a model of the device's drive delays the pager's reads, and no more
 threads compute than it has cores. How fast a core or a memory is cannot be imitated: that part
-is computed afterwards from the two machines' speeds. Of storage, the kernel's own throttle
-(blkio) is not used: it knows no read size and no latency, and takes root.
+is computed afterwards from the two machines' speeds. The kernel's own throttle of disks knows no
+read size and no latency, so that it does not replace the model; where it may be set it holds what
+the pager does not read to the drive's best rate.
 """
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,6 +19,7 @@ from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import format_bytes
 from edgeroute.tools.bench.limit import MemoryLimit
 from edgeroute.tools.bench.workers import Worker
+from edgeroute.tools.forecast.read_limit import ReadLimit
 from edgeroute.tools.forecast.records import DeviceProfile, Speeds, StoragePoint
 from edgeroute.tools.forecast.scale import reference
 
@@ -33,6 +35,8 @@ WARM_PROMPT: Final = (
 )
 _SAME_RATIO: Final = 1.05
 """A resource that is no more than so much less here than there need not be slowed."""
+_SLACK: Final = 1.1
+"""The kernel counts in slices of time: it must not delay what the model lets through."""
 _COUNTED: Final = ("hits", "misses", "demand_bytes", "prefetch_bytes", "stall_s")
 
 
@@ -150,7 +154,7 @@ def _storage(
         if rate > _SAME_RATIO * mine:
             note = f"it gives {format_bytes(rate)}/s, the disk here {format_bytes(mine)}/s"
             return None, Resource(how="not possible", note=note)
-    note = f"the pager's reads wait as for {format_bytes(rate)}/s; loading the rest does not"
+    note = f"the pager's reads wait as a model of its drive does, {format_bytes(rate)}/s at best"
     return points, Resource(how="emulated", note=note)
 
 
@@ -180,12 +184,16 @@ def emulate(
     asked = (params.warm_prompt, params.prompt, params.n_tokens)
     with contextlib.ExitStack() as own:
         limit, plan = _limit(own, plan, settings)
+        reads, plan = _limit_reads(own, plan, Path(path))
+        factory: tuple[Any, ...] = (EmulatedRuntime, *work)
+        if reads is not None:
+            factory = reads.factory(*factory)
         if limit is None:
-            worker = own.enter_context(Worker(EmulatedRuntime, *work))
+            worker = own.enter_context(Worker(*factory))
             found, peak = worker.call("answer", *asked), None
         else:
             with limit.explaining("the run under the device's memory"):
-                worker = own.enter_context(Worker(*limit.factory(EmulatedRuntime, *work)))
+                worker = own.enter_context(Worker(*limit.factory(*factory)))
                 found = worker.call("answer", *asked)
             peak = limit.peak_bytes
     return _result(device, plan, found, peak=peak, ratio=_speed_ratio(here, there))
@@ -205,6 +213,25 @@ def _limit(
         resources = {**plan.resources, "memory": Resource(how="not possible", note=note)}
         return None, EmulationPlan(limit_bytes=None, points=plan.points, threads=plan.threads,
                                    resources=resources)  # fmt: skip
+
+
+def _limit_reads(
+    own: contextlib.ExitStack, plan: EmulationPlan, path: Path
+) -> tuple[ReadLimit | None, EmulationPlan]:
+    """Hold all reads to the drive's best rate where the kernel lets us, and say which it is."""
+    if plan.points is None:
+        return None, plan
+    drive = plan.resources["storage"]
+    try:
+        rate = _SLACK * Throttle(plan.points).best_reads().bytes_s
+        limit = own.enter_context(ReadLimit(path, rate))
+    except UsageError as error:
+        limit, told = None, f"other reads, of what stays in memory, are not slowed: {error}"
+    else:
+        told = f"the kernel (blkio) holds all reads to {format_bytes(rate)}/s"
+    note = f"{drive.note}; {told}"
+    resources = {**plan.resources, "storage": replace(drive, note=note)}
+    return limit, replace(plan, resources=resources)
 
 
 class EmulatedRuntime:

@@ -15,7 +15,7 @@ CONTROLS: Final = ("random",)
 MAX_PLANS: Final = 6
 LEVERS: Final = (
     "prefetch", "policy", "overlap", "speculate", "threads", "direct_io", "read_bytes",
-    "io_threads", "repack_experts", "kv_type", "n_ubatch", "depth", "steps", "adapters",
+    "io_threads", "sidecar", "repack_experts", "kv_type", "n_ubatch", "depth", "steps", "adapters",
 )  # fmt: skip
 
 
@@ -27,9 +27,11 @@ class Facts:
         pages: what comes from disk at this budget; None where all is in memory.
         drafts: whether several tokens in a pass have the bits of one each.
         repacks: whether experts in memory are kept in another layout than the file's.
+        sidecar: whether experts are read from pages packed beside the model.
         cores: that threads may use.
         plans: names of the plans in the model's depth file.
-        small: a small model beside it; `steps` whether the pair was calibrated.
+        small: a small model beside it; `shares` whether its vocabulary is the same, without
+            which it cannot draft; `steps` whether the pair was calibrated.
         adapters: names of the adapters given.
     """
 
@@ -37,8 +39,10 @@ class Facts:
     drafts: bool
     repacks: bool
     cores: int
+    sidecar: bool = False
     plans: tuple[str, ...] = ()
     small: str | None = None
+    shares: bool = False
     steps: bool = False
     adapters: tuple[str, ...] = ()
 
@@ -72,7 +76,7 @@ def candidates(facts: Facts, *, controls: bool = False) -> list[Candidate]:
     if facts.drafts:
         sources = ["lookup", "self"] + (["auto"] if facts.pages else [])
         found += _each("speculate", sources, "off")
-        if facts.small:
+        if facts.small and facts.shares:
             pair = {"small": facts.small, "steps": "off"}
             found.append(Candidate(lever="speculate", settings=pair | {"speculate": "small"},
                                    off=pair | {"speculate": "off"}))  # fmt: skip
@@ -81,6 +85,8 @@ def candidates(facts: Facts, *, controls: bool = False) -> list[Candidate]:
         found += _each("direct_io", [False], True)
         found += _each("read_bytes", [1 << 18, 1 << 20, 1 << 22], None)
         found += _each("io_threads", [1, 2, 4, 8], None)
+    if facts.sidecar:
+        found += _each("sidecar", ["auto", "on"], "off")
     if facts.repacks:
         found.append(Candidate(lever="repack_experts", settings={"repack_experts": True},
                                off={"repack_experts": False}, quality="measured"))  # fmt: skip
@@ -112,9 +118,12 @@ def _lossy(facts: Facts) -> list[Candidate]:
                   quality="measured") for plan in facts.plans[:MAX_PLANS]
     ]  # fmt: skip
     if facts.small and facts.steps:
-        pair = {"small": facts.small, "speculate": "off"}
-        found.append(Candidate(lever="steps", settings=pair | {"steps": "auto"},
-                               off=pair | {"steps": "off"}, quality="other"))  # fmt: skip
+        # One of another vocabulary is good for steps only, and not opened where there are none.
+        beside = facts.small if facts.shares else None
+        found.append(Candidate(
+            lever="steps", settings={"small": facts.small, "speculate": "off", "steps": "auto"},
+            off={"small": beside, "speculate": "off", "steps": "off"}, quality="other",
+        ))  # fmt: skip
     if facts.adapters:
         found.append(Candidate(lever="adapters", settings={}, off={}, quality="other",
                                options={"adapter": "auto"},

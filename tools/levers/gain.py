@@ -42,10 +42,10 @@ def gain_of(off_s: Sequence[float], on_s: Sequence[float], seed: int = 1) -> Gai
     logs = [math.log(off / on) for off, on in zip(off_s, on_s, strict=True)]
     rng = random.Random(seed)
     n = len(logs)
-    centres = sorted(_centre([logs[rng.randrange(n)] for _ in logs]) for _ in range(N_BOOTSTRAP))
+    centres = sorted(centre([logs[rng.randrange(n)] for _ in logs]) for _ in range(N_BOOTSTRAP))
     tail = (1 - CONFIDENCE) / 2
     low, high = centres[int(tail * N_BOOTSTRAP)], centres[int((1 - tail) * N_BOOTSTRAP) - 1]
-    value, wider = _centre(logs), _widening(n)
+    value, wider = centre(logs), _widening(n)
     return Gain(value=math.expm1(value), low=math.expm1(value - wider * max(0.0, value - low)),
                 high=math.expm1(value + wider * max(0.0, high - value)))  # fmt: skip
 
@@ -63,7 +63,7 @@ def _widening(n: int) -> float:
     return t / Z * math.sqrt(n / free)
 
 
-def _centre(values: Sequence[float]) -> float:
+def centre(values: Sequence[float]) -> float:
     """Return the Hodges-Lehmann estimate of where the middle of the values lies."""
     return statistics.median(
         (a + b) / 2 for i, a in enumerate(values) for b in values[i:]

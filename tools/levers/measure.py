@@ -5,14 +5,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from edgeroute.lever_proofs import Proof
 from edgeroute.runtime.errors import EdgerouteError
+from edgeroute.runtime.units import format_bytes
 from edgeroute.tools.bench.limit import MemoryLimit, drop_page_cache
 from edgeroute.tools.bench.pairs import NOISY_CORES, OthersProbe, Probe
 from edgeroute.tools.bench.text import TEXT
-from edgeroute.tools.bench.workers import Worker
+from edgeroute.tools.bench.workers import Engine, Worker
 from edgeroute.tools.levers.candidates import Candidate
 from edgeroute.tools.levers.gain import MIN_PAIRS, Gain, gain_of, verdict_of
 from edgeroute.tools.levers.runner import (
@@ -26,6 +27,7 @@ from edgeroute.tools.levers.runner import (
     Work,
 )
 
+T = TypeVar("T")
 Progress = Callable[[str], None]
 FIRST_TOKENS: Final = 16
 """Of each answer in the run that tells how many tokens fill the seconds asked for."""
@@ -38,13 +40,15 @@ class LeverParams:
     """What is measured, beside the model.
 
     Attributes:
-        settings: of every run: a budget, adapters, a small model.
+        settings: of every run: a budget, adapters.
+        small: a small model, for the levers that take one.
         pairs: alternating pairs of each lever.
         seconds: of decoding in a run, about.
         limit_bytes: the kernel's limit on each run; None for none.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
+    small: str | None = None
     pairs: int = 6
     seconds: float = 4.0
     limit_bytes: int | None = None
@@ -88,6 +92,7 @@ class Bench:
         self.path, self.params, self._progress = path, params, progress
         self._probe = probe or OthersProbe()
         self.note = "no limit by the kernel"
+        self._peak_bytes = 0
         self.paged = False
         """Whether a prompt reads much of the model from disk: then short ones are taken."""
 
@@ -132,19 +137,38 @@ class Bench:
 
     def run(self, settings: Mapping[str, Any], work: Work, options: Mapping[str, Any]) -> Sample:
         """Make one run in a fresh process, under the limit if there is one."""
-        given = {"n_ctx": N_CTX, **self.params.settings, **settings}
         with contextlib.ExitStack() as own:
-            factory: tuple[Any, ...] = (LeverRunner, self.path, given)
-            if self.params.limit_bytes is not None:
-                self.note = drop_page_cache(self.path).note
-                limit = own.enter_context(MemoryLimit(self.params.limit_bytes))
-                own.enter_context(limit.explaining())
-                factory = limit.factory(*factory)
-            worker = own.enter_context(Worker(*factory))
+            worker = self.opened(own, LeverRunner, settings)
             found: Sample = worker.call("run", work, dict(options))
             return found
 
-    def probed(self, action: Callable[[], Sample]) -> tuple[Sample, bool]:
+    def opened(
+        self, own: contextlib.ExitStack, factory: Callable[..., Engine],
+        settings: Mapping[str, Any],
+    ) -> Worker:  # fmt: skip
+        """Open the model in a fresh process, under the limit if there is one; `own` ends it.
+
+        Raises:
+            UsageError: this system lets nobody, or not us, set such a limit.
+            EdgerouteError: the model cannot be opened so.
+        """
+        given = {"n_ctx": N_CTX, **self.params.settings, **settings}
+        if self.params.limit_bytes is None:
+            return own.enter_context(Worker(factory, self.path, given))
+        dropped = drop_page_cache(self.path).note
+        limit = own.enter_context(MemoryLimit(self.params.limit_bytes))
+        own.callback(self._note_limit, limit, dropped)
+        own.enter_context(limit.explaining())
+        return own.enter_context(Worker(*limit.factory(factory, self.path, given)))
+
+    def _note_limit(self, limit: MemoryLimit, dropped: str) -> None:
+        """Say how near a process came to the limit that the kernel held it under."""
+        self._peak_bytes = max(self._peak_bytes, limit.peak_bytes or 0)
+        peak = format_bytes(self._peak_bytes) if self._peak_bytes else "unknown"
+        self.note = (f"each run in a control group of {format_bytes(limit.n_bytes)}, most used "
+                     f"{peak}; {dropped}")  # fmt: skip
+
+    def probed(self, action: Callable[[], T]) -> tuple[T, bool]:
         """Run something; second, whether others disturbed it."""
         self._probe.start()
         found = action()
@@ -254,11 +278,16 @@ def _portable(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "small"}
 
 
+def kept_as(candidate: Candidate) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a proof of a candidate says of its settings, and of what it is against."""
+    return (_portable({**candidate.settings, **candidate.options}),
+            _portable({**candidate.off, **candidate.off_options}))  # fmt: skip
+
+
 def proof_of(outcome: Outcome, when: int) -> Proof:
     """Make what is kept of an outcome."""
     candidate, gain = outcome.candidate, outcome.gain
-    off = _portable({**candidate.off, **candidate.off_options})
-    settings = _portable({**candidate.settings, **candidate.options})
+    settings, off = kept_as(candidate)
     note = outcome.error
     if gain is None:
         return Proof(lever=candidate.lever, settings=settings, off=off, gain=0.0, low=0.0,

@@ -24,6 +24,8 @@ from edgeroute.tools.perplexity import Scorer, compare, scorer_of, windows
 N_CTX: Final = 1024
 KL_CTX, KL_WINDOWS = 256, 4
 LONG_CHARS: Final = 2400
+TURN_TOKENS: Final = (8, 64)
+"""Fewest and most tokens of a turn."""
 PARAGRAPHS: Final = tuple(TEXT.split("\n\n")[i] for i in (0, 3, 5))
 LINES: Final = (PROMPTS[1], PROMPTS[2], PROMPTS[4])
 """Prompts of prose and code, so that answers are of both."""
@@ -96,15 +98,74 @@ class LeverRunner:
         self._runtime.close()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What a turn took per decoded token, and the tokens."""
+
+    token_s: float
+    token_ids: tuple[int, ...]
+
+
+class TurnRunner:
+    """A Runtime that goes on with one answer for some tokens whenever it is its turn.
+
+    What is in memory of the answer so far is not computed again, so that a turn decodes at once.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self._runtime = Runtime(path, **settings)
+        self._ids: list[int] = []
+        self._prompts: tuple[str, ...] = ()
+        self._at = 0
+
+    def begin(self, prompts: Sequence[str], at: int, n_warm: int = 16) -> None:
+        """Begin the answer to one of some prompts, counted around; nothing of it is timed."""
+        self._prompts, self._at = tuple(prompts), at
+        self._restart()
+        self._go_on(n_warm)
+
+    def turn(self, n_tokens: int) -> Turn:
+        """Decode some tokens more, greedily; where the answer has ended, of the next prompt's.
+
+        What others did before that is nobody's load: it was their turn.
+
+        Raises:
+            UsageError: the model ends its answers at once, so that there is nothing to time.
+        """
+        self._runtime._scheduler.threads.resume()
+        for _ in range(1 + len(self._prompts)):
+            found = self._go_on(1 + n_tokens)  # the first token is the prompt's
+            n_decode = found.stats.n_generated - 1
+            if found.finish_reason != "length":
+                self._at += 1
+                self._restart()
+            if n_decode > 0:
+                return Turn(token_s=found.stats.decode_s / n_decode, token_ids=found.token_ids)
+        raise UsageError("the model ends its answers at once: there is nothing to measure")
+
+    def close(self) -> None:
+        """Free everything."""
+        self._runtime.close()
+
+    def _restart(self) -> None:
+        self._ids = self._runtime.encode(self._prompts[self._at % len(self._prompts)])
+
+    def _go_on(self, n_tokens: int) -> Generation:
+        found = self._runtime.generate(prompt_ids=self._ids, max_tokens=n_tokens, prefix="all")
+        self._ids = [*self._ids, *found.token_ids]
+        return found
+
+
 class Judge:
     """Opens a model for what is asked once: which levers it has, how far settings take it."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self._path, self._settings = path, settings
 
-    def facts(self) -> Facts:
-        """Tell which levers there are, with these settings."""
-        params = merge_settings(cast("Mapping[str, object]", self._settings))
+    def facts(self, small: str | None) -> Facts:
+        """Tell which levers there are, with these settings, and with a small model beside."""
+        given: dict[str, object] = {**self._settings, "small": small}
+        params = merge_settings(given)
         with contextlib.closing(LoadedModel(self._path, params)) as loaded:
             path = find_depth_file(loaded.file)
             plans: tuple[str, ...] = ()
@@ -112,18 +173,18 @@ class Judge:
                 with DepthFile(path, loaded.file, loaded.model.hparams) as source:
                     found = plans_from_json(source.plans, loaded.model.hparams.n_layer)
                     plans = tuple(plan.name for plan in found if plan.speed and plan.speed > 1)
-            small, steps = loaded.small, False
-            if small is not None:
-                steps = (
-                    find_steps_file(loaded.file.path, small.file.path, params.steps_file)
-                    is not None
-                )
+            beside, steps, shares = loaded.small, False, False
+            if beside is not None:
+                shares = beside.tokenizer is loaded.tokenizer
+                pair = loaded.file.path, beside.file.path
+                steps = find_steps_file(*pair, params.steps_file) is not None
             moe = loaded.model.hparams.moe is not None
             return Facts(
                 pages="experts" if loaded.experts else "layers" if loaded.layers else None,
                 drafts=loaded.why_no_drafts("lookup") is None,
                 repacks=moe and loaded.experts is None and bool(loaded.plan.weights.repacked),
-                cores=machine.usable_cores(), plans=plans, small=params.small, steps=steps,
+                sidecar=_reads_sidecar(loaded), cores=machine.usable_cores(), plans=plans,
+                small=small, shares=shares, steps=steps,
                 adapters=tuple(loaded.adapters.store.names) if loaded.adapters else (),
             )  # fmt: skip
 
@@ -160,3 +221,10 @@ class Judge:
             return logits
 
         return score
+
+
+def _reads_sidecar(loaded: LoadedModel) -> bool:
+    """Tell whether packed pages lie beside the model that can be read, in use or not."""
+    if loaded.experts is None:
+        return False
+    return loaded.experts.stats()["sidecar"] in ("used", "no fewer reads")
