@@ -13,6 +13,7 @@ from edgeroute.runtime.device_ops import lacking, lying_on
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.graph import BatchShape, Builder, Graph, Span
 from edgeroute.runtime.kv_cache import CELL_BUCKET, KvCache, KvShape
+from edgeroute.runtime.lora_graph import adapters_lack
 from edgeroute.runtime.tensor import F32
 from edgeroute.runtime.weights import ResidentWeights, Weights
 
@@ -21,13 +22,15 @@ from edgeroute.runtime.weights import ResidentWeights, Weights
 class Probe:
     """What graphs of a model's layers depend on: its file, its KV cells, and how it is run.
 
-    `kv` is what `edgeroute.loaded.kv_shape` gives, `n_ubatch` that of RunParams.
+    `kv` is what `edgeroute.loaded.kv_shape` gives, `n_ubatch` that of RunParams; `adapters` says
+    whether layers may have some.
     """
 
     file: GGUFFile
     model: Model
     kv: KvShape
     n_ubatch: int
+    adapters: bool = False
 
 
 def unsupported(device: Device, probe: Probe) -> dict[int, set[str]]:
@@ -52,6 +55,9 @@ def unsupported(device: Device, probe: Probe) -> dict[int, set[str]]:
                 graph.free()
                 if names:
                     found.setdefault(il, set()).update(names)
+    if probe.adapters and (names := adapters_lack(device)):
+        for il in range(probe.model.hparams.n_layer):
+            found.setdefault(il, set()).update(names)
     return found
 
 

@@ -63,7 +63,10 @@ class Source:
     def probe(self) -> Probe:
         """Return what a device's support and speed are asked with."""
         shape = kv_shape(self.hparams, self.params)
-        return Probe(file=self.file, model=self.model, kv=shape, n_ubatch=self.n_ubatch)
+        return Probe(
+            file=self.file, model=self.model, kv=shape, n_ubatch=self.n_ubatch,
+            adapters=self.adapters is not None,
+        )  # fmt: skip
 
     def row_bytes(self) -> int:
         """Bytes of the keys and values of one pass over one layer."""

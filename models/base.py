@@ -6,7 +6,7 @@ Hyperparameters are facts of the model; settings of a run live elsewhere.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.weights import TensorSpec
+
+if TYPE_CHECKING:
+    from edgeroute.models.moe import Routing
 
 MAX_LAYERS, MAX_WIDTH, MAX_HEADS, MAX_CTX = 1024, 1 << 20, 4096, 1 << 24
 MIN_STRETCH, MAX_STRETCH = 1e-3, 1e6  # times that rotary positions are drawn out
@@ -119,20 +122,38 @@ class Model(Protocol):
         """Build logits: F32 [n_vocab, n_out]."""
 
 
+class Rated(NamedTuple):
+    """What a router says of every expert, F32 [n_expert, n] each.
+
+    `probs` become the weights of the chosen ones; they are chosen by `ranked`.
+    """
+
+    probs: Tensor
+    ranked: Tensor
+
+
 @runtime_checkable
 class MoeModel(Model, Protocol):
     """A model whose layers' feed-forward comes apart, so that experts may be paged.
 
     `ffn_branch` is `combine` of `experts` of `route` of `ffn_input`. A paged forward calls the
     four in graphs of their own, with the same operations in the same order: the same bits.
-    n is n_tokens, on the last layer n_out; k is n_expert_used.
+    `route` is `pick` of `rate`. n is n_tokens, on the last layer n_out; k is n_expert_used.
     """
+
+    routing: "Routing"
 
     def is_moe(self, il: int) -> bool:
         """Whether layer `il` has experts; other layers only answer the two branches."""
 
     def ffn_input(self, b: Builder, il: int, x: Tensor) -> Tensor:
         """Normalise the residual stream for the router and the experts: F32 [n_embd, n]."""
+
+    def rate(self, b: Builder, il: int, h: Tensor) -> Rated:
+        """Rate the experts of a layer for normed input `h`, F32 [n_embd, n]."""
+
+    def pick(self, b: Builder, rated: Rated) -> tuple[Tensor, Tensor]:
+        """Choose experts by what `rate` says of them: see `route`."""
 
     def route(self, b: Builder, il: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts for normed input `h`, F32 [n_embd, n].

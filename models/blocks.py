@@ -3,7 +3,8 @@
 from edgeroute.models.base import Hparams, Rope
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor
-from edgeroute.runtime.graph import Builder
+from edgeroute.runtime.graph import F32_BYTES, Builder
+from edgeroute.runtime.tensor import strides
 from edgeroute.runtime.weights import TensorSpec, Use
 
 ROPE_NORMAL, ROPE_NEOX = api.ROPE_NORMAL, api.ROPE_NEOX
@@ -15,8 +16,14 @@ def embed_tokens(b: Builder) -> Tensor:
 
 
 def split_heads(b: Builder, x: Tensor, n_embd_head: int, n_head: int) -> Tensor:
-    """Reshape [n_embd_head * n_head, n_tokens] to [n_embd_head, n_head, n_tokens]."""
-    return b.g.ggml_reshape_3d(b.ctx, x, n_embd_head, n_head, b.n_tokens)
+    """View [n_embd_head * n_head, n_tokens] as [n_embd_head, n_head, n_tokens]."""
+    one, column = n_embd_head * F32_BYTES, strides(x)[1]
+    return b.g.ggml_view_3d(b.ctx, x, n_embd_head, n_head, b.n_tokens, one, column, 0)
+
+
+def queries_keys_values(b: Builder, il: int, x: Tensor) -> list[Tensor]:
+    """Project normed input: F32 [n_embd_head * n_head, n_tokens] of q, k and v."""
+    return b.linears([f"blk.{il}.attn_{part}" for part in "qkv"], x)
 
 
 def rotate(b: Builder, x: Tensor, rope: Rope, mode: int, factors: str | None = None) -> Tensor:
@@ -30,14 +37,13 @@ def rotate(b: Builder, x: Tensor, rope: Rope, mode: int, factors: str | None = N
 
 def swiglu(b: Builder, prefix: str, x: Tensor, suffix: str = "") -> Tensor:
     """Gated feed-forward with SiLU: down(silu(gate(x)) * up(x)); `suffix` ends the names."""
-    up = b.linear(f"{prefix}.ffn_up{suffix}", x)
-    gate = b.linear(f"{prefix}.ffn_gate{suffix}", x)
+    gate, up = b.linears([f"{prefix}.ffn_gate{suffix}", f"{prefix}.ffn_up{suffix}"], x)
     return b.linear(f"{prefix}.ffn_down{suffix}", b.g.ggml_swiglu_split(b.ctx, gate, up))
 
 
 def geglu(b: Builder, prefix: str, x: Tensor) -> Tensor:
     """Gated feed-forward with GELU: down(gelu(gate(x)) * up(x))."""
-    up, gate = b.linear(f"{prefix}.ffn_up", x), b.linear(f"{prefix}.ffn_gate", x)
+    gate, up = b.linears([f"{prefix}.ffn_gate", f"{prefix}.ffn_up"], x)
     return b.linear(f"{prefix}.ffn_down", b.g.ggml_geglu_split(b.ctx, gate, up))
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgeroute.models.base import MoeHparams
+from edgeroute.models.base import MoeHparams, Rated
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import Builder
@@ -16,8 +16,12 @@ from edgeroute.runtime.tensor import (
     get_bytes,
     new_tensor,
     place_all,
+    set_bytes,
     set_range,
+    shape,
 )
+
+Floats = npt.NDArray[np.float32]
 
 
 class Choice(NamedTuple):
@@ -28,12 +32,14 @@ class Choice(NamedTuple):
         ids: the same.
         k: the most that any token computes.
         left_out: bool (n * k,), which of `ids` do not compute after all; None if all do.
+        packed: the carry holds these `k` alone, and its weights are theirs.
     """
 
     numbers: npt.NDArray[np.int32]
     ids: list[int]
     k: int
     left_out: npt.NDArray[np.bool_] | None = None
+    packed: bool = False
 
     def computed(self) -> list[int]:
         """The ids that compute, repeated as often as they do."""
@@ -78,18 +84,24 @@ class Carry:
 
     x and h F32 [n_embd, n] (residual stream, normed input of the experts), weights F32
     [1, k, n], ids I32 [k, n], the guess of the next layer's likewise, outs F32 [n_embd, k, n].
+    Where it is `rated`, all experts' ratings too, F32 [n_expert, n] each.
     """
 
-    def __init__(self, device: Device, n_embd: int, moe: MoeHparams, n_tokens: int) -> None:
+    def __init__(
+        self, device: Device, n_embd: int, moe: MoeHparams, n_tokens: int, *, rated: bool = False
+    ) -> None:
         self.n_tokens = n_tokens
         self._n_embd, k = n_embd, moe.n_expert_used
-        self._descriptors = Descriptors(7)
+        self._n_expert = moe.n_expert
+        self._descriptors = Descriptors(9)
         kinds = {
             "x": (F32, (n_embd, n_tokens)), "h": (F32, (n_embd, n_tokens)),
             "weights": (F32, (k, n_tokens)), "ids": (I32, (k, n_tokens)),
             "guess_weights": (F32, (k, n_tokens)), "guess": (I32, (k, n_tokens)),
             "outs": (F32, (n_embd, k * n_tokens)),
         }  # fmt: skip
+        if rated:
+            kinds |= dict.fromkeys(("probs", "ranked"), (F32, (moe.n_expert, n_tokens)))
         self._all = {
             name: new_tensor(self._descriptors, kind, ne, name)
             for name, (kind, ne) in kinds.items()
@@ -132,6 +144,32 @@ class Carry:
             **flat, **chosen, **weights, rows=all_of["outs"],
             outs=g.ggml_view_3d(ctx, all_of["outs"], n_embd, k, n, column, k * column, 0),
         )  # fmt: skip
+
+    def keep_ratings(self, b: Builder, rated: Rated) -> None:
+        """Have a graph keep what a router says of every expert."""
+        n_expert, n, _, _ = shape(rated.probs)
+        for name, value in rated._asdict().items():
+            b.keep(value, b.g.ggml_view_2d(b.ctx, self._all[name], n_expert, n, 4 * n_expert, 0))
+
+    def read_ratings(self, n: int) -> tuple[Floats, Floats]:
+        """Read what was kept for n tokens: probabilities and ranks, F32 (n, n_expert) each."""
+        probs, ranked = (np.empty((n, self._n_expert), np.float32) for _ in range(2))
+        get_bytes(self._all["probs"], probs)
+        get_bytes(self._all["ranked"], ranked)
+        return probs, ranked
+
+    def read_routes(self, n: int, ranked: int) -> tuple[npt.NDArray[np.int32], Floats]:
+        """Read the experts that the router left for n tokens, and their weights: (n, ranked)."""
+        numbers = np.empty((n, ranked), np.int32)
+        weights = np.empty((n, ranked), np.float32)
+        get_bytes(self._all["ids"], numbers)
+        get_bytes(self._all["weights"], weights)
+        return numbers, weights
+
+    def write_routes(self, numbers: npt.NDArray[np.int32], weights: Floats) -> None:
+        """Put others in their place: I32 and F32 (n, ranked), C-contiguous."""
+        set_bytes(self._all["ids"], numbers)
+        set_bytes(self._all["weights"], weights)
 
     def read_choice(self, n: int, ranked: int, *, thinned: bool) -> Choice:
         """Read what n tokens chose.

@@ -25,12 +25,11 @@ from edgeroute.models.deepseek import read_shared, shared_specs
 from edgeroute.runtime.errors import ModelFileError, UnsupportedModelError
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import Builder
+from edgeroute.runtime.graph import F32_BYTES, Builder
 from edgeroute.runtime.tensor import shape, strides
 from edgeroute.runtime.weights import TensorSpec
 
 ARCH = "deepseek2"
-F32_BYTES = 4
 MAX_LOG_MUL = 1e3  # far above any model's 0.1, far from overflow
 GATING: dict[int, moe.Gating] = {1: "softmax", 2: "sigmoid"}
 """Source: llama-hparams.h, enum llama_expert_gating_func_type."""

@@ -199,7 +199,7 @@ class Forward:
         return BatchShape(
             tuple([_segment(piece) for piece in pieces]),
             sum([piece.n_out for piece in pieces]),
-            lora_shape([piece.lora for piece in pieces]),
+            lora_shape([(piece.lora, piece.n_out) for piece in pieces]),
         )
 
     def logits(self, graph: Graph, shape: BatchShape, borrow: bool) -> npt.NDArray[np.float32]:
@@ -344,7 +344,7 @@ def room_for_nodes(hparams: Hparams, n_layer: int, shape: BatchShape) -> int:
     """Bound the operations, inputs and views of a graph over `n_layer` layers."""
     per_layer = NODES_PER_LAYER + NODES_PER_SEGMENT * len(shape.segments)
     if shape.lora is not None:
-        per_layer += NODES_PER_LORA + NODES_PER_SLOT * shape.lora.n_used
+        per_layer += len(shape.segments) * (NODES_PER_LORA + NODES_PER_SLOT * shape.lora.n_used)
     if hparams.moe is not None:
         per_layer += NODES_PER_MOE + NODES_PER_EXPERT * hparams.moe.n_expert_used
     return NODES_BASE + n_layer * per_layer
@@ -375,7 +375,9 @@ def _write_mask(strip: Table, slot: MaskSlot, piece: Piece, segment: Segment) ->
 
 
 def _fill_lora(inputs: Inputs, pieces: Sequence[Piece], lora: LoraShape) -> None:
-    """Write each token's adapter slots and factors, and those of each output's token."""
+    """Write the adapter slots of each sequence and token, and the factors on them."""
+    if (slots := inputs.more.get("lora_rows")) is not None:
+        set_bytes(slots, lora_ids([(piece.lora, 1) for piece in pieces], lora.n_used))
     for end, rows in (
         ("", [(piece.lora, len(piece.tokens)) for piece in pieces]),
         ("_out", [(piece.lora, piece.n_out) for piece in pieces]),

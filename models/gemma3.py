@@ -70,9 +70,10 @@ class Gemma3:
         """Build one attention block on normed input, windowed or full."""
         hp, p, eps = self.hparams, f"blk.{il}", self.hparams.norm_rms_eps
         rope = self.rope_swa if self.is_swa[il] else hp.rope
-        q = blocks.split_heads(b, b.linear(f"{p}.attn_q", x), hp.n_embd_head_k, hp.n_head)
-        k = blocks.split_heads(b, b.linear(f"{p}.attn_k", x), hp.n_embd_head_k, hp.n_head_kv)
-        v = blocks.split_heads(b, b.linear(f"{p}.attn_v", x), hp.n_embd_head_v, hp.n_head_kv)
+        q, k, v = blocks.queries_keys_values(b, il, x)
+        q = blocks.split_heads(b, q, hp.n_embd_head_k, hp.n_head)
+        k = blocks.split_heads(b, k, hp.n_embd_head_k, hp.n_head_kv)
+        v = blocks.split_heads(b, v, hp.n_embd_head_v, hp.n_head_kv)
         q = blocks.rotate(b, b.rms_norm(f"{p}.attn_q_norm", q, eps), rope, blocks.ROPE_NEOX)
         k = blocks.rotate(b, b.rms_norm(f"{p}.attn_k_norm", k, eps), rope, blocks.ROPE_NEOX)
         b.store_kv(il, k, v)

@@ -91,9 +91,10 @@ class GptOss(moe.MoeLayers):
         """Build one attention block on normed input, windowed or full."""
         hp, p = self.hparams, f"blk.{il}"
         rope = self.rope_swa if self.is_swa[il] else hp.rope
-        q = blocks.split_heads(b, b.linear(f"{p}.attn_q", x), hp.n_embd_head_k, hp.n_head)
-        k = blocks.split_heads(b, b.linear(f"{p}.attn_k", x), hp.n_embd_head_k, hp.n_head_kv)
-        v = blocks.split_heads(b, b.linear(f"{p}.attn_v", x), hp.n_embd_head_v, hp.n_head_kv)
+        q, k, v = blocks.queries_keys_values(b, il, x)
+        q = blocks.split_heads(b, q, hp.n_embd_head_k, hp.n_head)
+        k = blocks.split_heads(b, k, hp.n_embd_head_k, hp.n_head_kv)
+        v = blocks.split_heads(b, v, hp.n_embd_head_v, hp.n_head_kv)
         q = blocks.rotate(b, q, rope, blocks.ROPE_NEOX)
         k = blocks.rotate(b, k, rope, blocks.ROPE_NEOX)
         b.store_kv(il, k, v)

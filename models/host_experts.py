@@ -4,7 +4,7 @@ Their weights lie in host memory, in the slots of the DRAM tier. The operations 
 those of the device's own graphs, so that equal kernels give equal bits whoever computes a pair.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -18,9 +18,10 @@ from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.graph import Builder, Graph, Span
 from edgeroute.runtime.graph_cache import GraphCache
+from edgeroute.runtime.joints import Joint
 from edgeroute.runtime.kv_cache import KvCache, round_cells
 from edgeroute.runtime.tensor import F32, I32, get_bytes, set_bytes
-from edgeroute.runtime.weights import ResidentWeights, Weights
+from edgeroute.runtime.weights import ResidentWeights, Weights, apart
 
 GRAPHS_PER_LAYER: Final = 8
 """Numbers of pairs, per layer, whose graphs are kept."""
@@ -68,6 +69,10 @@ class HostWeights(Closing):
     def get(self, name: str) -> Tensor | None:
         """Return a tensor, or None where no such one is in host memory."""
         return self._slots[name] if name in self._paged else self._biases.get(name)
+
+    def joints(self, names: Sequence[str]) -> list[Joint]:
+        """See Weights; nothing here is joined."""
+        return apart(self, names)
 
     def close(self) -> None:
         """Let the biases go; safe to call twice."""

@@ -78,20 +78,21 @@ class Llama(moe.MoeLayers):
     def attention(self, b: Builder, il: int, x: Tensor) -> Tensor:
         """Build one attention block on normed input."""
         hp, p = self.hparams, f"blk.{il}"
-        q = self.project(b, f"{p}.attn_q", x, hp.n_head)
-        k = self.project(b, f"{p}.attn_k", x, hp.n_head_kv)
-        v = blocks.split_heads(b, b.linear(f"{p}.attn_v", x), hp.n_embd_head_v, hp.n_head_kv)
+        q, k, v = blocks.queries_keys_values(b, il, x)
+        q = self.heads(b, f"{p}.attn_q", q, hp.n_head)
+        k = self.heads(b, f"{p}.attn_k", k, hp.n_head_kv)
+        v = blocks.split_heads(b, v, hp.n_embd_head_v, hp.n_head_kv)
         q = blocks.rotate(b, q, hp.rope, self.rope_mode, self.rope_factors)
         k = blocks.rotate(b, k, hp.rope, self.rope_mode, self.rope_factors)
         b.store_kv(il, k, v)
         return b.linear(f"{p}.attn_output", b.attend(il, q, self.kq_scale))
 
-    def project(self, b: Builder, name: str, x: Tensor, n_head: int) -> Tensor:
-        """Build queries or keys before rotation: F32 [n_embd_head_k, n_head, n_tokens].
+    def heads(self, b: Builder, name: str, x: Tensor, n_head: int) -> Tensor:
+        """Split projected queries or keys for rotation: F32 [n_embd_head_k, n_head, n_tokens].
 
         Other families normalise them here, by their heads or before the split.
         """
-        return blocks.split_heads(b, b.linear(name, x), self.hparams.n_embd_head_k, n_head)
+        return blocks.split_heads(b, x, self.hparams.n_embd_head_k, n_head)
 
     def head(self, b: Builder, x: Tensor) -> Tensor:
         return blocks.logits(b, x, self.hparams.norm_rms_eps)

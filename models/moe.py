@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgeroute.models import blocks
-from edgeroute.models.base import Hparams, MoeHparams
+from edgeroute.models.base import Hparams, MoeHparams, Rated
 from edgeroute.runtime.depth import ExpertRule
 from edgeroute.runtime.errors import ModelFileError
 from edgeroute.runtime.ggml.api import Tensor
@@ -29,7 +29,7 @@ Activation = Callable[[Builder, Tensor, Tensor], Tensor]
 THRESHOLDS: tuple[ExpertRule, ...] = ("weight", "mass", "ratio")
 """Rules that leave experts out by weight: every token has a number of its own."""
 
-_MIN_WEIGHT_SUM = 6.103515625e-5  # the smallest normal half; Source: build_moe_ffn
+MIN_WEIGHT_SUM = 6.103515625e-5  # the smallest normal half; Source: build_moe_ffn
 _FLT_MAX = 3.4028234663852886e38
 
 
@@ -92,9 +92,14 @@ class MoeLayers:
         """Build the shared experts on normed input: F32 [n_embd, n]; None without any."""
         return None
 
+    def rate(self, b: Builder, il: int, h: Tensor) -> Rated:
+        return rate(b, il, b.linear(f"blk.{il}.ffn_gate_inp", h), self.routing)
+
+    def pick(self, b: Builder, rated: Rated) -> tuple[Tensor, Tensor]:
+        return pick(b, rated, self.moe, self.routing)
+
     def route(self, b: Builder, il: int, h: Tensor) -> tuple[Tensor, Tensor]:
-        scores = b.linear(f"blk.{il}.ffn_gate_inp", h)
-        return choose(b, il, scores, self.moe, self.routing)
+        return self.pick(b, self.rate(b, il, h))
 
     def experts(self, b: Builder, il: int, h: Tensor, ids: Tensor, slots: Tensor) -> Tensor:
         p = f"blk.{il}"
@@ -132,20 +137,30 @@ def as_expert_input(b: Builder, h: Tensor) -> Tensor:
 def choose(
     b: Builder, il: int, scores: Tensor, moe: MoeHparams, routing: Routing
 ) -> tuple[Tensor, Tensor]:
-    """Choose experts by the router's scores, F32 [n_expert, n].
+    """Choose experts by the router's scores, F32 [n_expert, n]: `pick` of `rate`."""
+    return pick(b, rate(b, il, scores, routing), moe, routing)
+
+
+def rate(b: Builder, il: int, scores: Tensor, routing: Routing) -> Rated:
+    """Rate experts by the router's scores, F32 [n_expert, n]."""
+    probs = scores
+    if routing.gating == "softmax":
+        probs = b.g.ggml_soft_max(b.ctx, scores)
+    elif routing.gating == "sigmoid":
+        probs = b.g.ggml_sigmoid(b.ctx, scores)
+    return Rated(probs, _selection(b, il, probs, routing))
+
+
+def pick(b: Builder, rated: Rated, moe: MoeHparams, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Choose the experts that are rated best.
 
     Returns:
         Expert numbers I32 [k, n], best first, and their weights F32 [1, k, n]; those that the
         step's rule leaves out weigh nothing. The rule `count` makes k smaller.
     """
-    g, ctx = b.g, b.ctx
-    k, n = n_ranked(moe, b.expert_rule, b.expert_value), shape(scores)[1]
-    probs = scores
-    if routing.gating == "softmax":
-        probs = g.ggml_soft_max(ctx, scores)
-    elif routing.gating == "sigmoid":
-        probs = g.ggml_sigmoid(ctx, scores)
-    ids = g.ggml_argsort_top_k(ctx, _selection(b, il, probs, routing), k)
+    g, ctx, probs = b.g, b.ctx, rated.probs
+    k, n = n_ranked(moe, b.expert_rule, b.expert_value), shape(probs)[1]
+    ids = g.ggml_argsort_top_k(ctx, rated.ranked, k)
     rows = g.ggml_reshape_3d(ctx, probs, 1, moe.n_expert, n)
     weights = g.ggml_get_rows(ctx, rows, ids)
     if routing.gating == "softmax_weight":
@@ -153,7 +168,7 @@ def choose(
         weights = g.ggml_reshape_3d(ctx, g.ggml_soft_max(ctx, flat), 1, k, n)
     if routing.norm_w:
         flat = g.ggml_reshape_2d(ctx, weights, k, n)
-        total = g.ggml_clamp(ctx, g.ggml_sum_rows(ctx, flat), _MIN_WEIGHT_SUM, math.inf)
+        total = g.ggml_clamp(ctx, g.ggml_sum_rows(ctx, flat), MIN_WEIGHT_SUM, math.inf)
         weights = g.ggml_reshape_3d(ctx, g.ggml_div(ctx, flat, total), 1, k, n)
     if b.expert_rule in THRESHOLDS and k > 1:
         weights = thin(b, weights, routing)
@@ -188,7 +203,7 @@ def thin(b: Builder, weights: Tensor, routing: Routing) -> Tensor:
     best = g.ggml_view_2d(ctx, flat, 1, n, strides(flat)[1], 0)
     flat = g.ggml_concat(ctx, best, rest, 0)
     if routing.norm_w or routing.gating == "softmax_weight":
-        total = g.ggml_clamp(ctx, g.ggml_sum_rows(ctx, flat), _MIN_WEIGHT_SUM, math.inf)
+        total = g.ggml_clamp(ctx, g.ggml_sum_rows(ctx, flat), MIN_WEIGHT_SUM, math.inf)
         flat = g.ggml_div(ctx, flat, total)
     return g.ggml_reshape_3d(ctx, flat, 1, k, n)
 

@@ -26,7 +26,7 @@ class Olmoe(Llama):
             blocks.norm(f"{p}.attn_k_norm", hp.n_embd_k_gqa),
         ]
 
-    def project(self, b: Builder, name: str, x: Tensor, n_head: int) -> Tensor:
+    def heads(self, b: Builder, name: str, x: Tensor, n_head: int) -> Tensor:
         hp = self.hparams
-        normed = b.rms_norm(f"{name}_norm", b.linear(name, x), hp.norm_rms_eps)
+        normed = b.rms_norm(f"{name}_norm", x, hp.norm_rms_eps)
         return blocks.split_heads(b, normed, hp.n_embd_head_k, n_head)

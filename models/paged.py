@@ -17,13 +17,14 @@ from edgeroute.models.blocks import output_norm
 from edgeroute.models.carry import Carry, Choice
 from edgeroute.models.forward import Forward, Piece, shape_of
 from edgeroute.models.host_experts import HostExperts
+from edgeroute.models.misses import DoingWithout
 from edgeroute.models.moe import THRESHOLDS, n_ranked
 from edgeroute.models.pruning import n_described
 from edgeroute.models.steps import build_attn, build_step
 from edgeroute.runtime.depth import Step, Steps
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
-from edgeroute.runtime.experts import ExpertPager, Leased
+from edgeroute.runtime.experts import ExpertPager, Leased, MissRule
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import BatchShape, Builder, Graph, Span
 from edgeroute.runtime.kv_cache import KvCache, round_cells
@@ -49,7 +50,8 @@ class Stage(NamedTuple):
     the step whose router is asked ahead of its time. `narrow_before` and `narrow` say whether
     `before` and the stage's end see only the tokens whose logits are wanted; the last stage of
     a pass that wants none, but all hidden states, ends with the output norm. `k` is the most
-    experts of `before` that a token computes inline, 0 for as many as it ranks.
+    experts of `before` that a token computes inline, or of a packed choice; 0 is for as many as
+    it ranks. `rated` keeps how the router that ends the stage rates all experts.
     """
 
     before: Step | None
@@ -61,11 +63,12 @@ class Stage(NamedTuple):
     narrow: bool
     plan: str
     k: int = 0
+    rated: bool = False
 
     @property
     def gathers(self) -> bool:
         """Whether outputs are gathered, since tokens may have computed fewer than they rank."""
-        return not self.inline and self.before is not None and (
+        return not self.inline and not self.k and self.before is not None and (
             self.before.expert_rule in THRESHOLDS
         )  # fmt: skip
 
@@ -86,9 +89,12 @@ class PagedForward(Forward):
     model: MoeModel
 
     def __init__(
-        self, model: MoeModel, device: Device, pager: ExpertPager, kv: KvCache, n_tokens: int
-    ) -> None:
+        self, model: MoeModel, device: Device, pager: ExpertPager, kv: KvCache, n_tokens: int,
+        misses: MissRule | None = None,
+    ) -> None:  # fmt: skip
         """Allocate what layers hand on, for batches of up to `n_tokens`.
+
+        `misses` says which missing experts a token does without while it decodes.
 
         Raises:
             CapacityError: no memory for it.
@@ -99,8 +105,13 @@ class PagedForward(Forward):
         self._pager = pager
         self._parts = _parts(model, self.whole[0])
         self._parts_of: dict[Span, list[Stage]] = {}
-        self.graphs.max_graphs = (2 * SHAPES_KEPT + PAIR_COUNTS_KEPT) * len(self._parts)
-        self._carry = Carry(device, model.hparams.n_embd, self._moe, n_tokens)
+        self._thins = misses is not None
+        self._raise_kept(len(self._parts))
+        self._carry = Carry(device, model.hparams.n_embd, self._moe, n_tokens,
+                            rated=misses is not None and misses.reads_scores)  # fmt: skip
+        self._without = None if misses is None else DoingWithout(
+            misses, self._carry, self._moe, model.routing
+        )  # fmt: skip
         self.host: HostExperts | None = None
         """Computes what the pager names away; there must be one where it does."""
 
@@ -160,22 +171,32 @@ class PagedForward(Forward):
                 self._parts_of.clear()
             parts = self._parts_of[spans[0]] = _parts(self.model, spans[0])
             if any(step.expert_rule in THRESHOLDS for step in spans[0].steps):
-                # Tokens compute 1 to k experts inline, each number in a graph of its own.
-                n_kept = 2 * SHAPES_KEPT + PAIR_COUNTS_KEPT + self._moe.n_expert_used
-                self.graphs.max_graphs = max(self.graphs.max_graphs, n_kept * len(parts))
+                self._thins = True
+                self._raise_kept(len(parts))
         return parts
+
+    def _raise_kept(self, n_parts: int) -> None:
+        """Keep as many graphs as passes of so many parts need."""
+        n_kept = 2 * SHAPES_KEPT + PAIR_COUNTS_KEPT
+        if self._thins:  # tokens compute 1 to k experts inline, each number in its own graph
+            n_kept += self._moe.n_expert_used
+        self.graphs.max_graphs = max(self.graphs.max_graphs, n_kept * n_parts)
 
     def _run(
         self, pieces: Sequence[Piece], batch: BatchShape, parts: Sequence[Stage], borrow: bool
     ) -> npt.NDArray[np.float32] | None:
         inline = batch.n_tokens <= MAX_INLINE_TOKENS
+        without = self._without if batch.n_tokens == len(pieces) else None
         slots: list[int] | None = None
         graph: Graph | None = None
         choice = Choice(np.empty(0, np.int32), [], 0)
         for part in parts:
             guessed = part.guessed if self._pager.wants_guess else None
-            stage = part._replace(inline=slots is not None, guessed=guessed,
-                                  k=0 if slots is None else choice.k)  # fmt: skip
+            stage = part._replace(
+                inline=slots is not None, guessed=guessed,
+                rated=without is not None and without.reads_ratings(part.until),
+                k=choice.k if slots is not None or choice.packed else 0,
+            )  # fmt: skip
             graph = self._stage(stage, batch)
             self._fill(graph, pieces, batch)
             if slots is not None:
@@ -190,6 +211,8 @@ class PagedForward(Forward):
             if not n:  # the last layer of a batch that wants no logits: its keys are written
                 break
             choice = self._carry.read_choice(n, **self._ranked(stage.until))
+            if without is not None:
+                choice = without.choose(stage.until, choice, self._pager.here(il))
             guesses = None
             if guessed is not None:
                 guesses = self._carry.read_guess(n, **self._ranked(guessed))
@@ -378,7 +401,12 @@ class PagedForward(Forward):
         n = _columns(stage.narrow, batch)
         if not n:
             return b.finish(x)
-        ids, weights = model.route(b, until.il, h)
+        if stage.rated:
+            ratings = model.rate(b, until.il, h)
+            self._carry.keep_ratings(b, ratings)
+            ids, weights = model.pick(b, ratings)
+        else:
+            ids, weights = model.route(b, until.il, h)
         carry = self._carry.views(b, n, shape(ids)[0])
         if stage.guessed is not None:
             self._guess(b, stage.guessed, h)

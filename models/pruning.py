@@ -17,6 +17,7 @@ from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import Builder, Inputs, Segment
 from edgeroute.runtime.lora import LoraShape
+from edgeroute.runtime.lora_graph import LoraInputs
 from edgeroute.runtime.tensor import F16, F32, set_bytes, shape, strides
 from edgeroute.runtime.token_choice import TokenRule
 
@@ -91,7 +92,7 @@ class Narrowed(Builder):
             row = self.take(self.g.ggml_reshape_2d(self.ctx, self.whole.pos(), 1, self._n_whole))
             return self.g.ggml_reshape_2d(self.ctx, row, self.n_tokens, 1)
 
-        return self._once("pos", make)
+        return self._made("pos", make)
 
     def store_kv(self, il: int, k: Tensor, v: Tensor | None) -> None:
         """Write nothing: keys and values of the whole batch are written."""
@@ -108,7 +109,7 @@ class Narrowed(Builder):
     def _n_whole(self) -> int:
         return self.whole.n_tokens
 
-    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def _made(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         if name not in self._narrow:
             self._narrow[name] = make()
         return self._narrow[name]
@@ -117,20 +118,20 @@ class Narrowed(Builder):
         def make() -> Tensor:
             return self.g.ggml_cast(self.ctx, self.take(self.whole._masks(swa)[0]), F16)
 
-        return [self._once("mask_swa" if swa else "mask", make)]
+        return [self._made("mask_swa" if swa else "mask", make)]
 
-    def _lora_inputs(self, n: int, lora: LoraShape) -> tuple[Tensor, Tensor | None]:
+    def _lora_inputs(self, n: int, lora: LoraShape) -> LoraInputs:
         """Slots and factors of the adapters of the tokens taken."""
-        ids, factors = self.whole._lora_inputs(self._n_whole, lora)
-        mine = self._once("lora_ids", lambda: self.take(ids))
+        ids, factors, rows, _ = self.whole._lora_inputs(self._n_whole, lora)
+        mine = self._made("lora_ids", lambda: self.take(ids))
         if factors is None:
-            return mine, None
+            return LoraInputs(mine, None, rows, (n,))
         flat = self.g.ggml_reshape_2d(self.ctx, factors, lora.n_used, self._n_whole)
 
         def make() -> Tensor:
             return self.g.ggml_reshape_3d(self.ctx, self.take(flat), 1, lora.n_used, n)
 
-        return mine, self._once("lora_factors", make)
+        return LoraInputs(mine, self._made("lora_factors", make), rows, (n,))
 
 
 def _taken(b: Builder, ids: Tensor) -> Narrowed:

@@ -25,6 +25,6 @@ class Qwen3(Llama):
             blocks.norm(f"{p}.attn_k_norm", hp.n_embd_head_k),
         ]
 
-    def project(self, b: Builder, name: str, x: Tensor, n_head: int) -> Tensor:
-        heads = super().project(b, name, x, n_head)
+    def heads(self, b: Builder, name: str, x: Tensor, n_head: int) -> Tensor:
+        heads = super().heads(b, name, x, n_head)
         return b.rms_norm(f"{name}_norm", heads, self.hparams.norm_rms_eps)

@@ -6,6 +6,9 @@ A policy that was not asked for by name is chosen anew from the tier's own lates
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
 from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
 from edgeroute.offload.paging_log import writing
@@ -15,6 +18,7 @@ from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.joints import Joint
 from edgeroute.runtime.weights import Weights
 
 DEFAULT_POLICY, OFF_POLICY = "lfru", "lru"
@@ -86,6 +90,16 @@ class ExpertTier(Closing):
         """Return a tensor, or None where the file has none of that name."""
         found = self._tensors.get(name)
         return self._base.get(name) if found is None else found
+
+    def joints(self, names: Sequence[str]) -> list[Joint]:
+        """Join fixed weights; see Weights."""
+        return self._base.joints(names)
+
+    def here(self, il: int) -> npt.NDArray[np.bool_]:
+        """Mark the experts of a layer that are here or on their way: bool (n_expert,)."""
+        table, first = self._pool_of[il].table, il * self._n_expert
+        pages = range(first, first + self._n_expert)
+        return np.fromiter(map(table.has, pages), np.bool_, self._n_expert)
 
     def mark(self, label: str) -> None:
         """Enter into the trace's file that a sequence begins, of a domain `label`.

@@ -19,9 +19,10 @@ from edgeroute.runtime import machine
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.joints import Joint
 from edgeroute.runtime.rooms import Rooms, Unit, room_bytes
 from edgeroute.runtime.units import MIB
-from edgeroute.runtime.weights import Weights
+from edgeroute.runtime.weights import Weights, apart
 
 READING_S: Final = 0.25
 LOW_BYTES, LOW_RATIO = 128 * MIB, 0.02
@@ -133,6 +134,12 @@ class LayerStore(Closing):
         """Return a tensor, or None where the file has none of that name."""
         found = self._rooms.tensors.get(name)
         return self._base.get(name) if found is None else found
+
+    def joints(self, names: Sequence[str]) -> list[Joint]:
+        """Join fixed weights; those of layers move between rooms and stay apart."""
+        if any(name in self._rooms.tensors for name in names):
+            return apart(self, names)
+        return self._base.joints(names)
 
     # a pass over the model
 

@@ -6,6 +6,9 @@ models/ asks through this protocol, offload/ answers; neither knows the other.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from edgeroute.runtime.weights import Weights
 
 
@@ -43,6 +46,9 @@ class ExpertPager(Weights, Protocol):
 
     def max_at_once(self, il: int) -> int:
         """Return how many experts of a layer can be held at the same time."""
+
+    def here(self, il: int) -> npt.NDArray[np.bool_]:
+        """Mark the experts of a layer that are in memory or on their way: bool (n_expert,)."""
 
     def lease(self, il: int, experts: Sequence[int]) -> Leased | None:
         """Hold distinct experts of a layer until the next call for another layer, or `end`.
@@ -91,3 +97,31 @@ class ExpertPager(Weights, Protocol):
 
     def end(self) -> None:
         """Let go of everything held; called also after an error or a stop."""
+
+
+class MissRule(Protocol):
+    """Says which missing experts tokens do without: answers change. See `skippers.misses`."""
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether it wants to know how all experts are rated."""
+
+    def swap(
+        self, numbers: npt.NDArray[np.int32], nats: npt.NDArray[np.float32],
+        here: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.int32]:  # fmt: skip
+        """Choose again: I32 (n_tokens, k), best rated first; rows may stay as they are.
+
+        Args:
+            numbers: of the chosen experts, I32 (n_tokens, k), best rated first.
+            nats: logarithm of what all experts are rated, F32 (n_tokens, n_expert).
+            here: which are in memory or on their way, bool (n_expert,).
+        """
+
+    def drop(
+        self, weights: npt.NDArray[np.float32], here: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
+        """Mark what is not computed, bool (n_tokens, k), never all of a token's; see `swap`."""
+
+    def count(self, il: int, *, replaced: int, dropped: int, saved: int) -> None:
+        """Learn what became of a layer's choice; `saved` experts were not read for it."""

@@ -15,11 +15,13 @@ from edgeroute.runtime.depth import ExpertRule, Steps
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.kv_cache import KV_TYPES, KvCache
-from edgeroute.runtime.lora import LoraShape, LoraSlots, LoraUse
+from edgeroute.runtime.lora import LoraShape, LoraSlots
+from edgeroute.runtime.lora_graph import LoraInputs, LoraUse
 from edgeroute.runtime.tensor import F16, F32, I32, I64, Descriptors, is_placed, shape, strides
 from edgeroute.runtime.token_choice import BY_ATTENTION, TokenRule
 from edgeroute.runtime.weights import Weights
 
+F32_BYTES = 4
 SPLIT_KV_MIN = 512
 """Source: ggml-cpu/ops.cpp, ggml_compute_forward_flash_attn_ext_f16, use_split_kv_path."""
 
@@ -136,7 +138,7 @@ class Builder:
     def adapt(self, slots: LoraSlots) -> None:
         """Let linear layers add what the batch's adapters in `slots` ask for."""
         if self.batch.lora is not None:
-            self._lora = LoraUse(slots, self.batch.lora)
+            self._lora = LoraUse(slots)
 
     # inputs, made on first use
 
@@ -184,23 +186,51 @@ class Builder:
     def linear(self, name: str, x: Tensor) -> Tensor:
         """Multiply with weight `name` and add its bias where the file has one."""
         y = self.g.ggml_mul_mat(self.ctx, self.weights[f"{name}.weight"], x)
-        lora = self._lora
-        if lora is not None and (place := lora.slots.place(name)) is not None:
-            inputs = self._lora_inputs(shape(x)[1], lora.shape)
-            y = self.add(y, lora.delta(self.ctx, place, x, inputs))
+        return self._finished(name, x, y)
+
+    def linears(self, names: Sequence[str], x: Tensor) -> list[Tensor]:
+        """Multiply with several weights of one input, as one product where they lie together.
+
+        Returns:
+            F32 [n_out, n] for each name; columns may be further apart than they are long.
+        """
+        found: dict[str, Tensor] = {}
+        for joint in self.weights.joints([f"{name}.weight" for name in names]):
+            whole, at = self.g.ggml_mul_mat(self.ctx, joint.tensor, x), 0
+            if len(joint.names) == 1:
+                found[joint.names[0]] = whole
+                continue
+            n, row = shape(x)[1], strides(whole)[1]
+            for each in joint.names:
+                n_out = shape(self.weights[each])[1]
+                found[each] = self.g.ggml_view_2d(self.ctx, whole, n_out, n, row, at)
+                at += n_out * F32_BYTES
+        return [self._finished(name, x, found[f"{name}.weight"]) for name in names]
+
+    def _finished(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Add to a product what adapters and the file's bias add."""
+        lora, asked, n = self._lora, self.batch.lora, shape(x)[1]
+        place = None if lora is None or not n else lora.slots.place(name)
+        if lora is not None and asked is not None and place is not None:
+            y = self.add(y, lora.delta(self.ctx, place, x, self._lora_inputs(n, asked)))
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else self.g.ggml_add(self.ctx, y, bias)
 
-    def _lora_inputs(self, n: int, lora: LoraShape) -> tuple[Tensor, Tensor | None]:
-        """Slots of each column, I32 [n_used, n], and their factors, F32 [1, n_used, n] or none."""
-        end = "" if n == self.n_tokens else "_out"
-        ids = self.inputs.more.get(f"lora_ids{end}")
-        if ids is None:
-            ids = self.more(f"lora_ids{end}", I32, lora.n_used, n)
-        factors = self.inputs.more.get(f"lora_factors{end}")
-        if factors is None and lora.weighted:
-            factors = self.more(f"lora_factors{end}", F32, 1, lora.n_used, n)
-        return ids, factors
+    def _lora_inputs(self, n: int, lora: LoraShape) -> LoraInputs:
+        """Which slots compute `n` columns: all tokens, or those that get logits."""
+        everything = n == self.n_tokens
+        end = "" if everything else "_out"
+        runs = tuple(segment.n_tokens for segment in self.batch.segments)
+        return LoraInputs(
+            self._once(f"lora_ids{end}", I32, lora.n_used, n),
+            self._once(f"lora_factors{end}", F32, 1, lora.n_used, n) if lora.weighted else None,
+            self._once("lora_rows", I32, lora.n_used * len(runs)),
+            runs if everything else lora.outs or (n,),
+        )
+
+    def _once(self, name: str, kind: int, *ne: int) -> Tensor:
+        found = self.inputs.more.get(name)
+        return self.more(name, kind, *ne) if found is None else found
 
     def linear_id(self, name: str, x: Tensor, ids: Tensor, slots: Tensor) -> Tensor:
         """Multiply each token with the expert slices it chose, and add their biases if any.
@@ -245,7 +275,8 @@ class Builder:
         if v is not None:
             pairs.append((self.kv.v[row], self._rotate(v, turn_v)))
         for cache, new in pairs:
-            flat = self.g.ggml_reshape_2d(self.ctx, new, shape(cache)[0], self.n_tokens)
+            width, far = shape(cache)[0], strides(new)[2]
+            flat = self.g.ggml_view_2d(self.ctx, new, width, self.n_tokens, far, 0)
             written = self.g.ggml_set_rows(self.ctx, cache, flat, self.inputs.rows)
             self.g.ggml_build_forward_expand(self.graph, written)
 
@@ -298,7 +329,9 @@ class Builder:
         if rotation is None:
             return x
         g, ctx = self.g, self.ctx
-        ne, n = shape(x), shape(rotation)[0]
+        ne, nb, n = shape(x), strides(x), shape(rotation)[0]
+        if nb[2] != ne[1] * nb[1]:  # a part of a joined product
+            x = g.ggml_cont(ctx, x)
         flat = g.ggml_reshape_2d(ctx, x, n, ne[0] * ne[1] * ne[2] // n)
         turned = g.ggml_mul_mat(ctx, rotation, flat)
         g.ggml_mul_mat_set_hint(turned, api.HINT_HADAMARD)  # a fast transform, not a product

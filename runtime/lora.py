@@ -1,9 +1,9 @@
-"""Slots for LoRA adapters, and their part of a graph: each token by the slots of its own.
+"""Slots for LoRA adapters: each token of a batch computes with the slots of its own.
 
-The A and B matrices of a weight lie in slot tensors, one slot per block of `rank` rows.
-`ggml_mul_mat_id` takes slot numbers per token, so one batch mixes adapters, mixtures of them,
-and tokens without any (slot 0 holds zeros). An adapter of a higher rank takes several slots:
-the product of a longer A and B is the sum over blocks.
+The A and B matrices of a weight lie in slot tensors, one slot per block of `rank` rows; what a
+graph does with them is in `lora_graph`. One batch mixes adapters, mixtures of them, and tokens
+without any (slot 0 holds zeros). An adapter of a higher rank takes several slots: the product
+of a longer A and B is the sum over blocks.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +16,9 @@ import numpy.typing as npt
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.ggml.api import Tensor, ggml
-from edgeroute.runtime.tensor import F16, Descriptors, new_tensor, place_all, shape, strides
+from edgeroute.runtime.tensor import F16, Descriptors, new_tensor, place_all, shape
 
+F16_BYTES = 2
 NO_ADAPTER = 0
 """The slot of zeros, which tokens without an adapter use."""
 T = TypeVar("T")
@@ -36,6 +37,8 @@ class LoraShape(NamedTuple):
 
     n_used: int
     weighted: bool
+    outs: tuple[int, ...] = ()
+    """Tokens of each sequence that get logits; empty for all of a batch of one sequence."""
 
 
 class LoraTarget(NamedTuple):
@@ -47,16 +50,34 @@ class LoraTarget(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a weight's matrices are: A shares its tensor with others of the same input.
+class LoraGroup:
+    """Slot tensors of weights that read the same input.
 
-    `down` F16 [n_in, n_group * rank, n_slots], `up` F16 [rank, n_out, n_slots].
+    `down` F16 [n_in, n_targets * rank, n_slots] has their A one below the other. `up` F16 [row,
+    n_slots] has their B one behind the other, each transposed: [n_out, rank].
     """
 
     down: Tensor
     up: Tensor
+    targets: tuple[LoraTarget, ...]
+
+    @property
+    def row(self) -> int:
+        """Numbers in a slot of `up`."""
+        return shape(self.up)[0]
+
+
+class LoraPlace(NamedTuple):
+    """Where a weight's matrices are: `part` of a group, its B from number `first` of a row on."""
+
+    group: LoraGroup
     part: int
-    group: tuple[str, ...]
+    first: int
+
+    @property
+    def target(self) -> LoraTarget:
+        """The weight."""
+        return self.group.targets[self.part]
 
 
 class LoraSlots(Closing):
@@ -77,8 +98,7 @@ class LoraSlots(Closing):
         self.rank = rank
         self.n_slots = n_slots
         self._device = device
-        self._places: dict[str, _Place] = {}
-        self._targets: dict[str, LoraTarget] = {}
+        self._places: dict[str, LoraPlace] = {}
         self._owned: list[tuple[Descriptors, dict[Device, Buffer]]] = []
 
     @staticmethod
@@ -126,36 +146,37 @@ class LoraSlots(Closing):
             CapacityError: no memory for them; nothing was added.
         """
         n_all = self.n_slots + 1
-        descriptors = Descriptors(2 * sum(len(group) for group in groups))
-        places: dict[str, _Place] = {}
+        descriptors = Descriptors(2 * len(groups))
+        places: dict[str, LoraPlace] = {}
         tensors: dict[Device, list[Tensor]] = {}
-        for group in groups:
-            mine = tensors.setdefault(self.device_of(group[0].name), [])
-            names = tuple(target.name for target in group)
-            down = (group[0].n_in, len(group) * self.rank, n_all)
-            shared = new_tensor(descriptors, F16, down, "lora_a")
-            mine.append(shared)
-            for part, target in enumerate(group):
-                up = new_tensor(descriptors, F16, (self.rank, target.n_out, n_all), "lora_b")
-                mine.append(up)
-                places[target.name] = _Place(shared, up, part, names)
+        for targets in groups:
+            down = (targets[0].n_in, len(targets) * self.rank, n_all)
+            up = (self.rank * sum(target.n_out for target in targets), n_all)
+            group = LoraGroup(
+                new_tensor(descriptors, F16, down, "lora_a"),
+                new_tensor(descriptors, F16, up, "lora_b"), tuple(targets),
+            )  # fmt: skip
+            tensors.setdefault(self.device_of(targets[0].name), []).extend([group.down, group.up])
+            first = 0
+            for part, target in enumerate(targets):
+                places[target.name] = LoraPlace(group, part, first)
+                first += self.rank * target.n_out
         held: dict[Device, Buffer] = {}
         try:
             for device, mine in tensors.items():
                 held[device] = place_all(mine, device)
                 for tensor in mine:
                     n_clear = n_all if self._owned else 1  # nothing is in use before the first call
-                    ggml().ggml_backend_tensor_memset(tensor, 0, 0, n_clear * strides(tensor)[2])
+                    size = ggml().ggml_nbytes(tensor) // n_all * n_clear
+                    ggml().ggml_backend_tensor_memset(tensor, 0, 0, size)
                 device.check()
         except BaseException:
             _free(descriptors, held)
             raise
         self._owned.append((descriptors, held))
-        # In this order: a load that runs meanwhile takes what has a place for complete.
-        self._targets |= {target.name: target for group in groups for target in group}
         self._places |= places
 
-    def place(self, name: str) -> _Place | None:
+    def place(self, name: str) -> LoraPlace | None:
         """Return where a weight's matrices are; None where no adapter changes it."""
         return self._places.get(name)
 
@@ -164,27 +185,23 @@ class LoraSlots(Closing):
 
         Any thread may call it for a slot that no running graph reads.
         """
-        place, target = self._places[name], self._targets[name]
+        place = self._places[name]
+        group, target = place.group, place.target
         if a.shape != (self.rank, target.n_in) or b.shape != (target.n_out, self.rank):
             raise ValueError(f"{name}: A {a.shape} and B {b.shape} do not fill a slot")
-        _, at = self._part(slot, place, target)
-        _set(place.down, at, a)
-        _set(place.up, slot * b.nbytes, b)
+        _set(group.down, a.nbytes * (slot * len(group.targets) + place.part), a)
+        _set(group.up, F16_BYTES * (slot * group.row + place.first), b.T)
 
     def clear(self, slot: int, names: Iterable[str]) -> None:
         """Put zeros into a slot for the weights named; any thread, as `write`."""
         memset = ggml().ggml_backend_tensor_memset
         for name in names:
-            place, target = self._places[name], self._targets[name]
-            one, at = self._part(slot, place, target)
-            memset(place.down, 0, at, one)
-            size = 2 * self.rank * target.n_out
-            memset(place.up, 0, slot * size, size)
-
-    def _part(self, slot: int, place: _Place, target: LoraTarget) -> tuple[int, int]:
-        """Return the bytes of a weight's A in a slot, and where they begin."""
-        one = 2 * self.rank * target.n_in
-        return one, one * (slot * len(place.group) + place.part)
+            place = self._places[name]
+            group, target = place.group, place.target
+            one = F16_BYTES * self.rank * target.n_in
+            memset(group.down, 0, one * (slot * len(group.targets) + place.part), one)
+            one = F16_BYTES * self.rank * target.n_out
+            memset(group.up, 0, F16_BYTES * (slot * group.row + place.first), one)
 
     def close(self) -> None:
         """Free the tensors; safe to call twice."""
@@ -192,48 +209,6 @@ class LoraSlots(Closing):
         for descriptors, held in self._owned:
             _free(descriptors, held)
         self._owned.clear()
-
-
-LoraInputs = tuple[Tensor, Tensor | None]
-"""Slots I32 [n_used, n] and, where any is not 1, factors F32 [1, n_used, n]; n is n_tokens, or
-n_out behind the choice of outputs."""
-
-
-class LoraUse:
-    """What a Builder needs to add adapters to its linear layers."""
-
-    def __init__(self, slots: LoraSlots, shape_: LoraShape) -> None:
-        self.slots = slots
-        self.shape = shape_
-        self._down: dict[tuple[tuple[str, ...], Tensor], Tensor] = {}
-
-    def down(self, ctx: int, place: _Place, x: Tensor, ids: Tensor) -> Tensor:
-        """Build A x of a group's weights, once: F32 [n_group * rank, n_used, n]."""
-        key = (place.group, x)
-        found = self._down.get(key)
-        if found is None:
-            g = ggml()
-            n_in, n = shape(x)[:2]
-            flat = g.ggml_reshape_3d(ctx, x, n_in, 1, n)
-            found = g.ggml_mul_mat_id(ctx, place.down, flat, ids)
-            self._down[key] = found
-        return found
-
-    def delta(self, ctx: int, place: _Place, x: Tensor, inputs: LoraInputs) -> Tensor:
-        """Build what the adapters add to one weight's product: F32 [n_out, n]."""
-        g, rank = ggml(), self.slots.rank
-        down = self.down(ctx, place, x, inputs[0])
-        (_, k, n, _), nb = shape(down), strides(down)
-        mine = g.ggml_view_3d(ctx, down, rank, k, n, nb[1], nb[2], place.part * rank * 4)
-        out = g.ggml_mul_mat_id(ctx, place.up, mine, inputs[0])
-        if inputs[1] is not None:
-            out = g.ggml_mul(ctx, out, inputs[1])  # where llama.cpp scales, for its bits
-        n_out, nb = shape(out)[0], strides(out)
-        total = g.ggml_view_2d(ctx, out, n_out, n, nb[2], 0)
-        for i in range(1, k):
-            part = g.ggml_view_2d(ctx, out, n_out, n, nb[2], i * nb[1])
-            total = g.ggml_add(ctx, total, part)
-        return total
 
 
 def lora_ids(rows: Iterable[tuple[LoraRow | None, int]], n_used: int) -> npt.NDArray[np.int32]:
@@ -261,13 +236,17 @@ def _fill(
     return found
 
 
-def lora_shape(rows: Iterable[LoraRow | None]) -> LoraShape | None:
-    """Return what a graph for these sequences needs; None where none has an adapter."""
-    given = [row for row in rows if row is not None and row.slots]
+def lora_shape(rows: Sequence[tuple[LoraRow | None, int]]) -> LoraShape | None:
+    """Return what a graph for these sequences needs, given as (row, tokens with logits).
+
+    None where none has an adapter.
+    """
+    given = [row for row, _ in rows if row is not None and row.slots]
     if not given:
         return None
     weighted = any(weight != 1.0 for row in given for weight in row.weights)
-    return LoraShape(max(len(row.slots) for row in given), weighted)
+    n_used = max(len(row.slots) for row in given)
+    return LoraShape(n_used, weighted, tuple(n_out for _, n_out in rows))
 
 
 def _free(descriptors: Descriptors, held: dict[Device, Buffer]) -> None:

@@ -6,7 +6,8 @@ from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.weights import ResidentWeights, TensorSpec, WeightsPlan
+from edgeroute.runtime.joints import Joint
+from edgeroute.runtime.weights import ResidentWeights, TensorSpec, WeightsPlan, apart
 
 Homes = Callable[[str], Sequence[Device]]
 """Says which devices need a weight, by its name."""
@@ -53,6 +54,13 @@ class PlacedWeights(Closing):
         """Return a weight on the first device that has it, or None."""
         each = (weights.get(name) for weights in self.on.values())
         return next((tensor for tensor in each if tensor is not None), None)
+
+    def joints(self, names: Sequence[str]) -> list[Joint]:
+        """Join neighbours on the first device that has all of these weights."""
+        for weights in self.on.values():
+            if all(weights.get(name) is not None for name in names):
+                return weights.joints(names)
+        return apart(self, names)
 
     @property
     def plan(self) -> WeightsPlan:

@@ -268,6 +268,12 @@ def test_layers_that_a_device_cannot_compute_are_found(
                 assert not fake.n_allocated and not fake.n_live
         with Device.open("cpu") as cpu:
             assert unsupported(cpu, probe) == {}
+            assert unsupported(cpu, replace(probe, adapters=True)) == {}
+        with fake_device(Fake(refuses=frozenset(("OUT_PROD",)))), \
+                Device.open("fake0") as device:  # fmt: skip
+            assert unsupported(device, probe) == {}
+            found = unsupported(device, replace(probe, adapters=True))
+            assert found == {il: {"OUT_PROD with values of f32"} for il in layers}
 
 
 # whole models

@@ -18,6 +18,7 @@ from edgeroute.runtime.lora import (
     lora_ids,
     lora_shape,
 )
+from edgeroute.runtime.lora_graph import Run, runs_of
 from edgeroute.runtime.tensor import get_bytes, shape
 
 RANK, N_SLOTS = 4, 3
@@ -53,13 +54,14 @@ def stored(slots: LoraSlots, slot: int, target: LoraTarget) -> Pair:
     """Read a block back through the tensors that a graph multiplies with."""
     place = slots.place(target.name)
     assert place is not None
-    n_in, rows, n_all, _ = shape(place.down)
+    n_in, rows, n_all, _ = shape(place.group.down)
     down = np.empty((n_all, rows, n_in), np.float16)
-    get_bytes(place.down, down)
-    up = np.empty((n_all, target.n_out, slots.rank), np.float16)
-    get_bytes(place.up, up)
+    get_bytes(place.group.down, down)
+    up = np.empty((n_all, place.group.row), np.float16)
+    get_bytes(place.group.up, up)
     first = place.part * slots.rank
-    return down[slot, first : first + slots.rank], up[slot]
+    b = up[slot, place.first : place.first + slots.rank * target.n_out]
+    return down[slot, first : first + slots.rank], b.reshape(slots.rank, target.n_out).T
 
 
 def same(found: Pair, wanted: Pair) -> bool:
@@ -179,11 +181,12 @@ ONE, TWO = LoraRow((2,), (1.0,)), LoraRow((1, 3), (0.25, -2.0))
 
 
 def test_a_graph_depends_on_the_most_slots_and_on_factors() -> None:
-    assert lora_shape([None, None]) is None and lora_shape([]) is None
-    assert lora_shape([LoraRow((), ())]) is None
-    assert lora_shape([None, ONE]) == LoraShape(1, weighted=False)
-    assert lora_shape([ONE, TWO]) == LoraShape(2, weighted=True)
-    assert lora_shape([LoraRow((1, 2), (1.0, 1.0))]) == LoraShape(2, weighted=False)
+    assert lora_shape([(None, 1), (None, 1)]) is None and lora_shape([]) is None
+    assert lora_shape([(LoraRow((), ()), 1)]) is None
+    assert lora_shape([(None, 0), (ONE, 1)]) == LoraShape(1, weighted=False, outs=(0, 1))
+    assert lora_shape([(ONE, 3), (TWO, 1)]) == LoraShape(2, weighted=True, outs=(3, 1))
+    both = LoraRow((1, 2), (1.0, 1.0))
+    assert lora_shape([(both, 1)]) == LoraShape(2, weighted=False, outs=(1,))
 
 
 def test_every_token_has_the_slots_and_factors_of_its_sequence() -> None:
@@ -196,3 +199,19 @@ def test_every_token_has_the_slots_and_factors_of_its_sequence() -> None:
 
 def test_a_sequence_without_outputs_leaves_no_row_behind() -> None:
     assert lora_ids([(ONE, 0), (TWO, 1)], 2).tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"),
+    [
+        ((1, 1, 1), [Run(0, 0, 3, 1)]),
+        ((5,), [Run(0, 0, 1, 5)]),
+        ((1, 1, 7, 7, 1), [Run(0, 0, 2, 1), Run(2, 2, 2, 7), Run(4, 16, 1, 1)]),
+        ((0, 1, 0, 0, 2), [Run(1, 0, 1, 1), Run(4, 1, 1, 2)]),
+        ((0, 0), []),
+    ],
+)
+def test_neighbours_of_equal_length_are_computed_together(
+    columns: tuple[int, ...], wanted: list[Run]
+) -> None:
+    assert list(runs_of(columns)) == wanted
