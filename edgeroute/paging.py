@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import psutil
 
@@ -12,8 +14,16 @@ from edgeroute.models.base import Model, MoeHparams, MoeModel
 from edgeroute.models.carry import Carry
 from edgeroute.models.paged import MAX_PAIRS
 from edgeroute.offload.disk import DiskFile
-from edgeroute.offload.expert_pool import ExpertLayer, PoolPlan, plan_pools
+from edgeroute.offload.disk_profile import DiskProfile
+from edgeroute.offload.expert_pool import (
+    ExpertLayer,
+    PoolPlan,
+    in_sidecar,
+    plan_pools,
+    spares_reads,
+)
 from edgeroute.offload.expert_store import ExpertParams, ExpertStore
+from edgeroute.offload.sidecar import read_sidecar, sidecar_path
 from edgeroute.offload.throttle import ThrottledDisk, profile, throttled
 from edgeroute.offload.trace import TraceMeta, TraceRecorder, TraceWriter
 from edgeroute.offload.transfer import Transfer
@@ -168,6 +178,63 @@ def open_disk(
     return disk
 
 
+class PagesFile(NamedTuple):
+    """The open file that experts are read from, how it is best read, and the plans of pools.
+
+    `sidecar` says what is made of one: `used`, `none` is there, `off`, `no fewer reads` than
+    from the model, or `refused`, for a reason.
+    """
+
+    disk: DiskFile | ThrottledDisk
+    reads: DiskProfile
+    pools: Sequence[PoolPlan]
+    sidecar: str
+    refused: str | None = None
+
+
+def open_pages(
+    own: contextlib.ExitStack, source: MoeSource, pools: Sequence[PoolPlan]
+) -> PagesFile:
+    """Open the sidecar of a model, or the model where there is none of use; `own` closes it.
+
+    Raises:
+        ModelFileError: the model was changed since its header was read.
+    """
+    file, params = source.file, source.params
+    direct = params.direct_io is not False
+    disk = open_disk(own, file, direct=direct)
+    path = sidecar_path(file.path)
+    if params.sidecar == "off" or not os.path.lexists(path):
+        state = "off" if params.sidecar == "off" else "none"
+        return PagesFile(disk, best_reads(disk, params), pools, state)
+    with contextlib.ExitStack() as trying:
+        try:
+            beside = throttled(DiskFile.open(path, direct=direct))
+            trying.callback(beside.close)
+            moved = in_sidecar(pools, read_sidecar(beside, disk, file))
+            reads = best_reads(beside, params)
+        except ModelFileError as error:
+            why = f"{error}; experts are read from the model itself"
+            return PagesFile(disk, best_reads(disk, params), pools, "refused", why)
+        if params.sidecar == "auto" and not spares_reads(moved, reads.read_bytes):
+            return PagesFile(disk, best_reads(disk, params), pools, "no fewer reads")
+        own.push(trying.pop_all())
+    return PagesFile(beside, reads, moved, "used")
+
+
+def best_reads(disk: DiskFile | ThrottledDisk, params: RunParams) -> DiskProfile:
+    """Return how a file is read: as the settings say, else as is best for its disk.
+
+    Raises:
+        ModelFileError: a read failed while it was measured.
+    """
+    best = profile(disk)
+    return replace(
+        best, n_threads=params.io_threads or max(MIN_IO_THREADS, best.n_threads),
+        read_bytes=best.read_bytes if params.read_bytes is None else parse_bytes(params.read_bytes),
+    )  # fmt: skip
+
+
 def open_store(
     own: contextlib.ExitStack, source: MoeSource, base: Weights, plan: PagedPlan
 ) -> ExpertStore:
@@ -190,18 +257,19 @@ def make_store(
 ) -> ExpertStore:
     """Open a store that records nothing: see `open_store`. Its slots are on `source.device`."""
     params = source.params
-    disk = open_disk(own, source.file, direct=params.direct_io is not False)
-    reads = profile(disk)
-    n_threads = params.io_threads or max(MIN_IO_THREADS, reads.n_threads)
-    read_bytes = reads.read_bytes if params.read_bytes is None else parse_bytes(params.read_bytes)
-    transfer = own.enter_context(Transfer([disk], n_threads, read_bytes, plan.staging_bytes))
+    pages = open_pages(own, source, plan.pools)
+    reads = pages.reads
+    transfer = own.enter_context(
+        Transfer([pages.disk], reads.n_threads, reads.read_bytes, plan.staging_bytes)
+    )
     forced = params.prefetch not in ("auto", "off")
     predictor = {"auto": "gate", "off": "none"}.get(params.prefetch, params.prefetch)
-    store = ExpertStore(base, source.device, plan.pools, transfer, ExpertParams(
+    store = ExpertStore(base, source.device, pages.pools, transfer, ExpertParams(
         slots_bytes=plan.slots_bytes, n_expert_used=source.moe.n_expert_used,
         policy=params.policy, prefetch=predictor, forced=forced,
         overlap=plan.overlaps and params.overlap != "off", watched=params.levers == "proven",
         overlap_forced=plan.overlaps and params.overlap == "on" and params.levers == "asked",
+        pages_from=pages.disk.path, sidecar=pages.sidecar, refused=pages.refused,
     ))  # fmt: skip
     own.callback(store.close)
     return store

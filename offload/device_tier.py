@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from edgeroute.offload.counters import LayerCount
 from edgeroute.offload.expert_pool import ExpertPool
 from edgeroute.offload.expert_store import (
@@ -30,6 +33,7 @@ from edgeroute.offload.tier_counts import (
     sum_counts,
     with_hits,
 )
+from edgeroute.offload.tier_link import suppose_uploads
 from edgeroute.offload.tier_turns import Coming
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.experts import Held, Leased
@@ -103,6 +107,14 @@ class DeviceTier(ExpertTier):
         self._stalled = 0.0
         below.stand_below(self._has, device.stop_flag)
 
+    def measure_link(self) -> None:
+        """Learn what uploads cost before there is anything to upload; nothing may be held yet.
+
+        Raises:
+            DeviceLostError: the device is gone.
+        """
+        suppose_uploads(self.gate.upload, self._uploader, self.pools[0], self._n_used)
+
     # a pass over the model
 
     def begin(self, *, prefill: bool) -> None:
@@ -131,6 +143,10 @@ class DeviceTier(ExpertTier):
         if self.recorder is not None:
             self.recorder.record(il, ids)
         self.below.foresee(il, ids, guess)
+
+    def here(self, il: int) -> npt.NDArray[np.bool_]:
+        """Mark the experts of a layer that need no disk: on the device, or in DRAM."""
+        return super().here(il) | self.below.here(il)
 
     def lease(self, il: int, experts: Sequence[int]) -> Leased | None:
         """Hold distinct experts of a layer until the next lease, or `end`.
@@ -245,9 +261,9 @@ class DeviceTier(ExpertTier):
     def _n_away(
         self, il: int, experts: Sequence[int], n_missing: int, n_pairs: int | None = None
     ) -> int:
-        """Ask who computes what is missing; free slots are filled in any case."""
-        n_over = max(0, n_missing - self._pool_of[il].table.n_free)
-        return min(n_over, self.gate.away(il, experts, n_over, n_pairs))
+        """Ask who computes what is missing."""
+        n_free = self._pool_of[il].table.n_free
+        return self.gate.away(il, experts, n_missing, n_free, n_pairs)
 
     def _take(self, il: int, experts: Sequence[int]) -> tuple[_Group, list[Missing]]:
         """Lease experts on the device; the missing ones have a slot that nothing is in yet."""

@@ -10,6 +10,7 @@ import mmap
 import os
 import stat
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, Protocol, Self
 
@@ -52,8 +53,10 @@ class Disk(Protocol):
     def alignment(self) -> int:
         """Offsets, lengths and addresses of reads must be multiples of this; 1 is any."""
 
-    def read_at(self, offset: int, buffer: memoryview) -> int:
-        """Read once; return the bytes read, fewer than asked at the end of the file.
+    def read_at(self, offset: int, *buffers: memoryview) -> int:
+        """Read once, into one buffer after the other; return the bytes read.
+
+        They are fewer than asked at the end of the file, and may be elsewhere.
 
         Raises:
             OSError: what the system said.
@@ -101,8 +104,8 @@ class DiskFile(Closing):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         return cls(where, descriptor, "buffered", 1)
 
-    def read_at(self, offset: int, buffer: memoryview) -> int:
-        """Read once; return the bytes read, fewer than asked at the end of the file.
+    def read_at(self, offset: int, *buffers: memoryview) -> int:
+        """Read once, into one buffer after the other; return the bytes read.
 
         Raises:
             OSError: what the system said.
@@ -110,12 +113,17 @@ class DiskFile(Closing):
         """
         descriptor = self._open_descriptor()
         if hasattr(os, "preadv"):
-            n = os.preadv(descriptor, [buffer], offset)
+            n = os.preadv(descriptor, buffers, offset)
         else:
             with self._seeking:  # this system has no reads at an offset: one at a time
                 os.lseek(descriptor, offset, os.SEEK_SET)
                 with io.FileIO(descriptor, "rb", closefd=False) as file:
-                    n = file.readinto(buffer) or 0
+                    n = 0
+                    for buffer in buffers:
+                        got = file.readinto(buffer) or 0
+                        n += got
+                        if got < len(buffer):
+                            break
         if self.mode == "buffered":
             self.drop_cache(offset, n)
         return n
@@ -180,22 +188,32 @@ class DiskFile(Closing):
 def read_full(disk: Disk, offset: int, buffer: memoryview, wanted: int) -> None:
     """Read until the first `wanted` bytes of `buffer` are those at `offset`.
 
+    Args and Raises: as `read_into`, with one buffer.
+    """
+    read_into(disk, offset, (buffer,), wanted)
+
+
+def read_into(disk: Disk, offset: int, buffers: Sequence[memoryview], wanted: int) -> None:
+    """Read until the first `wanted` bytes of some buffers, in turn, are those at `offset`.
+
     Args:
         disk: a file.
-        offset: a multiple of the disk's alignment, as are the buffer's address and length.
-        buffer: takes `wanted` bytes or more; what lies behind them is undefined.
+        offset: a multiple of the disk's alignment, as are each buffer's address and length.
+        buffers: at most 256, which take `wanted` bytes or more; what lies behind them is
+            undefined.
         wanted: bytes that must come.
 
     Raises:
         ModelFileError: the disk failed, the file ended early, or it was changed since it
-            was opened; the buffer's content is undefined.
+            was opened; the buffers' content is undefined.
     """
     done, stalls = 0, 0
     while done < wanted:
         if stalls == _MAX_STALLS:
+            disk.check()  # says how the file changed, where it did
             raise _failed(disk, (offset, wanted, done), "the disk brings nothing more")
         try:
-            n = disk.read_at(offset + done, buffer[done:])
+            n = disk.read_at(offset + done, *_behind(buffers, done))
         except InterruptedError:
             stalls += 1
             continue
@@ -212,6 +230,16 @@ def read_full(disk: Disk, offset: int, buffer: memoryview, wanted: int) -> None:
         stalls = stalls + 1 if so_far == done else 0
         done = so_far
     disk.check()
+
+
+def _behind(buffers: Sequence[memoryview], done: int) -> Sequence[memoryview]:
+    """What of the buffers lies behind their first `done` bytes."""
+    if not done:
+        return buffers
+    left = list(buffers)
+    while done >= len(left[0]):
+        done -= len(left.pop(0))
+    return [left[0][done:], *left[1:]]
 
 
 def read_range(disk: Disk, offset: int, nbytes: int) -> memoryview:

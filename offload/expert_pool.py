@@ -1,23 +1,24 @@
 """A pool: experts of equal shape and type, over all layers that have such, and their slots."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from edgeroute.offload.eviction import PolicyParams, PoolShape
 from edgeroute.offload.eviction_registry import make_policy
-from edgeroute.offload.load_plan import Extent, LoadJob
+from edgeroute.offload.load_plan import Extent, LoadJob, n_reads
 from edgeroute.offload.page_table import PageTable
+from edgeroute.offload.sidecar import Sidecar, padded
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.errors import CapacityError, ModelFileError
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import TensorInfo
 from edgeroute.runtime.slots import Slots, stride_bytes
 from edgeroute.runtime.units import format_bytes
 
-MODEL_FILE = 0
-"""Number of the model's own file among those that a Transfer reads."""
+PAGES_FILE = 0
+"""Number of the file that has the pages among those that a Transfer reads."""
 
 
 class ExpertLayer(NamedTuple):
@@ -29,10 +30,14 @@ class ExpertLayer(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolPlan:
-    """Layers whose experts can share slots, known from the header alone."""
+    """Layers whose experts can share slots, known from the header alone.
+
+    `sidecar` says where their pages are, if not in the model's own file.
+    """
 
     layers: tuple[ExpertLayer, ...]
     n_expert: int
+    sidecar: Sidecar | None = None
 
     @property
     def page_bytes(self) -> int:
@@ -62,6 +67,34 @@ def plan_pools(layers: Iterable[ExpertLayer], n_expert: int) -> list[PoolPlan]:
         key = tuple((info.type, info.ne) for info in layer.infos)
         groups.setdefault(key, []).append(layer)
     return [PoolPlan(layers=tuple(group), n_expert=n_expert) for group in groups.values()]
+
+
+def in_sidecar(pools: Iterable[PoolPlan], sidecar: Sidecar) -> list[PoolPlan]:
+    """Have pages read from a sidecar of the model.
+
+    Raises:
+        ModelFileError: it lacks some.
+    """
+    found = []
+    for pool in pools:
+        if sidecar.header.n_expert != pool.n_expert:
+            raise ModelFileError(
+                f"the sidecar has {sidecar.header.n_expert} experts a layer, not {pool.n_expert}; "
+                "write it again with `edgeroute convert pack --force`, or delete it"
+            )
+        layers = tuple(ExpertLayer(il, sidecar.moved(il, infos)) for il, infos in pool.layers)
+        found.append(replace(pool, layers=layers, sidecar=sidecar))
+    return found
+
+
+def spares_reads(pools: Iterable[PoolPlan], read_bytes: int) -> bool:
+    """Whether pages in one piece take fewer reads than in parts, over all experts."""
+    spared = 0
+    for pool in pools:
+        parts = [info.nbytes // pool.n_expert for info in pool.layers[0].infos]
+        apart = sum(n_reads(nbytes, read_bytes) for nbytes in parts)
+        spared += pool.n_pages * (apart - n_reads(sum(map(padded, parts)), read_bytes))
+    return spared > 0
 
 
 def share_slots(pools: Sequence[PoolPlan], budget_bytes: int, n_used: int) -> list[int]:
@@ -132,13 +165,20 @@ class ExpertPool(Closing):
 
     def job(self, page: int, slot: int) -> LoadJob:
         """Describe the load of a page into a slot."""
-        il, expert = divmod(page, self.plan.n_expert)
+        infos = self._infos[page // self.plan.n_expert]
+        return LoadJob(
+            id=page, extents=self._extents(page, infos), sink=self.slots.sink(slot, infos)
+        )
+
+    def _extents(self, page: int, infos: Sequence[TensorInfo]) -> list[Extent]:
+        sidecar, expert = self.plan.sidecar, page % self.plan.n_expert
+        if sidecar is not None:
+            return sidecar.extents(PAGES_FILE, page, [info.name for info in infos])
         extents = []
-        infos = self._infos[il]
         for part, info in enumerate(infos):
             nbytes = info.nbytes // self.plan.n_expert
-            extents.append(Extent(MODEL_FILE, info.offset + expert * nbytes, nbytes, part))
-        return LoadJob(id=page, extents=extents, sink=self.slots.sink(slot, infos))
+            extents.append(Extent(PAGES_FILE, info.offset + expert * nbytes, nbytes, part))
+        return extents
 
     def resize(self, n_slots: int) -> int:
         """Give slots up or take them back, up to as many as there were at first.

@@ -1,6 +1,6 @@
 """What pools of experts have counted, summed for `stats`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from edgeroute.offload.counters import LayerCount, total
 from edgeroute.offload.expert_pool import ExpertPool
@@ -19,3 +19,12 @@ def by_kind(pools: Iterable[ExpertPool]) -> dict[str, dict[str, int | float]]:
         "decode": total(table.decode.snapshot().total for table in tables).to_dict(),
         "prefill": total(table.prefill.snapshot().total for table in tables).to_dict(),
     }
+
+
+def bytes_of(pools: Iterable[ExpertPool], n_by_layer: Mapping[int, int]) -> int:
+    """Return what so many experts of each layer have in the file."""
+    return sum(
+        n_by_layer.get(layer.il, 0) * pool.plan.page_bytes
+        for pool in pools
+        for layer in pool.plan.layers
+    )

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from edgeroute.offload import expert_stats
@@ -46,13 +47,17 @@ class ExpertParams(SlotParams):
 
     `prefetch` names a predictor; it is on only while it pays, or always if `forced`, or, if
     `watched` as well, until it loses. `overlap` allows resident experts to be computed while
-    others arrive, while that pays, or always with `overlap_forced`.
+    others arrive, while that pays, or always with `overlap_forced`. `pages_from` is the file
+    that they are read from, `sidecar` what is made of one, and `refused` why none is: for `stats`.
     """
 
     prefetch: str = "gate"
     forced: bool = False
     overlap: bool = True
     overlap_forced: bool = False
+    pages_from: Path | None = None
+    sidecar: str = "none"
+    refused: str | None = None
 
 
 class _Load(NamedTuple):
@@ -84,6 +89,8 @@ class ExpertStore(ExpertTier):
             UsageError: no such policy or predictor.
         """
         self._transfer = transfer
+        self._pages_from, self._sidecar = params.pages_from, params.sidecar
+        self._refused = params.refused
         n_layer = 1 + max(layer.il for plan in pools for layer in plan.layers)
         predictor = make_predictor(params.prefetch, n_layer, pools[0].n_expert)
         super().__init__(base, device, pools, params)
@@ -409,7 +416,11 @@ class ExpertStore(ExpertTier):
         return expert_stats.spent(self.pools)
 
     def stats(self) -> dict[str, object]:
-        """Return what the experts cost so far, decode and prefill apart."""
+        """Return what the experts cost so far, decode and prefill apart.
+
+        `n_reads` and `read_bytes` are what the disk was asked for, in both.
+        """
+        moved = self._transfer.stats
         return {
             "policy": self.policy,
             "n_slots": sum(pool.table.n_slots for pool in self.pools),
@@ -419,7 +430,11 @@ class ExpertStore(ExpertTier):
             "overlap": self.overlap.state,
             "overlap_gain": self.overlap.gain_ratio,
             "overlap_s": round(self.overlapped_s, 6),
-            "warning": self.cliff.warning,
+            "pages_from": None if self._pages_from is None else self._pages_from.name,
+            "sidecar": self._sidecar,
+            "n_reads": moved.n_reads,
+            "read_bytes": moved.read_bytes,
+            "warning": "; ".join(filter(None, (self._refused, self.cliff.warning))) or None,
             **expert_stats.by_kind(self.pools),
         }
 

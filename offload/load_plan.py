@@ -1,12 +1,12 @@
 """What is to be read, and how it is cut into reads.
 
-Parts that lie next to each other in a file are read together; a part longer than one read
-is cut, so that several threads bring it.
+Parts that lie next to each other in a file are read together, wherever they go; what is longer
+than one read is cut, so that several threads bring it.
 """
 
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Literal, NamedTuple, Protocol
@@ -19,6 +19,8 @@ from edgeroute.runtime.slots import Landing
 
 _BLOCK_BYTES: Final = 4096
 """Parts with a smaller gap between them are read together: another read costs more."""
+_MAX_PLACES: Final = 256
+"""Buffers that one read fills at most: systems take 1024."""
 
 
 class Priority(IntEnum):
@@ -139,41 +141,49 @@ class Job:
 
 
 class Item(NamedTuple):
-    """Bytes of a span that go to a sink: `nbytes` from `offset` in the file."""
+    """Bytes of a span that go to a sink: `nbytes` from `offset` in the file.
+
+    `place` is the sink's own memory for them and for what aligns them, if they are read there.
+    """
 
     job: Job
     part: int
     at: int
     offset: int
     nbytes: int
+    place: memoryview | None = None
 
 
 class Span:
-    """A run of a file that is read into one buffer, by one read or several.
+    """A run of a file that is read at once, by one read or several.
 
-    `start` and `stop` suit the disk's alignment; `end` is where the last wanted byte ends.
+    Either into one staging buffer, or, if `in_place`, into the places of its items, which then
+    follow each other without a gap. `start` and `stop` suit the disk's alignment; `end` is where
+    the last wanted byte ends.
     """
 
-    __slots__ = ("buffer", "end", "file", "items", "memory", "n_reads", "priority", "start",
-                 "started", "stop", "view")  # fmt: skip
+    __slots__ = ("end", "file", "in_place", "items", "memory", "n_reads", "places", "priority",
+                 "start", "started", "stop")  # fmt: skip
 
     def __init__(self, file: int, start: int, item: Item) -> None:
         self.file = file
         self.start = start
-        self.stop = 0
+        self.stop = start
         self.end = item.offset + item.nbytes
         self.items = [item]
+        self.in_place = item.place is not None
         self.priority = Priority.DEMAND
         self.started = False
         self.n_reads = 0
         """Reads that have not ended."""
         self.memory: mmap.mmap | None = None
-        """The staging buffer; None for a span that is read straight into its sink."""
-        self.view: memoryview | None = None
+        """The staging buffer; None for a span that is read in place."""
+        self.places: list[tuple[int, memoryview]] = []
+        """Once it has begun: where its bytes go, each with how far behind `start` it begins."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its buffer."""
+        """Bytes from `start` to `stop`."""
         return self.stop - self.start
 
     @property
@@ -181,16 +191,57 @@ class Span:
         """Whether any of its bytes still has a taker."""
         return any(item.job.wanted for item in self.items)
 
+    def begin(self, memory: mmap.mmap | None, alignment: int) -> None:
+        """Settle where the bytes go; nothing is read to where an item was taken out."""
+        self.started = True
+        if memory is not None:
+            self.memory = memory
+            self.places = [(0, memoryview(memory)[: self.nbytes])]
+            return
+        for item in self.items:
+            assert item.place is not None
+            self.places.append((item.offset // alignment * alignment - self.start, item.place))
+
+    def buffers(self, low: int, high: int) -> list[memoryview]:
+        """Return where the bytes from `low` to `high` behind `start` go."""
+        return [
+            place[max(0, low - at) : high - at]
+            for at, place in self.places
+            if at < high and low < at + len(place)
+        ]
+
     def reads(self, read_bytes: int, alignment: int) -> Iterator[tuple[int, int]]:
         """Cut the span into reads of nearly equal length, `read_bytes` give or take a half."""
-        used = self.end - self.start
-        if 2 * used < 3 * read_bytes:
-            yield 0, self.nbytes
-            return
-        length = -(-used // max(1, round(used / read_bytes)))
-        length = -(-length // alignment) * alignment
-        for low in range(0, self.end - self.start, length):
-            yield low, min(low + length, self.nbytes)
+        for first, stop in self._runs():
+            used = min(stop, self.end - self.start) - first
+            length = stop - first
+            if (n := n_reads(used, read_bytes)) > 1:
+                length = -(-used // n)
+                length = -(-length // alignment) * alignment
+            for low in range(first, first + used, length):
+                yield low, min(low + length, stop)
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Stretches of the span that are wanted, behind `start`."""
+        first = stop = 0
+        for at, place in self.places:
+            if at > stop:
+                if stop > first:
+                    yield first, stop
+                first = at
+            stop = at + len(place)
+        yield first, stop
+
+    def close(self) -> None:
+        """Let go of the memory that its bytes went to."""
+        for _, place in self.places:
+            place.release()
+        self.places.clear()
+
+
+def n_reads(nbytes: int, read_bytes: int) -> int:
+    """Return how many reads bytes in one piece take, none much longer than `read_bytes`."""
+    return 1 if 2 * nbytes < 3 * read_bytes else max(1, round(nbytes / read_bytes))
 
 
 def check_jobs(jobs: Sequence[LoadJob], files: Sequence[Disk]) -> None:
@@ -222,12 +273,16 @@ def plan(jobs: Sequence[Job], files: Sequence[Disk], read_bytes: int) -> list[Sp
     spans: list[tuple[int, Span]] = []
     staged: list[tuple[Extent, int]] = []
     for index, job in enumerate(jobs):
-        for extent in job.spec.extents:
-            direct = _direct_span(job, extent, files[extent.file].alignment)
-            if direct is not None:
-                spans.append((index, direct))
+        direct = []
+        for extent in sorted(job.spec.extents):
+            span = _direct_span(job, extent, files[extent.file].alignment)
+            if span is not None:
+                direct.append((index, span))
             else:
                 staged.append((extent, index))
+        spans += _together(direct)  # a page in one piece is cut into reads as a whole
+    spans.sort(key=lambda pair: (pair[1].file, pair[1].start))
+    spans = _together(spans, read_bytes)
     staged.sort()
     last: Span | None = None
     for extent, index in staged:
@@ -258,6 +313,30 @@ def _joins(span: Span, extent: Extent, read_bytes: int, alignment: int) -> bool:
     if span.file != extent.file or extent.offset - span.end >= max(alignment, _BLOCK_BYTES):
         return False
     return max(span.end, extent.offset + extent.nbytes) - span.start <= read_bytes
+
+
+def _together(
+    spans: Iterable[tuple[int, Span]], most_bytes: int | None = None
+) -> list[tuple[int, Span]]:
+    """Join spans in place, sorted by where they begin, that follow each other without a gap.
+
+    Args:
+        spans: each with the number of the first load that it serves.
+        most_bytes: of a joined one; None is any.
+    """
+    found: list[tuple[int, Span]] = []
+    for index, span in spans:
+        if found:
+            first, last = found[-1]
+            near = (last.file, last.stop) == (span.file, span.start)
+            few = len(last.items) + len(span.items) <= _MAX_PLACES
+            if near and few and (most_bytes is None or span.stop - last.start <= most_bytes):
+                last.items += span.items
+                last.stop, last.end = span.stop, span.end
+                found[-1] = min(first, index), last
+                continue
+        found.append((index, span))
+    return found
 
 
 def _pieces(job: Job, extent: Extent, read_bytes: int, alignment: int) -> Iterator[Span]:
@@ -291,9 +370,9 @@ def _direct_span(job: Job, extent: Extent, alignment: int) -> Span | None:
     target = memory.cast("B")[lead - before : lead + extent.nbytes + after]
     if _address(target) % alignment:
         return None
-    item = Item(job, extent.part, 0, extent.offset, extent.nbytes)
+    item = Item(job, extent.part, 0, extent.offset, extent.nbytes, target)
     span = Span(extent.file, extent.offset - before, item)
-    span.view = target
+    span.stop = span.start + len(target)
     return span
 
 

@@ -148,16 +148,16 @@ class LoadQueue:
 
     def _begin(self, span: Span) -> bool:
         """Give a span its memory and queue its reads; False while there is no memory."""
-        if span.view is None:
-            span.memory = memory = self.pool.take(span.nbytes)
+        memory = None
+        if not span.in_place:
+            memory = self.pool.take(span.nbytes)
             if memory is None:
                 return False
-            span.view = memoryview(memory)[: span.nbytes]
-        span.started = True
+        alignment = self.files[span.file].alignment
+        span.begin(memory, alignment)
         now = time.perf_counter()
         for item in span.items:
             item.job.began = item.job.began or now
-        alignment = self.files[span.file].alignment
         reads = [Read(span, low, high) for low, high in span.reads(self.read_bytes, alignment)]
         span.n_reads = len(reads)
         self._reads[span.priority].extend(reads)
@@ -185,8 +185,7 @@ class LoadQueue:
             item.job.n_open -= 1
             if item.job.n_open == 0 and item.job in self.open:
                 self.end(item.job)
-        if span.view is not None:
-            span.view.release()
+        span.close()
         if span.memory is not None:
             self.pool.give(span.memory)
 

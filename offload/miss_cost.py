@@ -38,13 +38,18 @@ class Cost:
 
     @property
     def is_known(self) -> bool:
-        """Whether anything was measured."""
-        return self.n > 0
+        """Whether anything was measured, or is supposed."""
+        return bool(self._samples)
 
     @property
     def is_doubtful(self) -> bool:
         """Whether the latest sample was far off."""
         return bool(self._surprises)
+
+    def suppose(self, n_pages: int, seconds: float) -> None:
+        """Enter what pages took that were only a try: a sample like others, but in no sum."""
+        self._keep(n_pages, seconds)
+        self._fit()
 
     def add(self, n_pages: int, seconds: float, *, counts: bool = True) -> None:
         """Enter a sample, or only what it adds to the sums; without pages nothing happens."""
@@ -70,8 +75,8 @@ class Cost:
         return n_times * self.fixed_s + n_pages * self.each_s
 
     def report(self) -> CostReport | None:
-        """What is known; None before anything was measured."""
-        if not self.n:
+        """What is known, if only supposed (`n` is 0); None before anything was measured."""
+        if not self.is_known:
             return None
         return CostReport(fixed_s=self.fixed_s, each_s=self.each_s, n=self.n)
 

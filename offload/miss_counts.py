@@ -14,6 +14,8 @@ SETTLING: Final = {False: 8, True: 16}
 """Steps that do not count for that, by whether they compute: the cache is still as the other way
 has left it. Of computing it is better than it will be, since what it holds grows old."""
 FORGETTING: Final = 0.99
+GUESSED_HITS, GUESSED_HELD = 2, 16
+"""Of held pages asked for again, before a step has told: as if so many had been, of so many."""
 
 
 @dataclass(slots=True)
@@ -95,15 +97,24 @@ class MissCounts:
         self._steps: deque[Step] = deque(maxlen=STEPS_KEPT)
         self._run = 0  # steps in a row that went the same way
         self._ratios = {False: _Ratio(), True: _Ratio()}
+        self._held = self._hits = 0
+        self._is_full = False
         self.step = Step()
         """The one at work."""
+
+    @property
+    def hits_per_page(self) -> float:
+        """How often a step asks for a page that a cache holds, on average over all steps."""
+        return (self._hits + GUESSED_HITS) / (self._held + GUESSED_HELD)
 
     def enter(self, il: int, experts: Sequence[int], n_missing: int) -> None:
         """Enter a lease of the step at work."""
         ghost = self._ghosts.get(il)
         if ghost is None:
             ghost = self._ghosts[il] = Ghost(self._n_slots)
+        self._held += len(ghost.lru)
         if_uploaded, if_frozen = ghost.lease(experts)
+        self._hits += len(experts) - if_uploaded
         step = self.step
         step.missed += n_missing
         step.leases += n_missing > 0
@@ -113,6 +124,9 @@ class MissCounts:
     def keep(self, *, computing: bool) -> Step:
         """Keep the step at work, which went this way, among the latest."""
         step, steps = self.step, self._steps
+        if not self._is_full and all(len(g.lru) >= g.n_slots for g in self._ghosts.values()):
+            self._is_full = True
+            steps.clear()
         step.computing = computing
         self._run = self._run + 1 if steps and steps[-1].computing == computing else 1
         steps.append(step)

@@ -10,12 +10,14 @@ reads a clock but the one it is given.
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Final, Literal
 
-from edgeroute.offload.miss_cost import Cost, CostReport
+from edgeroute.offload.miss_budget import BudgetParams, Budgets
+from edgeroute.offload.miss_cost import Cost
 from edgeroute.offload.miss_counts import MissCounts, Misses, Step
+from edgeroute.offload.miss_report import MissReport
 from edgeroute.offload.miss_trial import Trial, TrialParams
 from edgeroute.runtime.errors import UsageError
 
@@ -33,12 +35,14 @@ TINY_S: Final = 1e-9
 class MissParams:
     """How the gate estimates and tries.
 
-    The other way is taken where its steps are estimated to cost less than (1 -
-    `min_gain_ratio`) of the present one's, with what a trial has measured. No trial is made of
-    what is estimated to cost over `doubt_ratio` times the present way, or over
-    `first_doubt_ratio` before there was any; what is estimated to cost so many times less is
-    taken without one. Estimates are looked at every `review_steps`. The first trial is after
-    `first_wait_steps`, later ones wait `wait_growth` times longer each, up to `max_wait_steps`;
+    At first what is missed is computed where that costs less than `start_ratio` times its upload,
+    since the device computes what is uploaded besides. The other way is taken where its steps are
+    estimated to cost less than (1 - `min_gain_ratio`) of the present one's, with what a trial has
+    measured. No trial is made of what is estimated to cost over `doubt_ratio` times the present
+    way, or over `first_doubt_ratio` before there was any, nor what `budgets` refuse; what is
+    estimated to cost so many times less is taken without one. Estimates are looked at every
+    `review_steps`. The first trial is after `first_wait_steps`, later ones wait `wait_growth`
+    times longer each, up to `max_wait_steps`;
     a change of mind begins anew, and what seems to gain `early_gain_ratio` waits no longer than
     the first.
 
@@ -47,13 +51,15 @@ class MissParams:
     """
 
     trial: TrialParams = field(default_factory=TrialParams)
+    budgets: BudgetParams = field(default_factory=BudgetParams)
+    start_ratio: float = 1.15
     min_gain_ratio: float = 0.02
     doubt_ratio: float = 1.5
     first_doubt_ratio: float = 3.0
     review_steps: int = 8
     early_gain_ratio: float = 0.04
-    first_wait_steps: int = 32
-    wait_growth: float = 3.0
+    first_wait_steps: int = 16
+    wait_growth: float = 4.0
     max_wait_steps: int = 4096
 
     def __post_init__(self) -> None:
@@ -62,49 +68,12 @@ class MissParams:
             and 1 < self.doubt_ratio <= self.first_doubt_ratio
             and 0 <= self.early_gain_ratio < 1
             and self.review_steps >= 1
+            and self.start_ratio > 0
             and 1 <= self.first_wait_steps <= self.max_wait_steps
             and self.wait_growth >= 1
         )
         if not good:
             raise UsageError(f"miss gate settings contradict each other: {self}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MissReport:
-    """What it did and knows, for `stats`.
-
-    Attributes:
-        state: `upload` or `compute`, what it does now; `trial`, `on` or `off` (forced).
-        n_leases: leases that missed experts in decode steps, and `n_computed_leases` of them
-            that the processor computed.
-        n_uploaded: pages uploaded, prompts included, in `uploaded_s` seconds.
-        n_computed: pages computed by the processor, `n_pairs` pairs of token and expert, in
-            `computed_s` seconds.
-        upload: cost of an upload as measured; None before any.
-        compute: cost of computing as measured; None before any.
-        upload_step_s: seconds of a step that uploads, in the latest trial or estimate.
-        compute_step_s: the same, computing.
-        n_trials: trials ended, and `n_changes` changes of mind.
-    """
-
-    state: str
-    n_leases: int
-    n_computed_leases: int
-    n_uploaded: int
-    uploaded_s: float
-    n_computed: int
-    n_pairs: int
-    computed_s: float
-    upload: CostReport | None
-    compute: CostReport | None
-    upload_step_s: float | None
-    compute_step_s: float | None
-    n_trials: int
-    n_changes: int
-
-    def to_dict(self) -> dict[str, object]:
-        """Return all figures as plain JSON types."""
-        return asdict(self)
 
 
 class MissGate:
@@ -147,8 +116,9 @@ class MissGate:
         computes it then. As trials measured it."""
         self._n_usual = 1
         self._known: dict[bool, float] = {}
-        self._settled = False
         self._since_probe_s = 0.0
+        self._budgets = Budgets(self.params.budgets)
+        self._started, self._n_free = False, 0
         self.n_leases = self.n_computed_leases = self.n_pairs = 0
         self.n_trials = self.n_changes = 0
 
@@ -170,25 +140,33 @@ class MissGate:
         self._began = self._clock()
 
     def away(
-        self, il: int, experts: Collection[int], n_missing: int, n_pairs: int | None = None
-    ) -> int:
+        self, il: int, experts: Collection[int], n_missing: int, n_free: int = 0,
+        n_pairs: int | None = None,
+    ) -> int:  # fmt: skip
         """Return how many of a lease's missing experts the processor computes.
 
         Args:
             il: layer.
             experts: all that the lease asks for, distinct.
-            n_missing: how many of them are not on the device, and have no free slot there.
+            n_missing: how many of them are not on the device.
+            n_free: slots there that nothing is in; forced computing fills them all the same.
             n_pairs: of a prompt, pairs of those and their tokens; None where a token or two
                 compute with each.
         """
         if self.mode == "off":
             return 0
-        if self._prefill and self.mode == "auto":
+        if self.mode == "on":
+            n_away = max(0, n_missing - n_free)
+            self.n_leases += n_away > 0
+        elif self._prefill:
             return n_missing if n_missing and self._computes_prompt(n_missing, n_pairs) else 0
-        self.n_leases += n_missing > 0
-        if self.mode == "auto":
+        else:
+            self.n_leases += n_missing > 0
             self._counts.enter(il, list(experts), n_missing)
-        n_away = self._choose(n_missing) if n_missing else 0
+            self._n_free = n_free
+            if self.computing:
+                self._budgets.hit(len(experts) - n_missing, self.compute)
+            n_away = self._choose(n_missing, n_free) if n_missing else 0
         self.n_computed_leases += n_away > 0
         return n_away
 
@@ -214,32 +192,48 @@ class MissGate:
             if self._trial.end_step(seconds, step):
                 self._end_trial(self._trial)
             return
-        self._counts.keep(computing=self.computing)
+        step = self._counts.keep(computing=self.computing)
+        self._budgets.end_step(seconds, elsewhere_s, step.missed)
         self._since_probe_s += seconds
         self._recent.append(seconds)
         self._until_trial -= 1
         self._until_review -= 1
-        if self._until_review <= 0 or not self._settled:
+        if self._until_review <= 0:
             self._review()
 
     # one lease
 
-    def _choose(self, n_missing: int) -> int:
-        if self.mode == "on" or not self.compute.is_known:
+    def _choose(self, n_missing: int, n_free: int) -> int:
+        if not self.compute.is_known:
             return n_missing
         if not self.upload.is_known:
             return 0
+        self._start(n_missing)
         if self._trial is not None:
             return n_missing if self._trial.computing else 0
         computing = self.computing and self._pays_at_once(n_missing)
         if self._may_probe(computing, n_missing):
             return n_missing - 1 if computing else n_missing
-        return n_missing if computing else 0
+        return n_missing - self._n_filled(min(n_missing, n_free)) if computing else 0
+
+    def _n_filled(self, n_most: int) -> int:
+        hits = self._counts.hits_per_page
+        return self._budgets.n_filled(n_most, self.upload, self.compute, hits)
+
+    def _start(self, n_missing: int) -> None:
+        """Choose a way for the first time, by what is supposed of the costs."""
+        if self._started:
+            return
+        self._started = True
+        self._n_usual = n_missing
+        most_s = self.params.start_ratio * self.upload.of(n_missing)
+        self.computing = self.compute.of(n_missing) < most_s
 
     def _computes_prompt(self, n_missing: int, n_pairs: int | None) -> bool:
         """Whether the processor computes a prompt's pages: they hardly serve later tokens."""
         if not (self.compute.is_known and self.upload.is_known):
             return False
+        self._start(n_missing)
         if n_pairs is None:
             return self.computing and self._pays_at_once(n_missing)
         cost = self.compute.fixed_s + n_pairs * self.compute.each_s  # if each pair is a page's
@@ -290,19 +284,19 @@ class MissGate:
         rest = max(0.0, median(self._recent) - costs[self.computing])
         self._known = {way: rest + cost for way, cost in costs.items()}
         here, there = self._known[self.computing], self._known[not self.computing]
-        if not self._settled:
-            self._settled = True
-            if there < here:
-                self._change()
-            return
         params, due = self.params, self._until_trial <= 0
         doubt = params.doubt_ratio if self.n_trials else params.first_doubt_ratio
         if there * doubt < here:
             self._change()
         elif (due and there < here * doubt) or self._is_early(here, there):
-            self._trial = Trial(self.computing, self._n_skip, params.trial)
+            self._try(there - here)
         elif due:
             self._postpone()
+
+    def _try(self, loss_s: float) -> None:
+        """Begin a trial, if what it costs may be spent."""
+        if self._budgets.may_try(loss_s, self._n_free * self.upload.each_s):
+            self._trial = Trial(self.computing, self._n_skip, self.params.trial)
 
     def _is_early(self, here: float, there: float) -> bool:
         """Whether what was tried last seems no longer so, and a trial should not wait."""

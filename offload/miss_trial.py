@@ -23,8 +23,8 @@ class TrialParams:
         UsageError: a value outside its range.
     """
 
-    window_steps: int = 6
-    max_skip_steps: int = 6
+    window_steps: int = 4
+    max_skip_steps: int = 4
     n_rounds: int = 2
     stop_ratio: float = 2.0
     clear_ratio: float = 1.15

@@ -13,7 +13,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Never
@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, Never
 from edgeroute.offload.disk import Disk, read_range
 from edgeroute.offload.load_plan import Extent
 from edgeroute.runtime.errors import ModelFileError
-from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.runtime.gguf import GGUFFile, TensorInfo
 
 MAGIC: Final = b"EDGEPAGE"
 VERSION: Final = 1
@@ -72,6 +72,19 @@ class Sidecar:
         self._parts = {
             il: {part.tensor: part for part in parts} for il, parts in header.layers.items()
         }
+
+    def moved(self, il: int, infos: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
+        """Return a layer's expert tensors as they lie here, where the first expert's slices are.
+
+        Raises:
+            ModelFileError: it lacks one of them.
+        """
+        parts = self._parts.get(il, {})
+        if any(info.name not in parts for info in infos):
+            raise ModelFileError(f"the sidecar lacks experts of layer {il}; write it again with "
+                                 "`edgeroute convert pack --force`, or delete it")  # fmt: skip
+        start = self.header.pages[il * self.header.n_expert]
+        return tuple(replace(info, offset=start + parts[info.name].at) for info in infos)
 
     def extents(self, file: int, page: int, tensors: Sequence[str]) -> list[Extent]:
         """Return the extents of a page: part i is the slice of `tensors[i]`.
@@ -155,7 +168,7 @@ def encode_header(header: SidecarHeader) -> bytes:
 
 
 def read_sidecar(disk: Disk, model: Disk, file: GGUFFile) -> Sidecar:
-    """Check a sidecar against itself and against its model.
+    """Check a sidecar against itself and against its model, a block of each layer included.
 
     Args:
         disk: the sidecar, which the Transfer then reads.
@@ -182,7 +195,22 @@ def read_sidecar(disk: Disk, model: Disk, file: GGUFFile) -> Sidecar:
                     f"its slices of {part.tensor} are {part.nbytes} bytes of {part.type}, "
                     f"not a {header.n_expert}th of {info.nbytes} bytes of {info.type.name}"
                 )
+        if not _same_block(disk, model, file, (header, il)):
+            refuse(f"its experts of layer {il} are not those of {model.path.name}")
     return Sidecar(header)
+
+
+def _same_block(disk: Disk, model: Disk, file: GGUFFile, at: tuple[SidecarHeader, int]) -> bool:
+    """Compare a block of one expert of a layer; which one differs from layer to layer."""
+    header, il = at
+    parts = header.layers[il]
+    part, expert = parts[il % len(parts)], il * 7 % header.n_expert
+    there = file.tensors[part.tensor].offset + expert * part.nbytes
+    here = header.pages[il * header.n_expert + expert] + part.at
+    skip = il * 31 * ALIGNMENT % part.nbytes
+    length = min(ALIGNMENT, part.nbytes - skip)
+    ours = read_range(disk, here + skip, length)
+    return ours == read_range(model, there + skip, length)
 
 
 class _Checker:

@@ -150,8 +150,8 @@ class ThrottledDisk(Closing):
         """Of the disk below."""
         return self.disk.mode
 
-    def read_at(self, offset: int, buffer: memoryview) -> int:
-        """Read once, and return no sooner than the drive would.
+    def read_at(self, offset: int, *buffers: memoryview) -> int:
+        """Read once, into one buffer after the other, and return no sooner than the drive would.
 
         Raises:
             OSError: what the system said.
@@ -159,7 +159,7 @@ class ThrottledDisk(Closing):
         """
         began = self.throttle.begin()
         try:
-            n = self.disk.read_at(offset, buffer)
+            n = self.disk.read_at(offset, *buffers)
             self._wait(self.throttle.due(began, n))
         finally:
             self.throttle.end()

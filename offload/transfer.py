@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from edgeroute.offload.disk import Disk, read_full
+from edgeroute.offload.disk import Disk, read_into
 from edgeroute.offload.load_plan import (
     Extent,
     Job,
@@ -217,7 +217,7 @@ class Transfer(Closing):
             jobs += ticket.jobs
         spans = plan(jobs, self._files, self.read_bytes)
         for span in spans:
-            if span.view is None and not self._pool.fits(span.nbytes):
+            if not span.in_place and not self._pool.fits(span.nbytes):
                 raise CapacityError(
                     f"a part of {format_bytes(span.nbytes)} does not fit the staging memory, "
                     f"{format_bytes(self._pool.max_bytes)}; raise max_staging_bytes"
@@ -278,28 +278,32 @@ class Transfer(Closing):
     def _read(self, read: Read) -> BaseException | None:
         """Read, unless nobody wants it any more; return what went wrong."""
         span = read.span
-        if span.view is None or not span.wanted:
+        if not span.wanted:
             return None
         read.asked = True
         wanted = min(read.high, span.end - span.start) - read.low
+        buffers = span.buffers(read.low, read.high)
         try:
-            with span.view[read.low : read.high] as buffer:
-                read_full(self._files[span.file], span.start + read.low, buffer, wanted)
+            read_into(self._files[span.file], span.start + read.low, buffers, wanted)
         except BaseException as error:  # the thread lives on; `wait` raises it
             return error
+        finally:
+            for buffer in buffers:
+                buffer.release()
         return None
 
 
 def _deliver(span: Span) -> dict[Job, BaseException]:
     """Hand a span's bytes to the sinks that still want them; return what went wrong."""
     errors: dict[Job, BaseException] = {}
-    if span.memory is None or span.view is None:
+    if span.in_place:
         return errors  # the bytes were read to where they belong
+    [(_, view)] = span.places
     for item in span.items:
         if not item.job.wanted or item.job in errors:
             continue
         low = item.offset - span.start
-        data = span.view[low : low + item.nbytes]
+        data = view[low : low + item.nbytes]
         try:
             item.job.spec.sink.write(item.part, item.at, data)
             data.release()

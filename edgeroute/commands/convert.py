@@ -38,8 +38,10 @@ def pack(model: str, order: Path | None, replace: bool, as_json: bool) -> None:
     """Write the experts of MODEL side by side into MODEL.pages, beside it.
 
     A GGUF keeps the three matrices of an expert far apart, and a paged model reads them in
-    three places. With the sidecar it reads one. The model itself stays as it is, and is
-    still needed; the sidecar takes about as much room as its experts do.
+    three places. With the sidecar beside it, it reads one, where that is fewer reads of the
+    length that the disk likes (setting `sidecar`): small experts gain, and disks on which each
+    read costs time. The model itself stays as it is, and is still needed; the sidecar takes
+    about as much room as its experts do.
     """
     from edgeroute.models.pull import resolve
     from edgeroute.tools.convert.pack import pack as write

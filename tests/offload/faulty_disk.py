@@ -53,20 +53,20 @@ class FaultyDisk:
     def alignment(self) -> int:
         return self.disk.alignment
 
-    def read_at(self, offset: int, buffer: memoryview) -> int:
-        index = len(self.offsets)
+    def read_at(self, offset: int, *buffers: memoryview) -> int:
+        index, n_asked = len(self.offsets), sum(map(len, buffers))
         self.offsets.append(offset)
         self.gate.wait()
         if self.slow_s:
             time.sleep(self.slow_s)
-        touched = self.eio_offset is not None and 0 <= self.eio_offset - offset < len(buffer)
+        touched = self.eio_offset is not None and 0 <= self.eio_offset - offset < n_asked
         if touched or (self.eio_at is not None and index >= self.eio_at):
             raise OSError(errno.EIO, "Input/output error")
         if self.interrupted and index % 2 == 0:
             raise InterruptedError(errno.EINTR, "Interrupted system call")
         if self.empty:
             return 0
-        n = self.disk.read_at(offset, buffer)
+        n = self.disk.read_at(offset, *buffers)
         return n if self.longest is None else min(n, self.longest)
 
     def check(self) -> None:

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeroute.offload.expert_pool import ExpertLayer, PoolPlan, spares_reads
 from edgeroute.offload.expert_turns import cut_groups
 from edgeroute.runtime import slots
+from edgeroute.runtime.gguf import GGMLType, TensorInfo
 
 
 @given(
@@ -38,3 +40,25 @@ def test_groups_hold_everybody_in_order_and_no_more_than_fit(
 )
 def test_slots_have_slack_where_it_spares_a_copy(nbytes: int, stride: int) -> None:
     assert slots.stride_bytes(nbytes) == stride
+
+
+@pytest.mark.parametrize(
+    ("part_bytes", "read_kib", "spares"),
+    [
+        (884_736, 256, False),  # 3 x 3 reads, or 10
+        (884_736, 1024, False),  # 3, or 3
+        (884_736, 4096, True),  # 3, or 1
+        (294_912, 256, False),
+        (294_912, 1024, True),
+        (1000, 256, True),
+    ],
+)
+def test_one_piece_spares_reads_where_parts_are_shorter_than_a_read(
+    part_bytes: int, read_kib: int, spares: bool
+) -> None:
+    infos = tuple(
+        TensorInfo(name=f"blk.0.{part}", type=GGMLType.F32, ne=(1, 1, 4), offset=0,
+                   nbytes=4 * part_bytes) for part in ("gate", "up", "down")
+    )  # fmt: skip
+    pool = PoolPlan(layers=(ExpertLayer(0, infos),), n_expert=4)
+    assert spares_reads([pool], read_kib << 10) == spares

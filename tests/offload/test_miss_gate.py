@@ -4,124 +4,40 @@ A simulated device: one cache per layer, least recently used out first, behind a
 that computes pages instead; and a clock that only they move.
 """
 
-import random
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-import numpy as np
 import pytest
 
+from edgeroute.offload.miss_budget import Budget, BudgetParams, Budgets
 from edgeroute.offload.miss_cost import Cost
-from edgeroute.offload.miss_gate import HostExpertsMode, MissGate, MissParams
+from edgeroute.offload.miss_gate import MissGate, MissParams
 from edgeroute.offload.miss_trial import TrialParams
 from edgeroute.runtime.errors import UsageError
-
-N_LAYER, N_EXPERT, N_USED, PAGE_BYTES = 2, 48, 5, 3.5e6
-HOST_BYTES_S = 8e9
-Routes = list[list[list[int]]]
-
-
-@dataclass(slots=True)
-class Speeds:
-    """Seconds: per page uploaded and computed, on the device too; fixed parts; a token's rest."""
-
-    upload_s: float
-    host_s: float
-    device_s: float = 0.0
-    upload_fixed_s: float = 0.0003
-    host_fixed_s: float = 0.0004
-    rest_s: float = 0.02
-
-
-class World:
-    """A device tier as the gate sees it, in simulated time."""
-
-    def __init__(self, speeds: Speeds, n_slots: int, mode: HostExpertsMode) -> None:
-        self.now = 0.0
-        self.speeds, self.n_slots = speeds, n_slots
-        self.caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(N_LAYER)]
-        self.gate = MissGate(n_slots, mode, clock=lambda: self.now)
-        self.rng = random.Random(5)
-        self.tokens_s: list[float] = []
-        self.n_hits = self.n_asked = 0
-
-    def run(self, routes: Routes) -> "World":
-        for token in routes:
-            began = self.now
-            self.gate.begin(prefill=False)
-            for il, experts in enumerate(token):
-                self._layer(il, experts)
-            self.gate.end()
-            self.tokens_s.append(self.now - began)
-        return self
-
-    def _layer(self, il: int, experts: Sequence[int]) -> None:
-        speeds, cache = self.speeds, self.caches[il]
-        missing = [e for e in experts if e not in cache]
-        self.n_asked += len(experts)
-        self.n_hits += len(experts) - len(missing)
-        for e in experts:
-            if e in cache:
-                cache.move_to_end(e)
-        n_free = max(0, self.n_slots - len(cache))
-        rest = missing[n_free:]
-        n_away = self.gate.away(il, experts, len(rest))
-        assert 0 <= n_away <= len(rest)
-        sent, away = missing[: len(missing) - n_away], missing[len(missing) - n_away :]
-        if sent:
-            took = self._take(speeds.upload_fixed_s + len(sent) * speeds.upload_s)
-            self.now += took
-            self.gate.uploaded(len(sent), took)
-            self._insert(cache, sent, experts)
-        here_s = speeds.device_s * (len(experts) - len(away))
-        if away:
-            took = self._take(speeds.host_fixed_s + len(away) * speeds.host_s)
-            self.gate.computed(len(away), len(away), took)
-            here_s = max(here_s, took)
-        self.now += here_s + self._take(speeds.rest_s / N_LAYER)
-
-    def _insert(self, cache: OrderedDict[int, None], sent: Sequence[int], held: Any) -> None:
-        cache.update(dict.fromkeys(sent))
-        for page in [page for page in cache if page not in held]:
-            if len(cache) <= self.n_slots:
-                break
-            del cache[page]
-
-    def _take(self, seconds: float) -> float:
-        """Disturb a time: a little always, and very much now and then."""
-        disturbed = 1 + abs(self.rng.gauss(0, 0.03))
-        return seconds * (disturbed + 3 * (self.rng.random() < 0.01))
-
-
-def make_routes(n_token: int, locality: float, skew: float, seed: int = 1) -> Routes:
-    """Draw routes whose experts come again soon, and of which some are popular; topics change."""
-    rng = np.random.default_rng(seed)
-    weights = 1 / np.arange(1, N_EXPERT + 1) ** skew
-    weights /= weights.sum()
-    found: Routes = []
-    for t in range(n_token):
-        if t % 150 == 0:
-            ranks = [rng.permutation(N_EXPERT) for _ in range(N_LAYER)]
-        token = []
-        for il in range(N_LAYER):
-            fresh = rng.choice(N_EXPERT, N_USED, replace=False, p=weights[ranks[il]]).tolist()
-            kept = [e for e in found[-1][il] if rng.random() < locality] if found else []
-            token.append([*kept, *(e for e in fresh if e not in kept)][:N_USED])
-        found.append(token)
-    return found
-
+from edgeroute.tools.bench.tiers_sim import (
+    HOST_BYTES_S,
+    PAGE_BYTES,
+    Speeds,
+    World,
+    make_routes,
+    say,
+    simulate,
+)
 
 KINDS = {"even": (0.0, 0.3, 8), "popular": (0.3, 1.0, 12), "recurring": (0.6, 0.5, 12)}
-LINKS_BYTES_S = (5e7, 3e8, 1e9, 3e9, 1e10)
-N_WARM, N_TOKEN = 60, 400
+LINKS_BYTES_S = {
+    5e7: (0.8, 1.3, 1.05), 3e8: (1.25, 1.1, 1.05), 1e9: (1.25, 1.05, 1.05),
+    3e9: (1.25, 1.05, 1.05), 1e10: (1.25, 1.05, 1.05),
+}  # fmt: skip
+"""With the most time over the better fixed choice's that each span may take."""
+SPANS = slice(0, 16), slice(60, None), slice(0, None)
+N_TOKEN = 400
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("link_bytes_s", LINKS_BYTES_S)
 def test_never_much_slower_than_the_better_fixed_choice(kind: str, link_bytes_s: float) -> None:
-    """Within 5 % once the first tokens have told what things cost; and those cost little."""
+    """Both fixed choices fill all slots at once; over a slow link this one does it bit by bit."""
     locality, skew, n_slots = KINDS[kind]
     routes = make_routes(N_TOKEN, locality, skew)
     for host_ratio in (0.2, 1.0, 8.0):
@@ -130,10 +46,10 @@ def test_never_much_slower_than_the_better_fixed_choice(kind: str, link_bytes_s:
             speeds = Speeds(PAGE_BYTES / link_bytes_s, host_s, device_ratio * host_s)
             worlds = {mode: World(speeds, n_slots, mode).run(routes)
                       for mode in ("auto", "on", "off")}  # fmt: skip
-            for first, most in ((N_WARM, 1.05), (0, 1.1)):
-                took = {mode: sum(world.tokens_s[first:]) for mode, world in worlds.items()}
+            for span, most in zip(SPANS, LINKS_BYTES_S[link_bytes_s], strict=True):
+                took = {mode: sum(world.tokens_s[span]) for mode, world in worlds.items()}
                 best = min(took["on"], took["off"])
-                assert took["auto"] <= most * best, (host_ratio, device_ratio, took)
+                assert took["auto"] <= most * best, (host_ratio, device_ratio, span, took)
 
 
 @pytest.mark.parametrize(("link_bytes_s", "state"), [(1e8, "compute"), (2e10, "upload")])
@@ -195,9 +111,10 @@ def test_prompts_go_the_quicker_way_and_are_no_trials() -> None:
         gate.computed(3, 3, 0.012)
         gate.end()
     gate.begin(prefill=True)
+    assert gate.away(0, [1, 2, 3], 3) == 3  # by what is known of both costs by now
+    gate.computing = False
     assert gate.away(0, [1, 2, 3], 3) == 0  # as the tokens before it
     gate.computing = True
-    assert gate.away(0, [1, 2, 3], 3) == 3
     assert [gate.away(0, [1, 2, 3], 3, n_pairs=n) for n in (20, 30)] == [3, 0]
     gate.computed(3, 30, 0.04)  # ten pairs each read their page once
     assert [gate.away(0, [1, 2, 3], 3, n_pairs=n) for n in (30, 90)] == [3, 0]
@@ -227,11 +144,13 @@ def test_disk_waits_are_not_held_against_a_way() -> None:
     gate.begin(prefill=False)
     gate.uploaded(1, 0.01)
     gate.computed(1, 1, 0.001)
-    gate.away(0, [1, 2], 2)
-    now[0] = 5.0
-    gate.end(elsewhere_s=4.9)
+    for _ in range(gate.params.review_steps):
+        gate.begin(prefill=False)
+        assert gate.away(0, [1, 2], 2)
+        now[0] += 5.0
+        gate.end(elsewhere_s=4.9)
     known = gate.report()
-    assert known.upload_step_s is not None and known.upload_step_s == pytest.approx(0.1)
+    assert known.compute_step_s is not None and known.compute_step_s == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("bad", [
@@ -245,7 +164,7 @@ def test_trials_that_tell_nothing(bad: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("bad", [
     {"min_gain_ratio": 1.0}, {"doubt_ratio": 1.0}, {"first_doubt_ratio": 1.2},
-    {"early_gain_ratio": -0.1},
+    {"early_gain_ratio": -0.1}, {"start_ratio": 0.0},
     {"review_steps": 0}, {"first_wait_steps": 0}, {"max_wait_steps": 1}, {"wait_growth": 0.5},
 ])  # fmt: skip
 def test_settings_that_contradict_each_other(bad: dict[str, Any]) -> None:
@@ -253,7 +172,100 @@ def test_settings_that_contradict_each_other(bad: dict[str, Any]) -> None:
         MissParams(**bad)
 
 
+# before anything is measured, and what is paid for later
+
+
+def test_nothing_is_sent_over_a_slow_link_that_a_short_answer_does_not_pay_back() -> None:
+    """A page takes 40 ms to upload and 0.3 ms to compute: free slots stay free."""
+    routes = make_routes(40, 0.6, 1.0)
+    speeds = Speeds(0.04, 0.0003)
+    auto, on = (World(speeds, 16, mode).run(routes) for mode in ("auto", "on"))
+    assert auto.gate.upload.n_pages == 0 and not any(auto.caches)
+    assert on.gate.upload.n_pages == 32
+    assert sum(auto.tokens_s) < 0.7 * sum(on.tokens_s)
+    assert auto.gate.state == "compute" and auto.gate.n_trials == 0
+
+
+def test_free_slots_are_filled_where_hits_soon_bring_it_back() -> None:
+    """A page takes 2 ms to upload and 1.5 ms to compute, and is soon asked for again."""
+    routes = make_routes(40, 0.6, 1.0)
+    world = World(Speeds(0.002, 0.0015), 16, "auto").run(routes[:1])
+    assert all(world.caches) and world.gate.computing
+    world.run(routes[1:])
+    assert [len(cache) for cache in world.caches] == [16, 16]
+
+
+def test_the_first_way_is_that_of_what_was_tried_at_opening() -> None:
+    for upload_s, host_s, first in ((0.001, 0.01, "upload"), (0.01, 0.001, "compute")):
+        world = World(Speeds(upload_s, host_s), 8, "auto").run(make_routes(1, 0.0, 0.3))
+        assert world.gate.state == first
+        assert world.gate.upload.n_pages == (10 if first == "upload" else 0)
+
+
+def test_short_runs_and_long_ones_over_random_settings() -> None:
+    """Other settings than those that the gate was tuned with; figures do not vary."""
+    found = simulate(24, seed=4242)
+    worst = {"first 16": 1.3, "first 40": 1.3, "all": 1.1}
+    assert all(found[span][-1] <= most for span, most in worst.items()), say(found)
+    usual = {"first 16": 1.02, "first 40": 1.03, "all": 1.015}
+    assert all(median(found[span]) <= most for span, most in usual.items()), say(found)
+    assert len(say(found)) == len(found) == 5
+
+
+def test_a_budget_spends_a_share_of_the_time_and_what_it_saved() -> None:
+    budget = Budget(0.1)
+    assert not budget.spend(0.01)
+    budget.elapsed_s = 1.0
+    assert budget.spend(0.06) and not budget.spend(0.06) and budget.spent_s == 0.06
+    budget.save(0.05)
+    assert budget.spend(0.06)
+    budget.save(9.0)
+    assert budget.saved_s == budget.spent_s  # it cannot have saved more than it has cost
+    assert budget.spend(0.1) and not budget.spend(0.01)
+
+
+def test_a_hit_saves_its_part_of_the_waits_for_the_disk_too() -> None:
+    """Computing is as good as free here, but what the device holds need not be read."""
+    upload, compute = Cost(), Cost()
+    upload.suppose(1, 0.01)
+    compute.suppose(1, 1e-6)
+    params = BudgetParams(fill_horizon_steps=0, fill_ratio=0.03)
+    without, with_waits = Budgets(params), Budgets(params)
+    for _ in range(20):
+        without.end_step(0.05, 0.0, 10)
+        with_waits.end_step(0.05, 0.02, 10)
+    assert without.n_filled(4, upload, compute, 0.3) == 0
+    assert with_waits.n_filled(4, upload, compute, 0.3) == 4
+    assert with_waits.n_filled(4, upload, compute, 0.3) == 0  # the budget is spent
+    for _ in range(10):
+        with_waits.end_step(0.05, 0.02, 10)
+    assert with_waits.n_filled(4, upload, compute, 0.3) == 1  # it pays for one more
+    assert with_waits.n_filled(0, upload, compute, 0.3) == 0
+
+
+@pytest.mark.parametrize("bad", [
+    {"fill_steps": -1.0}, {"fill_horizon_steps": -1}, {"fill_ratio": 1.5},
+    {"trial_ratio": -0.1}, {"trial_steps": 0},
+])  # fmt: skip
+def test_budgets_without_sense(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="miss gate settings"):
+        BudgetParams(**bad)
+
+
 # costs
+
+
+def test_what_is_supposed_counts_nowhere_and_gives_way_to_what_is_measured() -> None:
+    cost = Cost()
+    cost.suppose(1, 0.011)
+    cost.suppose(5, 0.051)
+    assert cost.is_known and cost.n == cost.n_pages == 0 and cost.seconds == 0
+    assert cost.of(3) == pytest.approx(0.031) and cost.fixed_s == pytest.approx(0.001)
+    report = cost.report()
+    assert report is not None and report.n == 0
+    for _ in range(3):
+        cost.add(2, 0.2)
+    assert cost.of(2) == pytest.approx(0.2)
 
 
 def test_a_cost_finds_both_its_parts() -> None:
