@@ -6,6 +6,8 @@ from edgeroute.lever_guard import lever_stats
 
 if TYPE_CHECKING:
     from edgeroute.loaded import LoadedModel
+    from edgeroute.offload.device_tier import DeviceTier
+    from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.scheduler import Scheduler
 
 
@@ -19,6 +21,10 @@ def warnings_of(loaded: "LoadedModel") -> list[str]:
         told = (warning_of(device, loaded.file, loaded.params.kv_type)
                 for device in loaded.devices.accelerators)  # fmt: skip
         found += [each for each in told if each is not None]
+    if loaded.misses is not None:
+        from edgeroute.misses import warning_of as idle_of
+
+        found += [each for each in (idle_of(loaded),) if each is not None]
     if loaded.experts is not None and (cliff := loaded.experts.stats().get("warning")):
         found.append(str(cliff))
     return found
@@ -42,6 +48,17 @@ def devices_stats(loaded: "LoadedModel") -> dict[str, dict[str, object]]:
     return found
 
 
+def experts_stats(loaded: "LoadedModel", store: "ExpertStore | DeviceTier") -> dict[str, object]:
+    """Return what paged experts cost, and what tokens did without, as plain JSON types."""
+    found = store.stats()
+    if loaded.misses is not None:
+        # Models that compute all their experts should not wait for its import.
+        from edgeroute.misses import miss_stats
+
+        found["done_without"] = miss_stats(loaded.misses, store)
+    return found
+
+
 def runtime_stats(
     loaded: "LoadedModel", scheduler: "Scheduler", *, n_queued: int
 ) -> dict[str, object]:
@@ -57,7 +74,7 @@ def runtime_stats(
     entries = loaded.ledger.entries()
     plan = loaded.depth or loaded.no_depth
     depth = {} if plan is None else {"depth": plan.stats()}
-    experts = {} if loaded.experts is None else {"experts": loaded.experts.stats()}
+    experts = {} if loaded.experts is None else {"experts": experts_stats(loaded, loaded.experts)}
     layers = {} if loaded.layers is None else {"layers": loaded.layers.stats()}
     adapters = {} if loaded.adapters is None else {"adapters": loaded.adapters.stats()}
     routing = {} if scheduler.steps is None else {"steps": scheduler.steps.stats()}

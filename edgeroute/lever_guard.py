@@ -27,7 +27,8 @@ def lever_stats(loaded: "LoadedModel", scheduler: "Scheduler") -> dict[str, obje
     found = {
         "prefetch": _prefetch(loaded), "policy": _policy(loaded), "overlap": _overlap(loaded),
         "speculation": _speculation(loaded, scheduler), "depth": _depth(loaded),
-        "steps": _steps(loaded, scheduler), "threads": _threads(loaded, scheduler),
+        "steps": _steps(loaded, scheduler), "misses": _misses(loaded),
+        "threads": _threads(loaded, scheduler),
     }  # fmt: skip
     return {"mode": loaded.params.levers} | {
         name: lever for name, lever in found.items() if lever is not None
@@ -142,6 +143,13 @@ def _steps(loaded: "LoadedModel", scheduler: "Scheduler") -> Lever | None:
     setting = loaded.params.steps
     return {"on": True, "setting": setting,
             "why": _why(loaded, "steps", setting, "as calibrated, while it pays")}  # fmt: skip
+
+
+def _misses(loaded: "LoadedModel") -> Lever | None:
+    """Say what tokens may do without; nobody but the caller decides on what changes answers."""
+    if not loaded.params.lossy:
+        return None
+    return {"on": loaded.experts is not None, "setting": loaded.params.lossy, "why": _ASKED}
 
 
 def _threads(loaded: "LoadedModel", scheduler: "Scheduler") -> Lever:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from edgeroute.offload.device_tier import DeviceTier
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
+    from edgeroute.skippers.misses import MissLevers
 
 MAX_BATCH_REPACKED, MAX_BATCH_FLOAT = 3, 1
 """Sequences in one pass by default where it is not MAX_BATCH: see RunParams.max_batch."""
@@ -107,6 +108,7 @@ class LoadedModel:
         self.devices = own.enter_context(open_devices(params, self.file))
         self.device: Device = self.devices.face
         self.experts: ExpertStore | DeviceTier | None = None
+        self.misses = self._plan_misses(params)
         self.layers: LayerStore | None = None
         self.adapters: Adapters | None = None
         self.ledger = Ledger(budget_bytes(params))
@@ -133,10 +135,17 @@ class LoadedModel:
             self._load_in_part(params)
             return
         self.ledger.reserve(self.plan.wants())
-        weights.load()
-        self._make_pool(params)
+        self._place(params, weights)
         self.forward: Forward = Forward(self.model, self.device, weights, self.kv)
         self._reserve_compute(params)
+
+    def _plan_misses(self, params: RunParams) -> "MissLevers | None":
+        if not params.lossy:
+            return None
+        # A model that computes all should not wait for its import.
+        from edgeroute.misses import miss_levers
+
+        return miss_levers(params, self.model.hparams, self.file.path.name)
 
     def _plan_adapters(self, params: RunParams) -> "AdapterPlan | None":
         if params.adapters is None:
@@ -244,7 +253,7 @@ class LoadedModel:
             source=dataclasses.replace(source, beside_bytes=self._beside_bytes),
             cpu=self.devices.cpu, host=self.ledger, device=account, beside=self._small_bytes(),
             plan_memory=lambda weights: self._plan(weights, params),
-            make_pool=lambda on: self._make_pool(params, on),
+            make_pool=lambda on: self._make_pool(params, on), misses=self.misses,
         ))  # fmt: skip
         self.plan, self.experts, self.forward = tiers.plan, tiers.experts, tiers.forward
         if not device.info.unified:
@@ -287,11 +296,10 @@ class LoadedModel:
         paged = plan_paged(source, self.plan.wants() | small, self.ledger.budget_bytes)
         wants = paged.wants()
         self.ledger.reserve({owner: n for owner, n in wants.items() if owner not in small})
-        base.load()
-        self._make_pool(params)
+        self._place(params, base)
         self.experts = open_store(own, source, base, paged)
         self.forward = forward = PagedForward(
-            source.model, self.device, self.experts, self.kv, params.n_ubatch
+            source.model, self.device, self.experts, self.kv, params.n_ubatch, self.misses
         )
         self.ledger.release("expert compute")
         self.ledger.reserve({"expert compute": forward.carry_bytes})
@@ -311,14 +319,19 @@ class LoadedModel:
         own.callback(base.close)
         self.plan = self._plan(base, params)
         self.ledger.reserve(self.plan.wants() | layered.entries)
-        base.load()
-        self._make_pool(params)
+        self._place(params, base)
         self.layers, self.forward = open_layers(own, source, base, layered, self.kv)
         self._reserve_compute(params)
 
     def _small_bytes(self) -> dict[str, int]:
         """Return what the small model has taken, as one part of what is planned."""
         return {} if self.small is None else {"the small model": self.ledger.used_bytes}
+
+    def _place(self, params: RunParams, weights: ResidentWeights) -> None:
+        """Place weights, and make the pool while the disk reads the first of them."""
+        weights.begin()
+        self._make_pool(params)
+        weights.load()
 
     def _make_pool(self, params: RunParams, device: Device | None = None) -> KvCache:
         shape = kv_shape(self.model.hparams, params, self._n_repeat)

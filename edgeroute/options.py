@@ -30,10 +30,13 @@ class Settings(TypedDict, total=False):
     host_experts: str | None
     policy: str | None
     prefetch: str | None
+    drop_misses: float | None
+    prefer_resident: float | None
     repack_experts: bool | None
     io_threads: int | None
     read_bytes: str | int | None
     direct_io: bool | None
+    sidecar: str | None
     overlap: str | None
     levers: str | None
     energy: str | None

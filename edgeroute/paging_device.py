@@ -6,6 +6,8 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+import numpy as np
+
 from edgeroute.memory_plan import MemoryPlan
 from edgeroute.models.embedder import Embedder
 from edgeroute.models.host_experts import HostExperts, HostWeights
@@ -14,6 +16,7 @@ from edgeroute.offload.device_tier import DeviceTier, TierParams
 from edgeroute.offload.expert_pool import PoolPlan, plan_pools
 from edgeroute.offload.expert_store import ExpertStore
 from edgeroute.offload.miss_gate import HostExpertsMode
+from edgeroute.offload.tier_link import suppose
 from edgeroute.offload.trace import TraceRecorder
 from edgeroute.paging import (
     MoeSource,
@@ -30,6 +33,7 @@ from edgeroute.paging import (
 )
 from edgeroute.runtime.device import Device, DeviceInfo
 from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.experts import MissRule
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
 from edgeroute.runtime.slots import BLOCK_BYTES
@@ -196,6 +200,8 @@ def open_tiers(
         host_experts=_MODES[params.host_experts], staging_bytes=plan.upload_bytes,
     ))  # fmt: skip
     own.callback(tier.close)
+    if params.host_experts == "auto":
+        tier.measure_link()
     tier.recorder = recorder(own, source, plan.pools)
     return tier
 
@@ -211,6 +217,7 @@ class TierLoad:
         beside: entries of `host` that belong to what is open already.
         plan_memory: plans KV cache, compute buffer and the like beside given weights.
         make_pool: makes the KV cache on a device, and has it closed.
+        misses: says which missing experts tokens do without.
     """
 
     source: MoeSource
@@ -220,6 +227,7 @@ class TierLoad:
     beside: dict[str, int]
     plan_memory: Callable[[ResidentWeights], MemoryPlan]
     make_pool: Callable[[Device], KvCache]
+    misses: MissRule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +259,9 @@ def load_tiers(own: contextlib.ExitStack, load: TierLoad) -> LoadedTiers:
     source.device.check()
     kv = load.make_pool(source.device)
     experts = opening()
-    forward = PagedForward(source.model, source.device, experts, kv, source.params.n_ubatch)
+    forward = PagedForward(
+        source.model, source.device, experts, kv, source.params.n_ubatch, load.misses
+    )
     own.callback(forward.close)
     forward.embedder = Embedder(source.model, cpu, rows, kv)
     own.callback(forward.embedder.close)
@@ -318,4 +328,20 @@ def _host_experts(
     own.callback(host.close)
     host.told = tier.gate.computed
     host.reserve(_host_pairs(source))
+    if source.params.host_experts == "auto":
+        _measure_host(source, tier, host)
     return host
+
+
+def _measure_host(source: MoeSource, tier: DeviceTier, host: HostExperts) -> None:
+    """Learn what computing here costs before there is anything to compute.
+
+    What is in the slots does not matter; what the device adds to it is learned by doing.
+    """
+    il, n_embd = tier.pools[0].plan.layers[0].il, source.model.hparams.n_embd
+
+    def compute(n_pairs: int) -> None:
+        slots = np.arange(n_pairs, dtype=np.int32)
+        host.compute(il, np.ones((n_pairs, n_embd), np.float32), slots, slots)
+
+    suppose(tier.gate.compute, compute, min(source.moe.n_expert_used, tier.max_at_once(il)))

@@ -266,8 +266,14 @@ class SessionWork:
         """
         return SessionFacts(
             name=wanted.name, model=self.model, adapter=self._adapter(wanted.lease),
-            plan=self._plan(wanted.depth), shape=repr(self._kv.shape), numerics=self._numerics,
+            plan=self._plan(wanted.depth) + self._misses, shape=repr(self._kv.shape),
+            numerics=self._numerics,
         )  # fmt: skip
+
+    @property
+    def _misses(self) -> str:
+        """Tell what tokens of answers may do without, if anything."""
+        return "".join(f"|{name}={value!r}" for name, value in self._loaded.params.lossy.items())
 
     def _adapter(self, lease: "Lease | None") -> str:
         """Tell the adapters by name, contents and factor: names alone may be used again."""

@@ -65,7 +65,7 @@ def small_params(params: RunParams) -> RunParams:
     return dataclasses.replace(
         params, small=None, speculate="off", adapters=None, adapter_slots=None, n_kv=None,
         n_ubatch=n_ubatch, max_batch=1, policy="auto", prefetch="auto", trace=None, steps="off",
-        depth="full", depth_file=None, sessions=None,
+        depth="full", depth_file=None, sessions=None, drop_misses=0.0, prefer_resident=0.0,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ Examples:
   edgeroute bench speculate --model qwen2.5-coder-1.5b-instruct
   edgeroute bench adapters --model qwen2.5-coder-1.5b-instruct
   edgeroute bench expert-count --model moe.gguf
+  edgeroute bench misses --model moe.gguf --memory 2GiB
   edgeroute bench depth --model qwen2.5-coder-0.5b-instruct
   edgeroute bench prune --model qwen2.5-coder-0.5b-instruct
   edgeroute bench serve --part load --seconds 60
@@ -44,7 +45,7 @@ for _each in (
     bench_levers.levers, bench_levers.forecast, bench_speed.decode, bench_speed.prefill,
     bench_speed.load, bench_speed.batch, bench_speed.contention,
     bench_paged.experts, bench_paged.layers, bench_paged.speculate, bench_paged.replay,
-    bench_lossy.adapters, bench_lossy.depth, bench_lossy.expert_count, bench_lossy.prune,
-    bench_lossy.steps, bench_serve.serve, bench_speed.parity, bench_tiers.tiers,
+    bench_lossy.adapters, bench_lossy.depth, bench_lossy.expert_count, bench_lossy.misses,
+    bench_lossy.prune, bench_lossy.steps, bench_serve.serve, bench_speed.parity, bench_tiers.tiers,
 ):  # fmt: skip
     command.add_command(_each)

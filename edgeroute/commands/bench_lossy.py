@@ -1,4 +1,4 @@
-"""Benchmarks of what changes answers: adapters, depth, fewer experts, shorter prompts, steps."""
+"""Benchmarks of what changes answers: adapters, depth, experts left out, short prompts, steps."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import click
 
 from edgeroute.commands.bench_shared import bench_params, examples, finish, progress, timed
 
+MISS_SETTINGS = ("0.05:0", "0.1:0", "0.2:0", "0:0.1", "0:0.3", "0.1:0.1")
 ADAPTER_PARTS = ("decode", "mixed", "prefill", "switch", "routing")
 
 
@@ -96,6 +97,42 @@ def expert_count(
         rules=bench.rules_of([int(n) for n in budgets], masses),
     )  # fmt: skip
     finish(bench.run_timed(params, progress, timed), options)
+
+
+@click.command(epilog=examples(
+    "misses", "--model moe.gguf --memory 2GiB", "--model moe.gguf --memory 2GiB --setting 0.1:0",
+    "--model moe.gguf --memory 2GiB --setting 0.05:0.1 --windows 8 --reps 3 --json",
+))  # fmt: skip
+@timed
+@click.option("--memory", required=True, metavar="BYTES",
+              help="Budget, such as 2GiB: too small for all experts.")  # fmt: skip
+@click.option("--setting", "settings", multiple=True, metavar="SHARE:NATS",
+              help="drop_misses:prefer_resident; may repeat.  [default: several]")  # fmt: skip
+@click.option("--windows", "n_windows", default=3, show_default=True, type=click.IntRange(1, 64),
+              help="Windows of prose, and as many of code.")  # fmt: skip
+@click.option("--window", "n_window", default=192, show_default=True, metavar="TOKENS",
+              type=click.IntRange(48, 4096), help="Length of one; 32 are its prompt.")  # fmt: skip
+def misses(memory: str, settings: tuple[str, ...], **options: Any) -> None:
+    """Experts done without because they are not in memory: quality, bytes and time together.
+
+    Divergence and perplexity against all experts on held-out text, with hit ratio, bytes and
+    seconds per token, of --drop-misses and --prefer-resident.
+    """
+    from edgeroute.tools.bench import misses as bench
+
+    wanted = bench.MissesParams(
+        memory=memory, n_windows=options["n_windows"], n_window=options["n_window"],
+        settings=tuple(map(_setting, settings or MISS_SETTINGS)),
+    )  # fmt: skip
+    finish(bench.run(bench_params(options), progress, wanted), options)
+
+
+def _setting(text: str) -> tuple[float, float]:
+    drop, _, prefer = text.partition(":")
+    try:
+        return float(drop), float(prefer)
+    except ValueError:
+        raise click.UsageError(f"--setting {text!r}: write SHARE:NATS, such as 0.1:0.2") from None
 
 
 @click.command(epilog=examples("prune", "--model qwen2.5-coder-0.5b-instruct",

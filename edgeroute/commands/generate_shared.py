@@ -43,6 +43,11 @@ _RUNTIME_OPTIONS = (
                  "another needs its room: auto, lru, lfu, lfru, hobbit ...  [default: auto]"),
     click.option("--prefetch", metavar="WHEN", help="Read experts ahead: auto (while it pays), "
                  "off, or always by gate, eam or frequency.  [default: auto]"),
+    click.option("--drop-misses", type=float, metavar="SHARE", help="Do without experts that would "
+                 "have to be read, up to this share of a token's weight in a layer, such as 0.1; "
+                 "changes answers.  [default: 0]"),
+    click.option("--prefer-resident", type=float, metavar="NATS", help="Of experts rated so near "
+                 "each other, such as 0.2, take those in memory; changes answers.  [default: 0]"),
     click.option("--trace", metavar="FILE", help="Record which experts were chosen."),
     click.option("--speculate", metavar="WHO", help="Who drafts tokens that one pass verifies, "
                  "the answer staying the same: auto (where layers stream, while it pays), off, "
@@ -89,7 +94,7 @@ _SAMPLING_OPTIONS = (
 SETTINGS = (
     *("memory", "threads", "n_ctx", "kv_type", "device", "device_memory", "host_experts"),
     *("policy", "prefetch", "trace", "adapters", "depth", "speculate", "small", "steps"),
-    *("remote", "levers"),
+    *("remote", "levers", "drop_misses", "prefer_resident"),
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 

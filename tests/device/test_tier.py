@@ -285,12 +285,12 @@ def test_a_stopped_prompt_leaves_both_tiers_usable(nth: int, small: Any, device:
     with tier_lab.tiered(small, device, wrap=lab.faulty.FaultyDisk) as tiered:
         read_at, n_reads = tiered.disk.read_at, 0
 
-        def stop(offset: int, buffer: memoryview) -> int:
+        def stop(offset: int, *buffers: memoryview) -> int:
             nonlocal n_reads
             n_reads += 1
             if n_reads == nth + 1:
                 device.stop_flag.set()
-            found: int = read_at(offset, buffer)
+            found: int = read_at(offset, *buffers)
             return found
 
         tiered.disk.read_at = stop
@@ -380,3 +380,29 @@ def test_each_tier_has_the_policy_that_suits_what_it_is_asked_for(
         drive(tiers, 8)
         tiers.check()
         tiers.check_bytes()
+
+
+@pytest.mark.parametrize("n_used", [1, 4])
+def test_what_is_tried_at_opening_is_in_no_book(small: Any, device: Device, n_used: int) -> None:
+    """The link is measured in free slots: they stay free, nothing is counted, bytes are right."""
+    with tier_lab.tiers(small, device, host_experts="auto", dram=0.5, slots=0.5) as tiers:
+        tier, rng = tiers.tier, random.Random(3)
+        tier._n_used = n_used
+        tier.measure_link()
+        tiers.check()
+        known = tier.gate.report()
+        assert known.upload is not None and known.upload.n == known.n_uploaded == 0
+        assert known.upload.fixed_s + known.upload.each_s > 0
+        assert not any(pool.table.resident() for pool in tier.pools)
+        tier.gate.compute.suppose(1, 9.0)  # so that all is uploaded
+        for _ in range(6):
+            tier.begin(prefill=False)
+            for il in range(small.n_layer):
+                leased = tier.lease(il, routes(rng, small.pools[0].n_expert, small.n_used))
+                assert leased is not None and not leased.away
+            tier.end()
+            tiers.check()
+        assert tiers.check_bytes() > 0
+        assert tier.gate.report().n_uploaded == sum(
+            count.uploaded for count in tier.layers(prefill=False).values()
+        )

@@ -193,12 +193,12 @@ class _Faults:
         self.on_read = lambda: None
         read_at = DiskFile.read_at
 
-        def read(disk: DiskFile, offset: int, buffer: memoryview) -> int:
+        def read(disk: DiskFile, offset: int, *buffers: memoryview) -> int:
             self.n_reads += 1
             self.on_read()
             if self.mode == "eio":
                 raise OSError(errno.EIO, "Input/output error")
-            return 0 if self.mode == "short" else read_at(disk, offset, buffer)
+            return 0 if self.mode == "short" else read_at(disk, offset, *buffers)
 
         patch.setattr(DiskFile, "read_at", read)
 

@@ -36,11 +36,11 @@ class WatchedDisk(lab.faulty.FaultyDisk):  # type: ignore[misc]
     on_read: Callable[[int], None] = staticmethod(lambda index: None)
     late: Collection[int] = ()
 
-    def read_at(self, offset: int, buffer: memoryview) -> int:
+    def read_at(self, offset: int, *buffers: memoryview) -> int:
         self.on_read(len(self.offsets))
         if offset in self.late:
             time.sleep(0.05)
-        n: int = super().read_at(offset, buffer)
+        n: int = super().read_at(offset, *buffers)
         return n
 
 

@@ -28,8 +28,8 @@ from edgeroute.tools.bench.tiers_report import MODES, Found, Life, say_link
 from edgeroute.tools.bench.workers import Worker
 
 PROMPT: Final = (5, 6)
-N_WARM_FIXED: Final = 12
-"""Uncounted tokens of a way that has nothing to learn: its slots fill."""
+N_FIRST: Final = 12
+"""Tokens of the first answer, prompt included: what is paid before anything was learned."""
 MIN_TOKENS: Final = 4
 _LEAST_BYTES: Final = 1 * MIB
 """A budget that nothing fits: the refusal says what would."""
@@ -182,10 +182,9 @@ class Bench:
         answers: dict[str, list[list[int]]] = {mode: [] for mode in MODES}
         with contextlib.ExitStack() as own:
             workers = {mode: self._open(own, link_bytes_s, mode) for mode in MODES}
-            for mode, worker in workers.items():
-                n_warm = self.wanted.n_warm if mode == "auto" else N_WARM_FIXED
-                self.progress(f"{say_link(link_bytes_s)}, {mode}: {n_warm} tokens first")
-                worker.call("decode", n_warm, 1)
+            first_s = {mode: self._first(worker) for mode, worker in workers.items()}
+            self.progress(f"{say_link(link_bytes_s)}, auto: {self.wanted.n_warm} tokens to learn")
+            workers["auto"].call("decode", self.wanted.n_warm, 1)
 
             def runner(mode: str) -> Callable[[], float]:
                 def run() -> float:
@@ -201,7 +200,14 @@ class Bench:
             )
             lives = {mode: Life.of(worker.call("experts")) for mode, worker in workers.items()}
         same = all(each == answers["off"] for each in answers.values())
-        return Found(link_bytes_s=link_bytes_s, series=series, lives=lives, same_answers=same)
+        return Found(link_bytes_s=link_bytes_s, series=series, lives=lives, same_answers=same,
+                     first_s=first_s)  # fmt: skip
+
+    def _first(self, worker: Worker) -> float:
+        """Have the first answer of a runtime, and return the seconds that it took."""
+        began = time.perf_counter()
+        worker.call("decode", N_FIRST, 1)
+        return time.perf_counter() - began
 
     def policy(self, link_bytes_s: int, policy: str) -> Life:
         """Decode under a named policy in both tiers, and count."""
@@ -215,7 +221,7 @@ class Bench:
         """Start a server and a runtime in a process of its own, whose link is slow."""
         threads = max(1, self.params.threads // 2)  # the other half is the device's
         server = own.enter_context(rpc_server(threads=threads))
-        n_tokens = max(self.params.tokens, self.wanted.n_warm)
+        n_tokens = max(self.params.tokens, self.wanted.n_warm, N_FIRST)
         settings = {
             "device": server.name, "host_experts": mode, "threads": threads, "n_ubatch": 64,
             "prefetch": "off", "n_ctx": max(64, len(PROMPT) + 1 + n_tokens), "max_batch": 1, **more,

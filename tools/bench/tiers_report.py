@@ -80,12 +80,13 @@ def _share(part: int, whole: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What was measured over one link, by way."""
+    """What was measured over one link, by way; `first_s` are the seconds of a first answer."""
 
     link_bytes_s: int
     series: Mapping[str, Series]
     lives: Mapping[str, Life]
     same_answers: bool
+    first_s: Mapping[str, float]
 
     @property
     def better(self) -> str:
@@ -118,7 +119,8 @@ class Found:
             "ways": {
                 mode: {
                     "tok_s": self.series[mode].to_dict(),
-                    "time_ratio": plain(self.time_ratio(mode)), **self.lives[mode].to_dict(),
+                    "time_ratio": plain(self.time_ratio(mode)),
+                    "first_answer_s": plain(self.first_s[mode]), **self.lives[mode].to_dict(),
                 }
                 for mode in MODES
             },
@@ -164,5 +166,6 @@ def _costs(found: Found) -> str:
         for name, cost in (("uploading", gate["upload"]), ("computing", gate["compute"]))
         if cost is not None
     ]
+    first = ", ".join(f"{mode} {found.first_s[mode]:.2f} s" for mode in MODES)
     return (f"{found.link}: {'; '.join(parts)}; {gate['n_trials']} trials, "
-            f"{gate['n_changes']} changes of mind")  # fmt: skip
+            f"{gate['n_changes']} changes of mind; first answer: {first}")  # fmt: skip

@@ -1,0 +1,48 @@
+"""Missing experts that tokens do without, as settings ask: who may, and what came of it."""
+
+from typing import TYPE_CHECKING
+
+from edgeroute.config import RunParams
+from edgeroute.models.base import Hparams
+from edgeroute.offload.expert_stats import bytes_of
+from edgeroute.runtime.errors import UsageError
+from edgeroute.skippers.misses import MissLevers
+
+if TYPE_CHECKING:
+    from edgeroute.loaded import LoadedModel
+    from edgeroute.offload.device_tier import DeviceTier
+    from edgeroute.offload.expert_store import ExpertStore
+
+
+def miss_levers(params: RunParams, hparams: Hparams, name: str) -> MissLevers:
+    """Make what decides for a model.
+
+    Raises:
+        UsageError: `name`, the model, has no experts.
+    """
+    if hparams.moe is None:
+        asked = ", ".join(f"{each}={value:g}" for each, value in params.lossy.items())
+        raise UsageError(f"{asked} is for mixtures of experts, and {name} is a dense model; leave "
+                         "it out, or take depth= to compute less of a dense one")  # fmt: skip
+    return MissLevers(drop_misses=params.drop_misses, prefer_resident=params.prefer_resident)
+
+
+def warning_of(loaded: "LoadedModel") -> str | None:
+    """Say that the settings have nothing to do where all experts are in memory."""
+    if not loaded.params.lossy or loaded.experts is not None:
+        return None
+    return (f"{', '.join(loaded.params.lossy)} changes nothing: all experts are in memory, so "
+            "none is ever missing")  # fmt: skip
+
+
+def miss_stats(levers: MissLevers, store: "ExpertStore | DeviceTier") -> dict[str, object]:
+    """Return what tokens did without so far, as plain JSON types.
+
+    `dropped` and `replaced` count experts of a token and layer, `saved_experts` those that were
+    not read for it, of `saved_bytes`.
+    """
+    return {
+        "drop_misses": levers.drop_misses, "prefer_resident": levers.prefer_resident,
+        "dropped": levers.dropped, "replaced": levers.replaced,
+        "saved_experts": levers.saved.total(), "saved_bytes": bytes_of(store.pools, levers.saved),
+    }  # fmt: skip
