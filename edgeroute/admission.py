@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgeroute.request import Request
 from edgeroute.runtime.errors import EdgerouteError
-from edgeroute.runtime.prefix import Mode
+from edgeroute.runtime.records import PrefixMode
 from edgeroute.runtime.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Admission:
             return True
         return sessions.has_arrived(request, self._cells_of(request)[0])
 
-    def _cells_of(self, request: Request) -> tuple[str | None, Mode]:
+    def _cells_of(self, request: Request) -> tuple[str | None, PrefixMode]:
         """Choose how deep a request is computed; return whose cells serve it, and which."""
         depth = self._scheduler.depth
         key = None if request.lease is None else request.lease.key

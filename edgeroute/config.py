@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from edgeroute.runtime.energy_model import check_energy
 from edgeroute.runtime.errors import UsageError
-from edgeroute.runtime.kv_cache import KV_TYPES
+from edgeroute.runtime.records import KV_TYPE_NAMES
 from edgeroute.runtime.units import parse_bytes
 
 ENV_PREFIX = "EDGEROUTE_"
@@ -175,8 +175,10 @@ class RunParams:
                 )
         if self.n_ubatch % 4:
             raise UsageError(f"n_ubatch must be a multiple of 4, got {self.n_ubatch}")
-        if self.kv_type not in KV_TYPES:
-            raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}, got {self.kv_type!r}")
+        if self.kv_type not in KV_TYPE_NAMES:
+            raise UsageError(
+                f"kv_type must be one of {', '.join(KV_TYPE_NAMES)}, got {self.kv_type!r}"
+            )
         if self.n_kv is not None and self.n_kv < self.n_ctx:
             raise UsageError(f"n_kv must be at least n_ctx ({self.n_ctx}), got {self.n_kv}")
         if self.repack_experts not in (True, False):

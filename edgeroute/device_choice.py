@@ -2,10 +2,9 @@
 
 from edgeroute.config import RunParams
 from edgeroute.device_proofs import DeviceProof, load_proof, save_proof, subject
-from edgeroute.runtime.device import Device, DeviceInfo, devices
+from edgeroute.runtime.device import RPC_PREFIX, Device, DeviceInfo, devices
 from edgeroute.runtime.errors import CapacityError, ComputeError, LibraryError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.rpc_link import PREFIX
 
 CPU = "cpu"
 MIN_GAIN = 1.05
@@ -44,7 +43,7 @@ def candidates() -> list[DeviceInfo]:
 
 
 def _is_remote(info: DeviceInfo) -> bool:
-    return info.name.upper().startswith(PREFIX.rstrip(":").upper())
+    return info.name.upper().startswith(RPC_PREFIX.rstrip(":").upper())
 
 
 def _proved(info: DeviceInfo, file: GGUFFile, params: RunParams) -> DeviceProof | None:
@@ -105,6 +104,6 @@ def proving(name: str, file: GGUFFile, kv_type: str = "f16") -> str:
     """Return the command that compares a device with the processor."""
     path = str(file.path)
     model = f'"{path}"' if " " in path else path
-    remote = f" --rpc {name.removeprefix(PREFIX)}" if name.startswith(PREFIX) else ""
+    remote = f" --rpc {name.removeprefix(RPC_PREFIX)}" if name.startswith(RPC_PREFIX) else ""
     kept = "" if kv_type == "f16" else f" --kv-type {kv_type}"
     return f"edgeroute doctor --prove {model}{remote}{kept}"

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from edgeroute.runtime.device import Device
-
 if TYPE_CHECKING:
     from edgeroute.loaded import LoadedModel
+    from edgeroute.runtime.device import Device
 
 MAX_NOTES: Final = 8
 """Losses that are told of; the newest stay."""
 
 
-def devices_at_risk(loaded: "LoadedModel") -> tuple[Device, ...]:
+def devices_at_risk(loaded: "LoadedModel") -> "tuple[Device, ...]":
     """Return the devices of a model, and of the small one beside it, that may be lost."""
     small = () if loaded.small is None else devices_at_risk(loaded.small)
     own = tuple(each for each in loaded.devices.all if each.link is not None)

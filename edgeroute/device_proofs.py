@@ -21,10 +21,9 @@ from edgeroute import __version__
 from edgeroute.lever_proofs import model_id
 from edgeroute.runtime.board_files import Tree
 from edgeroute.runtime.cache_file import cache_path, read_entries, replace_text
-from edgeroute.runtime.device import DeviceInfo
+from edgeroute.runtime.device import RPC_PREFIX, DeviceInfo
 from edgeroute.runtime.ggml.lib import libraries
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.rpc_link import PREFIX
 
 FOLDER: Final = "devices"
 VALID_S: Final = 90 * 24 * 3600
@@ -114,7 +113,7 @@ class DeviceProof:
 
 def subject(info: DeviceInfo, file: GGUFFile, kv_type: str = "f16") -> Subject:
     """Say what a proof that is made now would hold for."""
-    far = info.name.startswith(PREFIX)  # all that it says of itself is an address of ours
+    far = info.name.startswith(RPC_PREFIX)  # all that it says of itself is an address of ours
     text = f"{info.description}, {info.memory_total_bytes} bytes"
     return Subject(
         device=_short(info.name), description="elsewhere" if far else _short(text),
@@ -126,7 +125,7 @@ def subject(info: DeviceInfo, file: GGUFFile, kv_type: str = "f16") -> Subject:
 def load_proof(wanted: Subject) -> DeviceProof | None:
     """Return the proof for a subject; None where there is none, or it is too old."""
     found = _read(_path(wanted)).get(wanted)
-    valid_s = VALID_RPC_S if wanted.device.startswith(PREFIX) else VALID_S
+    valid_s = VALID_RPC_S if wanted.device.startswith(RPC_PREFIX) else VALID_S
     return found if found is not None and 0 <= time.time() - found.when < valid_s else None
 
 

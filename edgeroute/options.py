@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from edgeroute.runtime.prefix import Mode
-from edgeroute.runtime.records import SamplingParams
+from edgeroute.runtime.records import PrefixMode, SamplingParams
 from edgeroute.stats import Generation
 
 MAX_TOOLS = 128
@@ -98,7 +97,7 @@ class Options(TypedDict, total=False):
     json_schema: Mapping[str, object] | str | None
     shown_tokens: Sequence[str]
     timeout_s: float | None
-    prefix: Mode
+    prefix: PrefixMode
     prompt_ids: Sequence[int] | None
     adapter: str | Mapping[str, float] | None
     score: Score | None

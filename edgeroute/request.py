@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from edgeroute.offload.counters import LayerCount
-from edgeroute.runtime.device import Device
-from edgeroute.runtime.lora import LoraRow
-from edgeroute.runtime.prefix import Mode
-from edgeroute.runtime.records import TokenLogprob
-from edgeroute.runtime.sampler import Sampler
-from edgeroute.runtime.sequence import Sequence
-from edgeroute.runtime.text_stream import TextStream
+from edgeroute.runtime.records import PrefixMode, TokenLogprob
 from edgeroute.stats import Chunk, FinishReason, Generation, GenerationStats, Speculated
 
+# What only types need is not imported: a model's vocabulary is read as soon as this is there.
 if TYPE_CHECKING:
     from edgeroute.adapter_routing import Turn
     from edgeroute.depth import Depth, RoutedRequest
     from edgeroute.energy_book import EnergySource
     from edgeroute.offload.adapter_store import Lease
+    from edgeroute.offload.counters import LayerCount
+    from edgeroute.runtime.device import Device
+    from edgeroute.runtime.lora import LoraRow
+    from edgeroute.runtime.sampler import Sampler
+    from edgeroute.runtime.sequence import Sequence
+    from edgeroute.runtime.text_stream import TextStream
     from edgeroute.session_visit import Visit
     from edgeroute.skippers.steps import Who
     from edgeroute.step_state import StepState
@@ -48,7 +48,7 @@ class EngineState(NamedTuple):
 
     memory_bytes: int
     threads: int
-    experts: LayerCount | None
+    experts: "LayerCount | None"
     layers: dict[str, int | float] | None
     energy: "EnergySource | None" = None
 
@@ -59,11 +59,11 @@ class Request:
 
     prompt_ids: list[int]
     max_tokens: int
-    sampler: Sampler
-    text: TextStream
+    sampler: "Sampler"
+    text: "TextStream"
     emit: Callable[[Outcome], None]
     streaming: bool
-    prefix: Mode = "exact"
+    prefix: PrefixMode = "exact"
     deadline: float | None = None
     id: str = field(default_factory=lambda: f"gen-{uuid.uuid4().hex[:24]}")
     created: float = field(default_factory=time.monotonic)
@@ -81,7 +81,7 @@ class Request:
     """How its steps are to be written; None for the Runtime's way."""
     other_prompt_ids: list[int] = field(default_factory=list)
     """The prompt in the other model's vocabulary, where that is another one."""
-    other_sampler: Callable[[int], Sampler] | None = None
+    other_sampler: "Callable[[int], Sampler] | None" = None
     """Makes what draws the other model's tokens, where `sampler` does not: the n-th one."""
     steps: "StepState | None" = None
     """Of an answer in steps."""
@@ -94,16 +94,16 @@ class Request:
     on_cancel: Callable[[], None] | None = None
     """Stops the computation that runs for this request alone."""
 
-    experts_before: LayerCount | None = None
+    experts_before: "LayerCount | None" = None
     layers_before: dict[str, int | float] | None = None
     lease: "Lease | None" = None
     leased: float = 0.0
     adapter_s: float = 0.0
-    lora: LoraRow | None = None
+    lora: "LoraRow | None" = None
     turn: "Turn | None" = None
     n_common: int = 0
     speculated: Speculated | None = None
-    sequence: Sequence | None = None
+    sequence: "Sequence | None" = None
     n_cached: int = 0
     started: float | None = None
     prefill_s: float = 0.0
@@ -251,7 +251,7 @@ class Request:
         )  # fmt: skip
 
 
-def sequence_of(request: Request) -> Sequence:
+def sequence_of(request: Request) -> "Sequence":
     """Return the cells of a request that runs."""
     if request.sequence is None:
         raise RuntimeError(f"request {request.id} has left the engine")
@@ -259,7 +259,7 @@ def sequence_of(request: Request) -> Sequence:
 
 
 @contextlib.contextmanager
-def stoppable(request: Request, device: Device) -> Iterator[None]:
+def stoppable(request: Request, device: "Device") -> Iterator[None]:
     """Let a request's cancel or its deadline stop what a device computes meanwhile."""
     device.stop_flag.clear()
     request.on_cancel = device.stop_flag.set
@@ -280,7 +280,7 @@ def stoppable(request: Request, device: Device) -> Iterator[None]:
             timer.cancel()
 
 
-def _cost(before: LayerCount | None, after: LayerCount | None) -> dict[str, int | float] | None:
+def _cost(before: "LayerCount | None", after: "LayerCount | None") -> dict[str, int | float] | None:
     """Return what was counted between two readings; None where no expert is paged."""
     if after is None:
         return None

@@ -18,7 +18,8 @@ from edgeroute.runtime.errors import AdapterFileError, SessionFileError
 from edgeroute.runtime.held_cells import Bytes, HeldCells
 from edgeroute.runtime.kv_cache import KvShape, all_finite
 from edgeroute.runtime.numerics import numerics
-from edgeroute.runtime.prefix import Mode, reusable
+from edgeroute.runtime.prefix import reusable
+from edgeroute.runtime.records import PrefixMode
 from edgeroute.runtime.sequence import Classes
 from edgeroute.runtime.session_file import BLOCK_BYTES, SessionFacts, SessionReader, Tokens
 from edgeroute.runtime.session_writer import SessionWriter
@@ -55,7 +56,7 @@ class Wanted:
     lease: "Lease | None"
     depth: "Depth | None"
     prompt: Tokens
-    mode: Mode
+    mode: PrefixMode
     n_ubatch: int
 
     def reusable(self, tokens: Tokens, classes: Classes) -> int:

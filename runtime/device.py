@@ -11,18 +11,21 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import CapacityError, ComputeError, LibraryError, UsageError
 from edgeroute.runtime.ggml import api, structs
 from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.ggml.lib import libraries
-from edgeroute.runtime.rpc_link import PREFIX, RpcLink
 from edgeroute.runtime.stop_flag import StopFlag
 from edgeroute.runtime.unified import shares_memory
 from edgeroute.runtime.units import format_bytes
 
+if TYPE_CHECKING:
+    from edgeroute.runtime.rpc_link import RpcLink
+
+RPC_PREFIX: Final = "rpc:"
 _KINDS = {
     api.DEVICE_CPU: "cpu",
     api.DEVICE_GPU: "gpu",
@@ -139,7 +142,7 @@ class Device(Closing):
     Not thread-safe: one thread owns it. Close it after everything allocated from it.
     """
 
-    def __init__(self, info: DeviceInfo, link: RpcLink | None = None) -> None:
+    def __init__(self, info: DeviceInfo, link: "RpcLink | None" = None) -> None:
         """Open it; a device behind a `link`, which it then owns, is one of another process."""
         g = ggml()
         self.link = link
@@ -172,7 +175,7 @@ class Device(Closing):
             UsageError: no such device; the message lists those there are.
             DeviceLostError: nobody answers at an RPC address.
         """
-        if name.startswith(PREFIX):
+        if name.startswith(RPC_PREFIX):
             return cls._open_rpc(name)
         found, want = devices(), name.lower()
         kinds = ("gpu", "igpu") if want == "gpu" else (want,)
@@ -185,13 +188,16 @@ class Device(Closing):
 
     @classmethod
     def _open_rpc(cls, name: str) -> Self:
+        # Imported here: a program on its own processor should not wait for sockets.
+        from edgeroute.runtime.rpc_link import RpcLink
+
         _load_backends()
         link = RpcLink.open(name)
         try:
             info = _info(link.devices()[0])
             link.check()
             # ggml describes it by our end of the connection, which is another each time.
-            told = replace(info, name=f"{PREFIX}{link.address}", unified=False,
+            told = replace(info, name=f"{RPC_PREFIX}{link.address}", unified=False,
                            description=f"device of {link.address}")  # fmt: skip
             return cls(told, link)
         except BaseException:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.ggml.api import Tensor, ggml
+from edgeroute.runtime.records import KV_TYPE_NAMES
 from edgeroute.runtime.tensor import (
     F16,
     F32,
@@ -32,7 +33,7 @@ ROTATION_MIN = 64
 CELL_BUCKET = 256
 """Cells per step of a region and of what attention reads. Source: llama.cpp pads alike."""
 
-KV_TYPES = {"f16": F16, "q8_0": Q8_0}
+KV_TYPES = dict(zip(KV_TYPE_NAMES, (F16, Q8_0), strict=True))
 Rotations = tuple[Tensor | None, Tensor | None]
 """What turns the keys and the values of a row."""
 Q8_0_BLOCK_BYTES = 34

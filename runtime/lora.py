@@ -66,6 +66,15 @@ class LoraGroup:
         """Numbers in a slot of `up`."""
         return shape(self.up)[0]
 
+    def alike(self, part: int) -> range:
+        """The parts around one that follow each other and have its n_out."""
+        first, end, n_out = part, part + 1, self.targets[part].n_out
+        while first and self.targets[first - 1].n_out == n_out:
+            first -= 1
+        while end < len(self.targets) and self.targets[end].n_out == n_out:
+            end += 1
+        return range(first, end)
+
 
 class LoraPlace(NamedTuple):
     """Where a weight's matrices are: `part` of a group, its B from number `first` of a row on."""

@@ -51,6 +51,7 @@ class LoraUse:
         self.slots = slots
         self._down: dict[tuple[Tensor, Tensor, Tensor], Tensor] = {}
         self._up: dict[tuple[Tensor, Tensor], Tensor] = {}
+        self._alike: dict[tuple[Tensor, Tensor, int, Run], Tensor] = {}
 
     def delta(self, ctx: int, place: LoraPlace, x: Tensor, inputs: LoraInputs) -> Tensor:
         """Build what the adapters add to one weight's product: F32 [n_out, n]."""
@@ -88,26 +89,46 @@ class LoraUse:
         self, ctx: int, place: LoraPlace, down: Tensor, up: Tensor, inputs: LoraInputs, run: Run
     ) -> Tensor:
         """Build B A x of some sequences: F32 [n_out, n * t]."""
-        g, rank, (_, k, _, _) = ggml(), self.slots.rank, shape(down)
+        g, n_out = ggml(), place.target.n_out
+        if shape(down)[1] > 1 or (run.n > 1 and run.t > 1):
+            y = self._outer(ctx, place, range(place.part, place.part + 1), down, up, inputs, run)
+            return g.ggml_reshape_2d(ctx, self._summed(ctx, y), n_out, run.n * run.t)
+        alike = place.group.alike(place.part)
+        key = (up, down, alike.start, run)
+        if key not in self._alike:
+            self._alike[key] = self._outer(ctx, place, alike, down, up, inputs, run)
+        whole = self._alike[key]  # [n_out, t, parts, n], of which t or n is 1
+        nb = strides(whole)
+        at = (place.part - alike.start) * nb[2]
+        return g.ggml_view_2d(ctx, whole, n_out, run.n * run.t, nb[3 if run.t == 1 else 1], at)
+
+    def _outer(
+        self, ctx: int, place: LoraPlace, parts: range, down: Tensor, up: Tensor,
+        inputs: LoraInputs, run: Run,
+    ) -> Tensor:  # fmt: skip
+        """Build each slot's share: F32 [n_out, t, m, n], m slots of a part or parts of a slot."""
+        g, rank, k = ggml(), self.slots.rank, shape(down)[1]
         n_out, row, nb = place.target.n_out, strides(up)[1], strides(down)
+        size = n_out * rank * _F32_BYTES
+        m = max(k, len(parts))  # one of the two is 1
         b = g.ggml_view_4d(
-            ctx, up, n_out, rank, k, run.n, n_out * _F32_BYTES, row, k * row,
-            run.sequence * k * row + place.first * _F32_BYTES,
+            ctx, up, n_out, rank, m, run.n, n_out * _F32_BYTES, row if k > 1 else size, k * row,
+            run.sequence * k * row + place.first * _F32_BYTES - (place.part - parts.start) * size,
         )  # fmt: skip
         ax = g.ggml_view_4d(
-            ctx, down, rank, k, run.t, run.n, nb[1], nb[2], run.t * nb[2],
-            run.column * nb[2] + place.part * rank * _F32_BYTES,
+            ctx, down, rank, m, run.t, run.n, nb[1] if k > 1 else rank * _F32_BYTES, nb[2],
+            run.t * nb[2], run.column * nb[2] + parts.start * rank * _F32_BYTES,
         )  # fmt: skip
-        y = g.ggml_out_prod(ctx, b, g.ggml_permute(ctx, ax, 1, 2, 0, 3))  # [n_out, t, k, n]
-        if inputs.factors is not None:
-            nb = strides(inputs.factors)
-            each = g.ggml_view_4d(
-                ctx, inputs.factors, 1, k, run.t, run.n, nb[1], nb[2], run.t * nb[2],
-                run.column * nb[2],
-            )  # fmt: skip
-            # where llama.cpp scales, for its bits
-            y = g.ggml_mul(ctx, y, g.ggml_permute(ctx, each, 0, 2, 1, 3))
-        return g.ggml_reshape_2d(ctx, self._summed(ctx, y), n_out, run.n * run.t)
+        y = g.ggml_out_prod(ctx, b, g.ggml_permute(ctx, ax, 1, 2, 0, 3))
+        if inputs.factors is None:
+            return y
+        nb = strides(inputs.factors)
+        each = g.ggml_view_4d(
+            ctx, inputs.factors, 1, k, run.t, run.n, nb[1], nb[2], run.t * nb[2],
+            run.column * nb[2],
+        )  # fmt: skip
+        # where llama.cpp scales, for its bits
+        return g.ggml_mul(ctx, y, g.ggml_permute(ctx, each, 0, 2, 1, 3))
 
     def _summed(self, ctx: int, y: Tensor) -> Tensor:
         """Add up what a token's slots give: F32 [n_out, t, k, n] to [n_out, t, n]."""

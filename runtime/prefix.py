@@ -6,17 +6,14 @@ are other numbers.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeroute.runtime.held_cells import HeldCells
 from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
+from edgeroute.runtime.records import PrefixMode
 from edgeroute.runtime.sequence import Classes, Sequence, common_prefix, exact_reuse
-
-Mode = Literal["exact", "all", "off"]
-"""What may be reused: cells with a fresh run's bits, any cells of equal tokens, or none."""
 
 MIN_REUSE = 8  # copying fewer cells costs more than computing them
 
@@ -54,7 +51,11 @@ class PrefixCache:
         self.n_reused_cells = 0
 
     def open(
-        self, tokens: list[int], n_cells: int, mode: Mode = "exact", adapter: str | None = None
+        self,
+        tokens: list[int],
+        n_cells: int,
+        mode: PrefixMode = "exact",
+        adapter: str | None = None,
     ) -> Sequence | None:
         """Give a prompt a region of `n_cells`, with as many cells already filled as may be.
 
@@ -87,12 +88,12 @@ class PrefixCache:
         wanted = np.array(tokens[:-1], np.int32)
         return max((common_prefix(kept.tokens, wanted) for kept in self._kept), default=0)
 
-    def longest(self, tokens: list[int], mode: Mode, adapter: str | None = None) -> int:
+    def longest(self, tokens: list[int], mode: PrefixMode, adapter: str | None = None) -> int:
         """Return how many cells `open` would find filled."""
         match = self._match(tokens, mode, adapter)
         return 0 if match is None else match.n_reuse
 
-    def share(self, sequence: Sequence, others: Iterable[Sequence], mode: Mode) -> int:
+    def share(self, sequence: Sequence, others: Iterable[Sequence], mode: PrefixMode) -> int:
         """Fill cells of a sequence that nothing was computed for yet from sequences that run.
 
         Args:
@@ -155,7 +156,7 @@ class PrefixCache:
         """Cells that kept sequences hold."""
         return sum(kept.region.n_cells for kept in self._kept)
 
-    def _match(self, tokens: list[int], mode: Mode, adapter: str | None) -> _Match | None:
+    def _match(self, tokens: list[int], mode: PrefixMode, adapter: str | None) -> _Match | None:
         wanted = np.array(tokens, np.int32)
         best: _Match | None = None
         for kept in self._kept:
@@ -202,7 +203,7 @@ def _classes(sequence: Sequence) -> Classes:
 
 
 def reusable(
-    stored: tuple[npt.NDArray[np.int32], Classes], prompt: npt.NDArray[np.int32], mode: Mode,
+    stored: tuple[npt.NDArray[np.int32], Classes], prompt: npt.NDArray[np.int32], mode: PrefixMode,
     n_ubatch: int,
 ) -> int:  # fmt: skip
     """Count the stored cells that may serve a prompt, 0 where that is not worth a copy.

@@ -2,10 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final, Literal
 
 from edgeroute.runtime.errors import UsageError
 
 MAX_SHOWN = 16
+KV_TYPE_NAMES: Final = ("f16", "q8_0")
+"""How keys and values may be stored."""
+PrefixMode = Literal["exact", "all", "off"]
+"""Which cells a prompt may reuse: with a fresh run's bits, any of equal tokens, or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

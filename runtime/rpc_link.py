@@ -14,6 +14,7 @@ from typing import Final, Self
 
 from edgeroute.runtime import rpc_frames as frames
 from edgeroute.runtime.closing import Closing
+from edgeroute.runtime.device import RPC_PREFIX
 from edgeroute.runtime.errors import DeviceLostError, LibraryError, UsageError
 from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.ggml.lib import REMEDY
@@ -22,7 +23,6 @@ from edgeroute.runtime.rpc_relay import LinkStats, Relay
 from edgeroute.runtime.rpc_throttle import Bucket
 from edgeroute.runtime.rpc_wire import Wire, WireLostError
 
-PREFIX: Final = "rpc:"
 CONNECT_S: Final = 5.0
 ANSWER_S: Final = 120.0
 """How long a server may take for one answer: what it was asked to compute before is part of it."""
@@ -37,7 +37,7 @@ def parse_address(text: str) -> tuple[str, int]:
     Raises:
         UsageError: it is no address.
     """
-    found = _ADDRESS.fullmatch(text.removeprefix(PREFIX))
+    found = _ADDRESS.fullmatch(text.removeprefix(RPC_PREFIX))
     if found is None or not 0 < int(found["port"]) < 1 << 16:
         raise UsageError(f"{text!r} is no address of a device; give rpc:host:port, for example "
                          "rpc:192.168.1.20:50052")  # fmt: skip

@@ -6,9 +6,9 @@ from typing import Any
 from edgeroute.commands.doctor_ops import lacking_operations
 from edgeroute.commands.doctor_probe import probe
 from edgeroute.runtime import machine
-from edgeroute.runtime.device import Device, DeviceInfo, devices
+from edgeroute.runtime.device import RPC_PREFIX, Device, DeviceInfo, devices
 from edgeroute.runtime.errors import CapacityError, ComputeError, EdgerouteError, LibraryError
-from edgeroute.runtime.rpc_link import PREFIX, is_private, parse_address
+from edgeroute.runtime.rpc_link import is_private, parse_address
 
 Facts = dict[str, Any]
 
@@ -87,7 +87,7 @@ def rpc_devices(addresses: Sequence[str], *, measured: bool) -> list[Facts]:
 
 
 def _remote(host: str, port: int, *, measured: bool) -> Facts:
-    facts: Facts = {"name": f"{PREFIX}{host}:{port}", "private": is_private(host)}
+    facts: Facts = {"name": f"{RPC_PREFIX}{host}:{port}", "private": is_private(host)}
     if not facts["private"]:
         facts["warning"] = (
             f"{host} is neither loopback nor of a private network, and the connection carries "

@@ -8,9 +8,10 @@ from edgeroute.commands.doctor_table import Row
 from edgeroute.config import merge_settings
 from edgeroute.device_choice import candidates, prove
 from edgeroute.models.pull import resolve
+from edgeroute.runtime.device import RPC_PREFIX
 from edgeroute.runtime.errors import CapacityError, ComputeError, LibraryError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.rpc_link import PREFIX, parse_address
+from edgeroute.runtime.rpc_link import parse_address
 
 
 def prove_devices(
@@ -27,7 +28,7 @@ def prove_devices(
         CatalogueError, ModelFileError: the model is not here, or cannot be used.
     """
     names = [info.name for info in candidates()]
-    names += [PREFIX + "{}:{}".format(*parse_address(each)) for each in rpc]
+    names += [RPC_PREFIX + "{}:{}".format(*parse_address(each)) for each in rpc]
     params = merge_settings(settings)
     found = []
     with GGUFFile.open(resolve(model)) as file:
