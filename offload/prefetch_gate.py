@@ -3,9 +3,11 @@
 A pure state machine. The engine reports what each step cost; nothing here reads a clock.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from statistics import median
+from statistics import median, quantiles
 from typing import Final
 
 from edgeroute.runtime.errors import UsageError
@@ -23,6 +25,11 @@ class GateParams:
     to `max_wait_steps`; after a win as long as the latest wait, and a second win in a row
     waits longer too. A step's prefetches may take up to `step_budget_bytes`.
 
+    A trial ends with the first pair after which prefetch surely loses. Steps scatter, and a
+    trial is short: where its medians lie within twice their standard
+    error of each other, what it measured is kept, and the next trial, which adds to it, waits
+    `open_wait_steps` only, up to `n_open` times in a row.
+
     With `max_loss_ratio`, prefetch that is on when a trial begins need not win it: it stays on
     while the median on-step costs at most (1 + `max_loss_ratio`) of the median off-step.
 
@@ -35,7 +42,9 @@ class GateParams:
     n_rounds: int = 2
     min_gain_ratio: float = 0.01
     min_useful_ratio: float = 0.5
-    warmup_steps: int = 32
+    warmup_steps: int = 16
+    open_wait_steps: int = 48
+    n_open: int = 4
     first_wait_steps: int = 512
     wait_growth: float = 2.0
     max_wait_steps: int = 16384
@@ -48,7 +57,8 @@ class GateParams:
             and self.n_rounds >= 1
             and 0 <= self.min_gain_ratio < 1
             and 0 <= self.min_useful_ratio <= 1
-            and self.warmup_steps >= 0
+            and min(self.warmup_steps, self.n_open) >= 0
+            and self.open_wait_steps >= 1
             and 1 <= self.first_wait_steps <= self.max_wait_steps
             and self.wait_growth >= 1
             and self.step_budget_bytes >= 0
@@ -91,6 +101,12 @@ WATCHED: Final = GateParams(
 tried within 40 steps, less than a minute at a token a second, and stays on unless it loses."""
 
 
+def _error_of_median(costs: Sequence[float]) -> float:
+    """Standard error of a median: 0.93 times the quartiles' distance over the root of n."""
+    low, _, high = quantiles(costs, n=4, method="inclusive")
+    return 0.93 * (high - low) / math.sqrt(len(costs))
+
+
 class _State(Enum):
     OFF = "off"
     ON = "on"
@@ -117,7 +133,7 @@ class PrefetchGate:
         self._off_because = ""
         self._until_trial = self.params.warmup_steps
         self._wait = self.params.first_wait_steps
-        self._n_trials = self._n_wins = 0
+        self._n_trials = self._n_wins = self._n_open = 0
         self._costs: dict[bool, list[float]] = {False: [], True: []}
         self._position = 0
         self._prefetched = self._useful = 0
@@ -175,6 +191,7 @@ class PrefetchGate:
         if self._is_wasteful():
             self._state = _State.OFF
             self._note_off(was_on=True)
+            self._n_open = 0
             self._back_off()
         self._position = self._prefetched = self._useful = 0
 
@@ -197,7 +214,8 @@ class PrefetchGate:
         self._was_on = self._state is _State.ON
         self._state = _State.TRIAL
         self._n_trials += 1
-        self._costs = {False: [], True: []}
+        if not self._n_open:
+            self._costs = {False: [], True: []}
         self._position = self._prefetched = self._useful = 0
 
     def _end_trial_step(self, cost: StepCost) -> None:
@@ -209,7 +227,8 @@ class PrefetchGate:
         self._position += 1
         if self._position % self.params.window_steps:
             return
-        if self._window == 2 * self.params.n_rounds or (on and self._is_wasteful()):
+        last = self._window == 2 * self.params.n_rounds
+        if last or (on and (self._is_wasteful() or self._surely_loses())):
             self._end_trial()
 
     def _end_trial(self) -> None:
@@ -226,8 +245,26 @@ class PrefetchGate:
         else:
             self._note_off(was_on=self._was_on)
         self._state = _State.ON if won else _State.OFF
-        self._back_off()
+        if self._is_open(on, off):
+            self._n_open += 1
+            self._until_trial = self.params.open_wait_steps
+        else:
+            self._n_open = 0
+            self._back_off()
         self._position = self._prefetched = self._useful = 0
+
+    def _is_open(self, on: float, off: float) -> bool:
+        """Whether what was measured says too little, and may be added to."""
+        if self._n_open >= self.params.n_open or self._is_wasteful() or not self._prefetched:
+            return False
+        return abs(on - off) < 2 * self._error()
+
+    def _surely_loses(self) -> bool:
+        return median(self._costs[True]) > median(self._costs[False]) + 2 * self._error()
+
+    def _error(self) -> float:
+        """Standard error of the difference of both medians."""
+        return math.hypot(*(_error_of_median(costs) for costs in self._costs.values()))
 
     def _back_off(self) -> None:
         """Test again after the present wait; wait longer the next time."""

@@ -1,5 +1,7 @@
 """Predictors by what they learn, and the gate that lets prefetch run only while it wins."""
 
+import random
+
 import pytest
 
 from edgeroute.offload.eviction_cliff import CycleShape, cyclic_trace
@@ -162,7 +164,7 @@ def test_prefetch_stays_on_while_it_wins_and_is_tested_again() -> None:
 
 def test_prefetch_that_loses_is_off_and_tested_ever_more_rarely() -> None:
     gate = PrefetchGate(PARAMS)
-    trial = "....++++....++++"
+    trial = "....++++"  # surely lost after one pair
     expected = "..." + "".join(trial + "." * wait for wait in (10, 20, 40, 45, 45))
     assert run_gate(gate, len(expected), 1.2) == expected
     assert gate.report().n_wins == 0 and gate.report().state == "off"
@@ -215,8 +217,41 @@ def test_trials_cost_a_small_share_of_all_steps_when_prefetch_loses() -> None:
     assert 0 < shown.count("+") * 0.5 < 0.005 * len(shown)
 
 
+def lasting_gate(seed: int, on_s: float, n_steps: int = 600) -> tuple[bool, int]:
+    """Steps of widely scattered cost: whether it is on at the end, and how often it was."""
+    draw, gate, n_on = random.Random(seed), PrefetchGate(), 0
+    for _ in range(n_steps):
+        on = gate.begin_step()
+        n_on += on
+        cost = draw.lognormvariate(0.0, 0.3) * (on_s if on else 1.0)
+        moved = 100 if on else 0
+        gate.end_step(StepCost(stall_s=cost, prefetched_bytes=moved, useful_bytes=moved))
+    return gate.report().state == "on", n_on
+
+
+def test_a_small_gain_is_found_and_a_small_loss_left_among_scattered_steps() -> None:
+    """A tenth among steps that scatter by a third: one short trial would be a coin thrown."""
+    gains = [lasting_gate(seed, 0.9) for seed in range(60)]
+    losses = [lasting_gate(seed, 1.1) for seed in range(60)]
+    assert sum(on for on, _ in gains) >= 48
+    assert sum(on for on, _ in losses) <= 6
+    assert sum(n_on for _, n_on in losses) * 0.1 < 0.02 * 60 * 600
+
+
+def test_a_surely_lost_trial_is_not_repeated_soon() -> None:
+    _, n_on = lasting_gate(1, 2.0)
+    assert n_on <= 2 * 16
+
+
 def test_contradicting_settings_are_refused() -> None:
-    for wrong in ({"skip_steps": 8}, {"n_rounds": 0}, {"wait_growth": 0.5}, {"warmup_steps": -1}):
+    for wrong in (
+        {"skip_steps": 8},
+        {"n_rounds": 0},
+        {"wait_growth": 0.5},
+        {"warmup_steps": -1},
+        {"n_open": -1},
+        {"open_wait_steps": 0},
+    ):
         with pytest.raises(UsageError, match="contradict"):
             GateParams(**wrong)  # type: ignore[arg-type]
 
