@@ -1,5 +1,6 @@
 """Logits in, one token id out."""
 
+import functools
 import math
 import os
 from collections import Counter, deque
@@ -76,7 +77,6 @@ class Sampler(Closing):
         self.n_vocab = tokenizer.n_vocab
         self.seed = params.seed if params.seed is not None else _fresh_seed()
         self.last_logprob: TokenLogprob | None = None
-        self._rng = np.random.Generator(np.random.PCG64(self.seed))
         self._bias_ids, self._bias = _bias_arrays(params, self.n_vocab)
         n_last = params.repeat_last_n if _penalises(params) else 0
         self._recent: deque[int] = deque(maxlen=n_last)
@@ -93,6 +93,11 @@ class Sampler(Closing):
             and not self._bias_ids.size
             and self._grammar is None
         )
+
+    @functools.cached_property
+    def _rng(self) -> np.random.Generator:
+        # Made by the first draw: greedy answers should not wait for its import.
+        return np.random.Generator(np.random.PCG64(self.seed))
 
     def close(self) -> None:
         """Free the grammar; closing twice is fine."""

@@ -152,6 +152,8 @@ class Tokenizer(Closing):
         Raises:
             GrammarError: it cannot be used.
         """
+        if params.grammar is None and params.json_schema is None:
+            return None
         from edgeroute.runtime.grammar import compile_constraint
 
         return compile_constraint(self, params)
