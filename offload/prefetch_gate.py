@@ -101,8 +101,14 @@ WATCHED: Final = GateParams(
 tried within 40 steps, less than a minute at a token a second, and stays on unless it loses."""
 
 
+_MIN_SURE: Final = 6
+"""Steps on before a trial may end early: the quartiles of fewer say nothing."""
+
+
 def _error_of_median(costs: Sequence[float]) -> float:
     """Standard error of a median: 0.93 times the quartiles' distance over the root of n."""
+    if len(costs) < 2:
+        return math.inf
     low, _, high = quantiles(costs, n=4, method="inclusive")
     return 0.93 * (high - low) / math.sqrt(len(costs))
 
@@ -260,7 +266,12 @@ class PrefetchGate:
         return abs(on - off) < 2 * self._error()
 
     def _surely_loses(self) -> bool:
-        return median(self._costs[True]) > median(self._costs[False]) + 2 * self._error()
+        """Whether no further pair is needed: it leaves what a trial that it lost would."""
+        if len(self._costs[True]) < _MIN_SURE:
+            return False
+        allowed = self.params.max_loss_ratio if self._was_on else None
+        off = median(self._costs[False]) * (1 + (allowed or 0.0))
+        return median(self._costs[True]) > off + 2 * self._error()
 
     def _error(self) -> float:
         """Standard error of the difference of both medians."""

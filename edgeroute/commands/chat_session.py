@@ -103,6 +103,9 @@ class ChatSession:
         except EdgerouteError:
             self.turns = turns
             raise
+        if self.last is not None and not self.last.text:
+            self.turns = turns
+            self.note("the earlier answer stays")
 
     def undo(self) -> int:
         """Take the last message and its answer back; return how many messages went."""

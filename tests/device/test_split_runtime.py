@@ -371,6 +371,7 @@ def test_the_default_model_over_two_servers_that_could_not_hold_it(
         with Runtime(smollm2_path, device=both, memory="8MiB", **settings) as runtime:
             assert runtime.generate(prompt, max_tokens=8).token_ids == expected
             devices: Any = runtime.stats()["devices"]
-            assert [len(each["layers"]) > 0 for each in devices.values()] == [False, True, True]
+            # Which server has how many goes by their measured speeds; one may have the head alone.
+            assert not next(iter(devices.values()))["layers"]
             assert all(each["used_bytes"] <= memory for each in list(devices.values())[1:])
             assert np.sum([len(each["layers"]) for each in devices.values()]) == 30

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from click.testing import CliRunner, Result
 
 import edgeroute
 from edgeroute.cli import cli
-from edgeroute.commands import chat_commands, chat_input, generate_shared
+from edgeroute.commands import chat_commands, chat_input, chat_session, generate_shared
 from edgeroute.commands.chat_session import ChatSession
 from edgeroute.runtime.errors import ClosedError, EdgerouteError, UsageError
 
@@ -107,6 +108,18 @@ def test_retry_answers_the_last_message_again(session: ChatSession, notes: list[
         session.retry()
         texts.add(session.messages[-1]["content"])
     assert len(texts) > 1 and len(session.messages) == 2
+
+
+def test_a_retry_that_says_nothing_keeps_the_old_answer(
+    session: ChatSession, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.ask("Hello")
+    before = session.messages
+    monkeypatch.setattr(
+        chat_session, "listen", lambda *given: replace(generate_shared.listen(*given), text="")
+    )
+    session.retry()
+    assert session.messages == before and "the earlier answer stays" in notes
 
 
 def test_a_retry_that_is_refused_keeps_the_old_answer(session: ChatSession) -> None:

@@ -164,7 +164,7 @@ def test_prefetch_stays_on_while_it_wins_and_is_tested_again() -> None:
 
 def test_prefetch_that_loses_is_off_and_tested_ever_more_rarely() -> None:
     gate = PrefetchGate(PARAMS)
-    trial = "....++++"  # surely lost after one pair
+    trial = "....++++....++++"
     expected = "..." + "".join(trial + "." * wait for wait in (10, 20, 40, 45, 45))
     assert run_gate(gate, len(expected), 1.2) == expected
     assert gate.report().n_wins == 0 and gate.report().state == "off"
@@ -238,9 +238,9 @@ def test_a_small_gain_is_found_and_a_small_loss_left_among_scattered_steps() -> 
     assert sum(n_on for _, n_on in losses) * 0.1 < 0.02 * 60 * 600
 
 
-def test_a_surely_lost_trial_is_not_repeated_soon() -> None:
-    _, n_on = lasting_gate(1, 2.0)
-    assert n_on <= 2 * 16
+def test_a_sure_loss_ends_a_trial_early_and_is_not_repeated_soon() -> None:
+    gate = PrefetchGate()
+    assert run_gate(gate, 16 + 16 + 512, 2.0) == "." * 16 + "." * 8 + "+" * 8 + "." * 512
 
 
 def test_contradicting_settings_are_refused() -> None:
