@@ -3,8 +3,8 @@
 from edgeroute.models.base import Hparams, Rope
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor
-from edgeroute.runtime.graph import F32_BYTES, Builder
-from edgeroute.runtime.tensor import strides
+from edgeroute.runtime.graph import Builder
+from edgeroute.runtime.tensor import F32_BYTES, strides
 from edgeroute.runtime.weights import TensorSpec, Use
 
 ROPE_NORMAL, ROPE_NEOX = api.ROPE_NORMAL, api.ROPE_NEOX

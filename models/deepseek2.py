@@ -25,8 +25,8 @@ from edgeroute.models.deepseek import read_shared, shared_specs
 from edgeroute.runtime.errors import ModelFileError, UnsupportedModelError
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import F32_BYTES, Builder
-from edgeroute.runtime.tensor import shape, strides
+from edgeroute.runtime.graph import Builder
+from edgeroute.runtime.tensor import F32_BYTES, shape, strides
 from edgeroute.runtime.weights import TensorSpec
 
 ARCH = "deepseek2"

@@ -17,11 +17,20 @@ from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.kv_cache import KV_TYPES, KvCache
 from edgeroute.runtime.lora import LoraShape, LoraSlots
 from edgeroute.runtime.lora_graph import LoraInputs, LoraUse
-from edgeroute.runtime.tensor import F16, F32, I32, I64, Descriptors, is_placed, shape, strides
+from edgeroute.runtime.tensor import (
+    F16,
+    F32,
+    F32_BYTES,
+    I32,
+    I64,
+    Descriptors,
+    is_placed,
+    shape,
+    strides,
+)
 from edgeroute.runtime.token_choice import BY_ATTENTION, TokenRule
 from edgeroute.runtime.weights import Weights
 
-F32_BYTES = 4
 SPLIT_KV_MIN = 512
 """Source: ggml-cpu/ops.cpp, ggml_compute_forward_flash_attn_ext_f16, use_split_kv_path."""
 

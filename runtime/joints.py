@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from edgeroute.runtime.closing import Closing
-from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.ggml.structs import TensorStruct
@@ -27,9 +26,7 @@ class Joint(NamedTuple):
 class Joints(Closing):
     """Descriptors over neighbours. Lifetime: valid until `close`, and while the memory is."""
 
-    def __init__(self, device: Device) -> None:
-        """Join on `device`, if it is the processor; on others it is unproven."""
-        self._enabled = device.is_cpu
+    def __init__(self) -> None:
         self._found: dict[tuple[str, ...], Joint] = {}
         self._owned: list[Descriptors] = []
 
@@ -42,8 +39,6 @@ class Joints(Closing):
         Returns:
             Each name once; those of one matrix alone have its own tensor.
         """
-        if not self._enabled:
-            return [Joint(tensor, (name,)) for name, tensor in tensors.items()]
         runs: list[list[str]] = []
         for name in sorted(tensors, key=lambda name: _place(tensors[name])):
             if runs and _follows(tensors[runs[-1][-1]], tensors[name]):

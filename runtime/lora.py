@@ -16,9 +16,8 @@ import numpy.typing as npt
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.ggml.api import Tensor, ggml
-from edgeroute.runtime.tensor import F16, Descriptors, new_tensor, place_all, shape
+from edgeroute.runtime.tensor import F16, F16_BYTES, Descriptors, new_tensor, place_all, shape
 
-F16_BYTES = 2
 NO_ADAPTER = 0
 """The slot of zeros, which tokens without an adapter use."""
 T = TypeVar("T")

@@ -13,9 +13,17 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.device_ops import lacking, lying_on
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.lora import LoraPlace, LoraSlots, LoraTarget
-from edgeroute.runtime.tensor import F16, F32, I32, Descriptors, new_tensor, shape, strides
+from edgeroute.runtime.tensor import (
+    F16,
+    F32,
+    F32_BYTES,
+    I32,
+    Descriptors,
+    new_tensor,
+    shape,
+    strides,
+)
 
-_F32_BYTES = 4
 _PROBE_NODES = 32
 
 
@@ -109,15 +117,15 @@ class LoraUse:
         """Build each slot's share: F32 [n_out, t, m, n], m slots of a part or parts of a slot."""
         g, rank, k = ggml(), self.slots.rank, shape(down)[1]
         n_out, row, nb = place.target.n_out, strides(up)[1], strides(down)
-        size = n_out * rank * _F32_BYTES
+        size = n_out * rank * F32_BYTES
         m = max(k, len(parts))  # one of the two is 1
         b = g.ggml_view_4d(
-            ctx, up, n_out, rank, m, run.n, n_out * _F32_BYTES, row if k > 1 else size, k * row,
-            run.sequence * k * row + place.first * _F32_BYTES - (place.part - parts.start) * size,
+            ctx, up, n_out, rank, m, run.n, n_out * F32_BYTES, row if k > 1 else size, k * row,
+            run.sequence * k * row + place.first * F32_BYTES - (place.part - parts.start) * size,
         )  # fmt: skip
         ax = g.ggml_view_4d(
-            ctx, down, rank, m, run.t, run.n, nb[1] if k > 1 else rank * _F32_BYTES, nb[2],
-            run.t * nb[2], run.column * nb[2] + parts.start * rank * _F32_BYTES,
+            ctx, down, rank, m, run.t, run.n, nb[1] if k > 1 else rank * F32_BYTES, nb[2],
+            run.t * nb[2], run.column * nb[2] + parts.start * rank * F32_BYTES,
         )  # fmt: skip
         y = g.ggml_out_prod(ctx, b, g.ggml_permute(ctx, ax, 1, 2, 0, 3))
         if inputs.factors is None:

@@ -19,6 +19,7 @@ from edgeroute.runtime.ggml.structs import InitParams, TensorStruct
 
 F32, F16, I32, I64, Q8_0, BF16 = 0, 1, 26, 27, 8, 30
 """ggml type numbers that edgeroute names itself. Source: ggml.h, enum ggml_type."""
+F32_BYTES, F16_BYTES = 4, 2
 
 
 class Descriptors:

@@ -154,7 +154,7 @@ class ResidentWeights:
         self._descriptors = Descriptors(len(self._pairs))
         self._tensors: dict[str, Tensor] = {}
         self._buffers: list[Buffer] = []
-        self._joints = Joints(device)
+        self._joints = Joints()
         self._homes: dict[str, int | None] = {}
         self._ahead: ReadAhead | None = None
         for spec, info in self._pairs:
@@ -170,6 +170,8 @@ class ResidentWeights:
         return self._tensors.get(name)
 
     def joints(self, names: Sequence[str]) -> list[Joint]:
+        if not self._device.is_cpu:  # unproven on others
+            return apart(self, names)
         return self._joints.find({name: self._tensors[name] for name in names})
 
     @property

@@ -113,7 +113,7 @@ def test_only_neighbours_of_one_type_and_width_are_joined(device: Device) -> Non
     }
     buffer = place_all(list(tensors.values()), device)
     try:
-        with Joints(device) as made:
+        with Joints() as made:
             found = made.find({name: tensors[name] for name in reversed(names)})
             assert sorted(joint.names for joint in found) == [
                 ("a", "b"), ("c",), ("half",), ("wide",)

@@ -20,22 +20,13 @@ from edgeroute.runtime.json_schema import KNOWN, to_gbnf
 from edgeroute.runtime.records import SamplingParams
 from edgeroute.runtime.sampler import Sampler
 from edgeroute.runtime.tokenizer import Tokenizer
+from tests.runtime.grammar_lab import accepts
 
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_path: Path) -> Iterator[Tokenizer]:
     with GGUFFile.open(smollm2_path) as file, Tokenizer.open(file) as opened:
         yield opened
-
-
-def accepts(tokenizer: Tokenizer, grammar: str, text: str) -> bool:
-    """Whether the grammar admits the text as a whole, token by token."""
-    with Grammar(tokenizer, grammar) as compiled:
-        for token_id in tokenizer.encode(text, add_special=False, parse_special=False):
-            if not compiled.allows(token_id):
-                return False
-            compiled.accept(token_id)
-        return tokenizer.eos is not None and compiled.allows(tokenizer.eos)
 
 
 def write(tokenizer: Tokenizer, seed: int, **constraint: Any) -> str:

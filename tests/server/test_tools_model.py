@@ -13,13 +13,13 @@ import edgeroute
 from edgeroute.runtime import template
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.grammar import Grammar
 from edgeroute.runtime.records import SamplingParams
 from edgeroute.runtime.sampler import Sampler
 from edgeroute.runtime.template import encode_chat
 from edgeroute.runtime.tokenizer import Tokenizer
 from edgeroute.server.tool_calls import ToolPlan, messages_for, plan_tools
 from edgeroute.tools import synth
+from tests.runtime.grammar_lab import accepts
 from tests.server import tools_lab as lab
 
 USER = {"role": "user", "content": "Hi"}
@@ -39,15 +39,6 @@ def plan(choice: Any, template: str | None, **more: Any) -> ToolPlan:
     found = plan_tools(lab.TOOLS, choice, chat_template=template, **({"parallel": True} | more))
     assert found is not None
     return found
-
-
-def accepts(tokenizer: Tokenizer, grammar: str, text: str) -> bool:
-    with Grammar(tokenizer, grammar) as compiled:
-        for token_id in tokenizer.encode(text, add_special=False, parse_special=False):
-            if not compiled.allows(token_id):
-                return False
-            compiled.accept(token_id)
-        return tokenizer.eos is not None and compiled.allows(tokenizer.eos)
 
 
 def call(name: str, arguments: str, style: str) -> str:

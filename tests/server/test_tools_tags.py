@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from edgeroute.runtime import gbnf
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.grammar import Grammar
 from edgeroute.runtime.template import render
 from edgeroute.runtime.tokenizer import Tokenizer
 from edgeroute.server.errors import ApiError
@@ -26,6 +25,7 @@ from edgeroute.server.tool_calls import (
     messages_for,
     plan_tools,
 )
+from tests.runtime.grammar_lab import accepts
 from tests.server import tools_lab as lab
 
 TEXT = {"type": "string"}
@@ -104,22 +104,13 @@ def tokenizer(smollm2_path: Path) -> Iterator[Tokenizer]:
         yield opened
 
 
-def accepts(tokenizer: Tokenizer, text: str, grammar: str) -> bool:
-    with Grammar(tokenizer, grammar) as compiled:
-        for token_id in tokenizer.encode(text, add_special=False, parse_special=False):
-            if not compiled.allows(token_id):
-                return False
-            compiled.accept(token_id)
-        return tokenizer.eos is not None and compiled.allows(tokenizer.eos)
-
-
 @pytest.mark.parametrize(("answer", "text", "calls"), CASES.values(), ids=CASES.keys())
 def test_what_is_written_is_admitted_and_read(
     tokenizer: Tokenizer, answer: str, text: str, calls: list[Any]
 ) -> None:
     free, forced = (plan(choice=choice).options["grammar"] for choice in ("auto", "required"))
-    assert accepts(tokenizer, answer, free)
-    assert accepts(tokenizer, answer, forced) == (not text)
+    assert accepts(tokenizer, free, answer)
+    assert accepts(tokenizer, forced, answer) == (not text)
     for pieces in ([answer], list(answer)):
         found, made = lab.joined(read(plan(), pieces))
         assert (found, lab.parsed(made)) == (text, calls)
@@ -135,7 +126,7 @@ def test_what_is_written_is_admitted_and_read(
     call("get_weather", ("city", 13 * "x")), call("get_weather", ("city", "a\nb")),
 ])  # fmt: skip
 def test_what_a_schema_excludes_is_not_admitted(tokenizer: Tokenizer, answer: str) -> None:
-    assert not accepts(tokenizer, answer, plan().options["grammar"])
+    assert not accepts(tokenizer, plan().options["grammar"], answer)
 
 
 def test_arguments_come_as_they_are_written() -> None:
@@ -287,7 +278,7 @@ def test_what_the_grammar_writes_is_read_as_valid_arguments(
     found, rng = plan([tool], "required"), random.Random(seed)
     for _ in range(3):
         answer = derive(found.options["grammar"], rng)
-        if not accepts(tokenizer, answer, found.options["grammar"]):  # it is beyond a bound
+        if not accepts(tokenizer, found.options["grammar"], answer):  # it is beyond a bound
             continue
         cuts = sorted(rng.randrange(len(answer) + 1) for _ in range(6))
         pieces = [answer[a:b] for a, b in itertools.pairwise([0, *cuts, len(answer)])]
