@@ -148,6 +148,19 @@ def outcome(stream: Any) -> Any:
     return last.generation
 
 
+def all_at_once(runtime: Runtime, n: int) -> None:
+    """Hold the engine until `n` requests are queued: none is done before the last has come."""
+    held, come = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        come.wait(WAIT_S)
+
+    in_background(lambda: runtime._engine.order(hold))
+    assert held.wait(WAIT_S)
+    in_background(lambda: (until(lambda: runtime._engine.n_queued >= n), come.set()))
+
+
 def in_background(work: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
     """Run something in a thread; the list gets its result or its error."""
     found: list[Any] = []

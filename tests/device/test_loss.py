@@ -28,6 +28,7 @@ from tests.device.loss_lab import (
     WHY,
     Far,
     Restarts,
+    all_at_once,
     far,
     in_background,
     nowhere_else,
@@ -123,6 +124,7 @@ def test_all_that_run_and_wait_go_on(
     vectors = plain.embed([[44] * 100, [45] * 9]).vectors
     with Runtime(tiny_path, device=FAR, **SETTINGS | {"n_kv": 768}) as runtime:
         far.cut_after(12)
+        all_at_once(runtime, 6)
         streams = [runtime.stream(prompt_ids=each, **LONG) for each in prompts[:3]]
         thread, told = in_background(lambda: runtime.embed([[44] * 100, [45] * 9]).vectors)
 
@@ -322,6 +324,7 @@ def test_two_models_lose_their_answer(tiny_path: Path, tmp_path: Path, far: Far)
         wanted = ids(runtime, steps="off")
         served = runtime.generate(**options | {"steps": "accuracy:0.8"})
         far.cut_after(30)
+        all_at_once(runtime, 4)
         streams = [runtime.stream(**options) for _ in range(4)]
         found = [outcome(each) for each in streams]
         lost = [each for each in found if isinstance(each, DeviceLostError)]
