@@ -21,6 +21,8 @@ OFF: Final[Mapping[str, Any]] = {
     "steps": "off", "drop_misses": 0.0, "prefer_resident": 0.0,
 }  # fmt: skip
 """What `levers="off"` sets."""
+EQUAL_GAIN: Final = 0.01
+"""Gains that are no further apart are equal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +85,15 @@ def apply_proofs(params: RunParams, proofs: Sequence[Proof]) -> Levers:
 def _best(proofs: Iterable[Proof]) -> Proof | None:
     """Return the winner whose gain is surest, or a loser where all lose; None if neither.
 
-    Of equals the one that measures itself (`auto`) is taken: it follows what changes.
+    Of equals the one that measures itself (`auto`) is taken: it follows what changes. It is no
+    equal where its interval merely reaches the other's: it searches anew in each process, and a
+    short answer pays for that.
     """
     tried = [proof for proof in proofs if proof.verdict != "failed" and proof.kl == 0]
     wins = [proof for proof in tried if proof.verdict == "wins"]
     if wins:
         top = max(wins, key=lambda proof: proof.low)
-        itself = (proof for proof in wins if _is_auto(proof) and proof.high >= top.low)
+        itself = (each for each in wins if _is_auto(each) and each.gain >= top.gain - EQUAL_GAIN)
         return next(itself, top)
     if tried and all(proof.verdict == "loses" for proof in tried):
         return tried[0]

@@ -36,8 +36,8 @@ from edgeroute.models.catalogue import DEFAULT_MODEL
               help="About how long that may take.")  # fmt: skip
 @click.option("--missing", is_flag=True, help="Measure only what has no verdict from before, on "
               "this machine at this budget.")  # fmt: skip
-@click.option("--store/--no-store", default=True, show_default=True,
-              help="Keep the verdicts, for Runtimes with levers=\"proven\".")  # fmt: skip
+@click.option("--store/--no-store", default=None, help="Keep the verdicts, for Runtimes with "
+              "levers=\"proven\".  [default: if there were enough pairs, long enough]")  # fmt: skip
 @click.option("--check", is_flag=True, help="Exit with status 1 if a target is missed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object last.")
 @click.pass_context
@@ -63,10 +63,9 @@ def levers(ctx: click.Context, /, **options: Any) -> None:
         settings=settings, small=small, pairs=options["pairs"], seconds=options["seconds"],
         limit_bytes=None if limit is None else parse_bytes(limit),
     )  # fmt: skip
-    given = {
-        name: options[name] for name in ("controls", "missing", "exhaustive", "minutes", "store")
-    }
-    wanted = bench.WantedLevers(measure=how, only=options["only"], **given)
+    given = {name: options[name] for name in ("controls", "missing", "exhaustive", "minutes")}
+    store = how.says_enough if options["store"] is None else options["store"]
+    wanted = bench.WantedLevers(measure=how, only=options["only"], store=store, **given)
     params = bench_params(options)
     report, interrupted = bench.run(params, progress, wanted)
     finish(report, options)

@@ -123,11 +123,11 @@ def test_winners_are_used_where_nothing_was_asked_for() -> None:
 
 
 def test_the_surest_winner_counts_and_auto_where_it_is_as_good() -> None:
-    better = proof(value="eam", low=0.15)
+    better = replace(proof(value="eam", low=0.15), gain=0.18)
     assert apply_proofs(RunParams(), [proof(), better]).params.prefetch == "eam"
-    auto = proof(value="auto", low=0.05, high=0.2)
+    auto = replace(proof(value="auto", low=0.05, high=0.3), gain=0.175)
     assert apply_proofs(RunParams(), [proof(), better, auto]).params.prefetch == "auto"
-    worse = replace(auto, high=0.12)
+    worse = replace(auto, gain=0.12)
     assert apply_proofs(RunParams(), [proof(), better, worse]).params.prefetch == "eam"
 
 

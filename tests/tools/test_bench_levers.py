@@ -298,6 +298,8 @@ def test_a_real_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ])  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     data = json.loads(result.stdout.splitlines()[-1])
+    assert any("--store keeps them" in note for note in data["notes"])
+    assert not lever_proofs.cache_path(lever_proofs.FOLDER).exists()
     short_keys, headless = data["results"]
     assert short_keys["settings"] == {"kv_type": "q8_0"} and len(short_keys["on_s"]) == 3
     assert 0 < short_keys["kl_nats"] < 0.1
@@ -305,6 +307,26 @@ def test_a_real_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert headless["kl_nats"] > short_keys["kl_nats"]
     for found in data["results"]:
         assert found["verdict"] in ("wins", "loses", "level", "lossy")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [((), True), (("--pairs", "4"), False), (("--seconds", "0.5"), False),
+     (("--pairs", "3", "--store"), True), (("--no-store",), False)],
+)  # fmt: skip
+def test_few_pairs_decide_nothing(
+    given: tuple[str, ...], kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[WantedLevers] = []
+
+    def run(params: BenchParams, say: object, wanted: WantedLevers) -> None:
+        asked.append(wanted)
+        raise UsageError("that is enough")
+
+    monkeypatch.setattr(bench, "run", run)
+    synth.make("llama", path := tmp_path / "m.gguf")
+    CliRunner().invoke(command.command, ["levers", str(path), *given])
+    assert [each.store for each in asked] == [kept]
 
 
 def test_a_real_small_contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

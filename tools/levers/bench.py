@@ -25,7 +25,16 @@ from edgeroute.tools.levers.exhaustive import (
     rows_of,
     singles_of,
 )
-from edgeroute.tools.levers.measure import Bench, LeverParams, Outcome, Progress, kept_as, proof_of
+from edgeroute.tools.levers.measure import (
+    KEPT_PAIRS,
+    KEPT_SECONDS,
+    Bench,
+    LeverParams,
+    Outcome,
+    Progress,
+    kept_as,
+    proof_of,
+)
 from edgeroute.tools.levers.race import Race
 from edgeroute.tools.levers.turns import DEFAULT, Lives, need_bytes
 
@@ -192,8 +201,8 @@ def _against_all(bench: Bench, found: Found, wanted: WantedLevers) -> None:
 
 def _report(params: BenchParams, wanted: WantedLevers, found: Found, note: str) -> Report:
     criteria: tuple[Criterion, ...] = ()
-    notes = [note, f"verdicts {'kept' if wanted.store else 'not kept'}; they hold for a budget of "
-             f"{found.made_for.budget} of the file's bytes"]  # fmt: skip
+    notes = [note, f"{_kept(wanted)}; they hold for a budget of {found.made_for.budget} of the "
+             "file's bytes"]  # fmt: skip
     contest = found.contest
     if contest is not None:
         notes += contest_notes(contest)
@@ -213,6 +222,15 @@ def _report(params: BenchParams, wanted: WantedLevers, found: Found, note: str) 
                  *(_result(outcome, proof) for outcome, proof in pairs), *results_of(contest)],
         criteria=criteria, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _kept(wanted: WantedLevers) -> str:
+    if wanted.store:
+        return "verdicts kept"
+    if wanted.measure.says_enough:
+        return "verdicts not kept"
+    return (f"verdicts not kept: Runtimes shall follow no less than {KEPT_PAIRS} pairs of "
+            f"{KEPT_SECONDS:g} s (--store keeps them all the same)")  # fmt: skip
 
 
 def _old_row(proof: Proof) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ Progress = Callable[[str], None]
 FIRST_TOKENS: Final = 16
 """Of each answer in the run that tells how many tokens fill the seconds asked for."""
 TOKENS: Final = (8, 192)
+KEPT_PAIRS: Final = 5
+KEPT_SECONDS: Final = 1.0
 _OFF: Final = "off"
 
 
@@ -52,6 +54,14 @@ class LeverParams:
     pairs: int = 6
     seconds: float = 4.0
     limit_bytes: int | None = None
+
+    @property
+    def says_enough(self) -> bool:
+        """Whether so many pairs, so long, may decide what Runtimes do from now on.
+
+        Three pairs of a third of a second once called a lever a loser that wins by 9 %.
+        """
+        return self.pairs >= KEPT_PAIRS and self.seconds >= KEPT_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
