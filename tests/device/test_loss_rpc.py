@@ -48,7 +48,8 @@ def _rpc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(recovery, "RECONNECT_S", 0.0)
     yield
     assert not rpc_link._connections, "a connection was left open"
-    assert not [each for each in threading.enumerate() if "rpc" in each.name]
+    # A relay ends once ggml has let go of it, which nobody waits for.
+    until(lambda: not [each for each in threading.enumerate() if "rpc" in each.name])
 
 
 @pytest.fixture
