@@ -32,7 +32,6 @@ class Where:
         mode: one of its power modes.
         trace: routes of the model, from which hit rates are replayed.
         hits: hit rates that are there already, in place of a trace.
-        hits: what they gave already, instead.
         fresh: measure this machine again, whatever is remembered of it.
         n_prompt: tokens of the prompt whose first token is forecast.
     """

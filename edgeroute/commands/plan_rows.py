@@ -18,6 +18,10 @@ def print_plan(found: dict[str, Any]) -> None:
         ("parameters", f"{found['n_params'] / 1e6:.1f} million, {bits:.2f} bits each"),
         ("quantisation", mix),
     ])  # fmt: skip
+    if "pair" in found:
+        from edgeroute.commands.plan_pair import pair_rows
+
+        show("Pair", pair_rows(found))
     show("Memory", [
         *((part, format_bytes(n)) for part, n in found["parts"].items()),
         ("total", f"{format_bytes(found['total_bytes'])} at n_ctx={found['n_ctx']}, "
@@ -50,6 +54,10 @@ def _verdict(found: dict[str, Any]) -> str:
         return (f"PAGES: {layers['n_streamed']} of {n_layers} layers are streamed (the head "
                 f"counts as one); all at once would take {format_bytes(resident)}")  # fmt: skip
     total = found["total_bytes"]
+    if "pair" in found:
+        from edgeroute.commands.plan_pair import over_by
+
+        return over_by(found)
     if found["layers"] is not None:
         return f"REFUSED, {format_bytes(total - budget)} too much, even with all layers streamed"
     paged = ", even with the fewest experts in memory" if total < resident else ""
@@ -144,7 +152,8 @@ def _forecast(found: dict[str, Any]) -> list[Row]:
 
 
 def _notes(found: dict[str, Any]) -> list[Row]:
-    return [("note", note) for note in (*found["machine_notes"], *found["forecast"]["notes"])]
+    """The forecast's own notes; they begin with those of the machine's speeds."""
+    return [("note", note) for note in found["forecast"]["notes"]]
 
 
 def _range(found: dict[str, float]) -> str:

@@ -14,7 +14,7 @@ from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.tools.bench import forecast as bench
 from edgeroute.tools.bench.report import BenchParams
-from edgeroute.tools.forecast.forecast import Ask, forecast, rate, read_s
+from edgeroute.tools.forecast.forecast import Ask, decode_bytes_s, forecast, rate, read_s
 from edgeroute.tools.forecast.hits import hit_model, hit_ratio, with_pace
 from edgeroute.tools.forecast.model_cost import ModelCost, PageShape, Work, model_cost
 from edgeroute.tools.forecast.placement import Placement, from_plan, place, streamed_units
@@ -34,7 +34,7 @@ SPEEDS = Speeds(
 
 
 def _work(n_bytes: int) -> Work:
-    return Work(n_bytes={"Q4_K": n_bytes}, flops={"Q4_K": 4.0 * n_bytes})
+    return Work(row_bytes={"Q4_K": {2048: n_bytes}}, flops={"Q4_K": 4.0 * n_bytes})
 
 
 def _cost(pages: PageShape | None = None) -> ModelCost:
@@ -78,7 +78,7 @@ def test_cost_adds_up_to_the_matrices_of_the_file(
         }  # fmt: skip
     dense = cost.dense.total_bytes + cost.router.total_bytes
     chosen = sum(n for name, n in used.items() if "_exps" in name) // 64 * 8
-    assert cost.head.n_bytes == {"Q8_0": N_EMBD * N_VOCAB // 32 * 34}
+    assert cost.head.row_bytes == {"Q8_0": {N_EMBD: N_EMBD * N_VOCAB // 32 * 34}}
     assert dense + cost.head.total_bytes == sum(
         n for name, n in used.items() if "_exps" not in name
     )
@@ -145,6 +145,18 @@ def test_missing_speeds_are_taken_from_the_likeliest_others() -> None:
     assert rate(rates, "Q4_K", "experts") == 2.0
     assert rate(rates, "Q8_0", "plain") == 7.0
     assert rate(rates, "Q5_K", "dense") == 3.0
+
+
+def test_short_rows_are_slower_by_what_a_row_costs() -> None:
+    """10 ns a row and 1 ns per 100 bytes of it, a byte per value."""
+    rates = {"Q8_0": 2048 / 30.48e-9, "Q8_0/512": 512 / 15.12e-9, "Q4_K": 3e9, "Q4_K/512": 4e9}
+    for n_in in (512, 576, 1536, 2048):
+        took_s = n_in / decode_bytes_s(rates, "Q8_0", "dense", n_in)
+        assert took_s == pytest.approx(10e-9 + n_in * 1e-11)
+    assert decode_bytes_s(rates, "Q8_0", "dense", 64) == rates["Q8_0/512"]
+    assert decode_bytes_s(rates, "Q8_0", "dense", 8960) == rates["Q8_0"]
+    assert decode_bytes_s(rates, "Q8_0", "slots", 576) == rates["Q8_0"]  # measured for dense only
+    assert 3e9 < decode_bytes_s(rates, "Q4_K", "dense", 1024) < 4e9  # noise: no further than both
 
 
 def test_reads_between_measured_ones_are_interpolated() -> None:
@@ -247,7 +259,9 @@ def test_joules_are_watts_over_speed() -> None:
 
 
 def test_unknown_types_are_said() -> None:
-    cost = dataclasses.replace(_cost(), head=Work(n_bytes={"IQ4_XS": 10}, flops={"IQ4_XS": 20.0}))
+    cost = dataclasses.replace(
+        _cost(), head=Work(row_bytes={"IQ4_XS": {2048: 10}}, flops={"IQ4_XS": 20.0})
+    )
     assert "IQ4_XS" in forecast(_placed(), cost, SPEEDS).notes[0]
 
 

@@ -1,5 +1,6 @@
 """Calibration: measured once, remembered, and never believed beyond what it can be."""
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_it_is_measured_once(store: Path, model: Path, measured: list[str]) -> N
     again = calibrate(1, params)
     assert measured == []
     assert again.weight_bytes_s == first.weight_bytes_s
+    assert {"Q8_0", "Q8_0/512", "Q8_0:slots/512"} < set(first.weight_bytes_s)
     assert (again.storage, again.overlap_ratio) == (first.storage, 0.5)
     assert again.paged_layer_s == pytest.approx(9e-5)  # more than a dense layer
     calibrate(1, CalibrateParams(types=("Q8_0", "F16"), path=model))
@@ -148,8 +150,8 @@ def test_products_and_attention_are_really_computed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels, "WORKING_BYTES", 1 << 16)
     with Device.open("cpu") as device:
         device.set_threads(1)
-        for form in kernels.FORMS:
-            kernel = kernels.Kernel("Q4_K", form)
+        for form, n_in in itertools.product(kernels.FORMS, (256, 512)):
+            kernel = kernels.Kernel("Q4_K", form, n_in)
             assert kernels.decode_bytes_s(device, kernel, 0.0) > 0
             assert kernels.prefill_flops_s(device, kernel) > 0
         assert kernels.measure_attention(device, 0.0) > 0

@@ -6,6 +6,7 @@ is measured again.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,9 @@ from edgeroute.tools.bench.pairs import NOISY_CORES, OthersProbe
 from edgeroute.tools.forecast.fixed_costs import measure_fixed
 from edgeroute.tools.forecast.kernels import (
     FORMS,
+    N_IN,
+    SHORT_IN,
+    Form,
     Kernel,
     decode_bytes_s,
     is_repacked,
@@ -47,9 +51,10 @@ VALID_S, VALID_BUSY_S = 30 * 24 * 3600, 3600
 """How long figures are remembered, and those taken while others used the processor."""
 KERNEL_S, ATTENTION_S, STORAGE_S = 0.15, 0.1, 4.0
 ROUNDS: Final = 3
+ROWS: Final = (N_IN, SHORT_IN)
 NAME: Final = "this machine"
 _FILE: Final = "speeds.json"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _MOST_FILE_BYTES: Final = 1 << 20
 _MOST_ENTRIES, _MOST_RATES, _MOST_POINTS = 32, 400, 200
 _FIXED: Final = ("graph_s", "layer_s", "expert_layer_s", "paged_layer_s")
@@ -147,19 +152,20 @@ def _measure_products(
 ) -> None:
     rates = known.setdefault("rates", {})
     wanted = [
-        Kernel(name, form) for name in types for form in FORMS if rate_key(name, form) not in rates
-    ]
+        kernel for kernel in itertools.starmap(Kernel, itertools.product(types, FORMS, ROWS))
+        if rate_key(*kernel) not in rates
+    ]  # fmt: skip
     if wanted:
         names = ", ".join(dict.fromkeys(kernel.weight_type for kernel in wanted))
         progress(f"products with weights of {names}")
-    plain = {"dense": "plain", "experts": "slots"}
+    plain: dict[Form, Form] = {"dense": "plain", "experts": "slots"}
     alike: dict[str, str] = {}
     found: dict[str, list[float]] = {}
     for number in range(ROUNDS):  # where weights lie in memory moves a speed by a fifth
         for kernel in wanted:
             key = rate_key(*kernel)
             if kernel.form in plain and not is_repacked(device, kernel):
-                alike[key] = f"{kernel.weight_type}:{plain[kernel.form]}"
+                alike[key] = rate_key(*kernel._replace(form=plain[kernel.form]))
                 continue
             bytes_s = decode_bytes_s(device, kernel, KERNEL_S / ROUNDS)
             found.setdefault(key, []).append(bytes_s)

@@ -5,12 +5,13 @@ what of reading hides behind computing, as the engine runs them one after the ot
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from edgeroute.tools.forecast.hits import hit_ratio
-from edgeroute.tools.forecast.kernels import Form, rate_key
+from edgeroute.tools.forecast.kernels import N_IN, SHORT_IN, Form, rate_key
 from edgeroute.tools.forecast.model_cost import ModelCost, PageShape, Work
 from edgeroute.tools.forecast.placement import Placement, from_plan
 from edgeroute.tools.forecast.plan import ModelPlan
@@ -65,8 +66,24 @@ def rate(rates: Mapping[str, float], weight_type: str, form: Form) -> float:
         found = rates.get(rate_key(weight_type, each))
         if found is not None:
             return found
-    others = sorted(rates.values())
+    others = sorted(value for name, value in rates.items() if "/" not in name)
     return others[len(others) // 2] if others else math.inf
+
+
+def decode_bytes_s(rates: Mapping[str, float], weight_type: str, form: Form, n_in: int) -> float:
+    """Bytes of weights per second for one token, whose rows have `n_in` values.
+
+    What a row takes is linear in its length up to the longest measured; per byte, no row takes
+    less than the longest nor more than the shortest. Where only long ones were measured, their
+    speed stands for all.
+    """
+    long = rate(rates, weight_type, form)
+    short = rates.get(rate_key(weight_type, form, SHORT_IN))
+    if short is None or n_in >= N_IN:
+        return long
+    share = (n_in - SHORT_IN) / (N_IN - SHORT_IN)
+    row_s = (1 - share) * SHORT_IN / short + share * N_IN / long
+    return min(max(n_in / row_s, min(short, long)), max(short, long))
 
 
 def read_s(points: Sequence[StoragePoint], part_bytes: float, n_parts: int) -> float:
@@ -157,7 +174,7 @@ class _Forecaster:
         return COMPUTED_SPREAD if origins - {"measured"} else MEASURED_SPREAD
 
     def _note_types(self) -> None:
-        known = {name.partition(":")[0] for name in self._speeds.weight_bytes_s}
+        known = {re.split("[:/]", name)[0] for name in self._speeds.weight_bytes_s}
         missing = sorted(self._cost.weight_types - known)
         if missing:
             self._notes.append(f"speeds of {', '.join(missing)} are not known for this machine; "
@@ -201,7 +218,10 @@ class _Forecaster:
 
     def _product_s(self, work: Work, form: Form) -> float:
         rates = self._speeds.weight_bytes_s
-        return sum(n / rate(rates, name, form) for name, n in work.n_bytes.items())
+        return sum(
+            n / decode_bytes_s(rates, name, form, n_in)
+            for name, rows in work.row_bytes.items() for n_in, n in rows.items()
+        )  # fmt: skip
 
     def _stall(
         self, pages: PageShape, ratio: float, parts: Mapping[str, float]

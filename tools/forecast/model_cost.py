@@ -16,15 +16,19 @@ ROUTER = "ffn_gate_inp"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Weights that a token is multiplied with, by the name of their type: bytes and FLOPs."""
+    """Weights that a token is multiplied with, by the name of their type.
 
-    n_bytes: Mapping[str, int] = field(default_factory=dict)
+    `row_bytes` are their bytes by the length of a row too, for a product with short rows is
+    slower per byte; `flops` those of one token.
+    """
+
+    row_bytes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     flops: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all types."""
-        return sum(self.n_bytes.values())
+        return sum(sum(each.values()) for each in self.row_bytes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +89,7 @@ class ModelCost:
     def weight_types(self) -> frozenset[str]:
         """Names of all types that a token is multiplied with."""
         kinds = (self.dense, self.head, self.router, self.experts)
-        return frozenset(name for kind in kinds for name in kind.n_bytes)
+        return frozenset(name for kind in kinds for name in kind.row_bytes)
 
 
 def model_cost(file: GGUFFile, params: RunParams | None = None) -> ModelCost:
@@ -153,7 +157,7 @@ class _Sum:
     """Bytes and FLOPs by type, being added up."""
 
     def __init__(self) -> None:
-        self._n_bytes: dict[str, int] = {}
+        self._row_bytes: dict[str, dict[int, int]] = {}
         self._flops: dict[str, float] = {}
 
     def add(self, info: TensorInfo, n_used: int | None) -> None:
@@ -166,9 +170,10 @@ class _Sum:
             n_bytes = n_bytes // info.ne[2] * n_used
             n_values = n_values // info.ne[2] * n_used
         name = info.type.name
-        self._n_bytes[name] = self._n_bytes.get(name, 0) + n_bytes
+        of_type = self._row_bytes.setdefault(name, {})
+        of_type[info.ne[0]] = of_type.get(info.ne[0], 0) + n_bytes
         self._flops[name] = self._flops.get(name, 0.0) + 2.0 * n_values
 
     def work(self) -> Work:
         """What was added."""
-        return Work(n_bytes=self._n_bytes, flops=self._flops)
+        return Work(row_bytes=self._row_bytes, flops=self._flops)

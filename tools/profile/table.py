@@ -223,8 +223,7 @@ def forecast_section(name: str, facts: Mapping[str, Any]) -> Section:
         origins.setdefault(origin, []).append(figure)
     rows += [(f"from {origin}", ", ".join(sorted(names))) for origin, names in origins.items()]
     rows += _emulation(facts.get("emulation"))
-    notes = [*facts.get("machine_notes", ()), *facts["notes"]]
-    return f"Forecast: {name}", [*rows, *(("note", note) for note in notes)]
+    return f"Forecast: {name}", [*rows, *(("note", note) for note in facts["notes"])]
 
 
 def _emulation(facts: Mapping[str, Any] | None) -> list[Row]:
