@@ -32,11 +32,13 @@ class Admission:
         One whose adapter is still being loaded lets those behind it pass.
         """
         scheduler = self._scheduler
-        adapters = scheduler.adapters
+        adapters, steps = scheduler.adapters, scheduler.steps
         while self.waiting:
             request = self.waiting[0]
             try:
                 if adapters is not None and not adapters.hold(request):
+                    break
+                if steps is not None and not steps.adapters.hold(request):
                     break
             except EdgerouteError as error:
                 scheduler.fail(request, error)
@@ -58,7 +60,10 @@ class Admission:
     def _has_arrived(self, request: Request) -> bool:
         """Whether nothing of a request's is waited for any more: its adapters, its session."""
         adapters, sessions = self._scheduler.adapters, self._scheduler.sessions
+        steps = self._scheduler.steps
         if adapters is not None and not adapters.has_arrived(request):
+            return False
+        if steps is not None and not steps.adapters.has_arrived(request):
             return False
         if sessions is None or request.session is None:
             return True

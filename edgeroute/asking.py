@@ -58,6 +58,7 @@ class Asking:
             raise UsageError(f"prefix must be exact, all or off, got {prefix!r}")
         depth_full = self._wants_full(options.get("depth"))
         steps = self._steps(options.get("steps"))
+        small_adapter = self._small_adapter(options.get("small_adapter"), steps)
         chosen: dict[str, Any] = {
             name: value for name, value in options.items() if name in SAMPLING and value is not None
         }
@@ -75,8 +76,8 @@ class Asking:
             other_sampler=other_sampler, prompt_ids=ids,
             max_tokens=max_tokens, sampler=Sampler(params, tokenizer, ids),
             text=text, emit=emit, streaming=streaming, prefix=prefix, adapter=adapter,
-            speculate=bool(options.get("speculate", True)), depth_full=depth_full,
-            deadline=deadline, session=self._session(options.get("session")),
+            small_adapter=small_adapter, speculate=bool(options.get("speculate", True)),
+            depth_full=depth_full, deadline=deadline, session=self._session(options.get("session")),
         )  # fmt: skip
 
     def embedding(
@@ -143,6 +144,36 @@ class Asking:
         found = self._loaded.adapters
         if found is None:
             raise UsageError("this Runtime has no adapters; open it with adapters=FOLDER")
+        return found
+
+    def _small_adapter(
+        self, asked: str | Mapping[str, float] | None, steps: str
+    ) -> Mapping[str, float] | None:
+        """Check what `generate` would take as `small_adapter`, and return it as factors by name.
+
+        Raises:
+            UsageError: the small model has no such adapter, or writes no steps.
+        """
+        if asked is None:
+            return None
+        small = self._loaded.small
+        library = None if small is None else small.adapters
+        if library is None:
+            raise UsageError("this Runtime has no adapters for a small model; open it with small= "
+                             "and small_adapters=FOLDER")  # fmt: skip
+        if steps == "off":
+            raise UsageError("small_adapter is for answers in steps, and this one is written by "
+                             "the large model alone; leave it out, or ask for steps")  # fmt: skip
+        from edgeroute.adapters import parse_adapter
+
+        there = ", ".join(library.store.names[:8])
+        try:
+            found = parse_adapter(asked, library.store.knows)
+        except UsageError as error:
+            raise UsageError(f"small_adapter: {error}; the small model has {there}") from error
+        if isinstance(found, str):
+            raise UsageError(f"small_adapter={found!r}: the prompt chooses only among the large "
+                             f"model's adapters; name one of {there}")  # fmt: skip
         return found
 
     def _session(self, asked: str | None) -> str | None:

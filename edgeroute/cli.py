@@ -28,6 +28,7 @@ from edgeroute.runtime.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from edgeroute.runtime.extras import missing_extra
 
 # The hub's client reads this once, when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -55,12 +56,6 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (EdgerouteError, EXIT_ERROR),
 )
 """Exit code by class, the most specific first. What is not here keeps its traceback."""
-
-EXTRAS = {
-    "gguf": "tools", "torch": "train", "safetensors": "train", "tokenizers": "train",
-    "onnxruntime": "predict", "pyarrow": "report", "resvg_py": "report",
-}  # fmt: skip
-"""Which extra brings a package that few commands need."""
 
 COMMANDS: dict[str, str] = {
     "generate": "Answer one prompt.",
@@ -150,17 +145,6 @@ class LazyGroup(click.Group):
 def exit_code(error: BaseException) -> int | None:
     """Look an error up in the table; None is an error nobody expected."""
     return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), None)
-
-
-def missing_extra(error: ModuleNotFoundError) -> UsageError | None:
-    """Say how to install a package of an extra; None where another one is missing."""
-    package = (error.name or "").partition(".")[0]
-    if package not in EXTRAS:
-        return None
-    return UsageError(
-        f"this command needs the package {package}, which is not installed; install it with: "
-        f"pip install 'edgeroute[{EXTRAS[package]}]'"
-    )
 
 
 def _leave(ctx: click.Context, error: BaseException) -> NoReturn:

@@ -23,7 +23,8 @@ from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers.auto import MAX_KL, fastest
 from edgeroute.skippers.depth_router import DepthRouter
 from edgeroute.skippers.guard import Guard, GuardParams, promise_of
-from edgeroute.skippers.plan import SUB_BLOCKS, DepthPlan, plans_from_json
+from edgeroute.skippers.plan import SUB_BLOCKS, DepthPlan
+from edgeroute.skippers.plan_json import plans_from_json
 
 ROUTER_SUFFIX = ".router.npz"
 ROUTED = "routed"

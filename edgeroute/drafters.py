@@ -6,13 +6,15 @@ runs on the engine thread.
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.models.layered import LayeredForward
 from edgeroute.request import Request, stoppable
 from edgeroute.runtime.graph import Span
+from edgeroute.runtime.kv_cache import Region
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import Sequence, next_chunk_end
 from edgeroute.skippers.lookup import Lookup
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 CATCH_UP: Final = 32
 """Tokens that a small model may be behind and still draft at once."""
+
+SURE: Final = 0.1
+"""Chance, by the draft's own probabilities, that all of it is right, below which it ends: one
+token more costs about a tenth of a token's time where layers stream."""
 
 Spans = tuple[Span, ...]
 Ends = Callable[[int], bool]
@@ -67,6 +73,17 @@ class LookupDrafter:
         self._texts.pop(request.id, None)
 
 
+class Part(NamedTuple):
+    """What a request's own drafts compute.
+
+    Where they cross a block by a bridge, that must know the stream before layer `entered` as the
+    token before left it.
+    """
+
+    spans: Spans
+    entered: int | None = None
+
+
 class SelfDrafter:
     """The model itself with some of its steps left out, on the sequence's own keys and values.
 
@@ -75,41 +92,56 @@ class SelfDrafter:
 
     Args:
         forward: the model.
-        spans: gives what a request's drafts compute now; None where nothing can be left out.
+        part: gives what a request's drafts compute now; None where nothing can be left out.
         ends: see `Ends`.
     """
 
     def __init__(
-        self, forward: Forward, spans: Callable[[Request], Spans | None], ends: Ends
+        self, forward: Forward, part: Callable[[Request], Part | None], ends: Ends
     ) -> None:
         self._forward = forward
-        self._spans = spans
+        self._part = part
         self._ends = ends
 
     def offers(self, request: Request, most: int) -> Mapping[str, int]:
-        """Offer always, unless nothing can be left out."""
-        return {} if self._spans(request) is None else {"self": most}
+        """Offer always, unless nothing can be left out, or a bridge has no token before."""
+        part, sequence = self._part(request), _sequence(request)
+        ready = part is not None and self._goes_on(part, sequence.region, sequence.n_past)
+        return {"self": most} if ready else {}
 
     def draft(self, request: Request, n_tokens: int) -> list[int]:
-        """Decode greedily with the steps that are left."""
-        spans = self._spans(request)
-        if spans is None:
+        """Decode greedily with the steps that are left, while that is likely to be right."""
+        part = self._part(request)
+        if part is None:
             return []
         sequence = _sequence(request)
         draft: list[int] = []
-        token = sequence.tokens[-1]
+        token, sure = sequence.tokens[-1], 1.0
         for pos in range(sequence.n_past, sequence.n_past + n_tokens):
-            if request.interrupted():
+            if request.interrupted() or not self._goes_on(part, sequence.region, pos):
                 break
             piece = Piece(tokens=(token,), pos=pos, region=sequence.region, lora=request.lora)
-            logits = self._forward.run([piece], spans, borrow=True)
+            logits = self._forward.run([piece], part.spans, borrow=True)
             if logits is None:
                 break
             token = int(logits[0].argmax())
             if self._ends(token):
                 break
             draft.append(token)
+            sure /= float(np.exp(logits[0] - logits[0][token]).sum())
+            if sure < SURE:
+                break
         return draft
+
+    def _goes_on(self, part: Part, region: Region, pos: int) -> bool:
+        """Tell a bridge, if there is one, what came before `pos`; False where nobody knows."""
+        forward = self._forward
+        if part.entered is None or not isinstance(forward, LayeredForward):
+            return True
+        state = forward.state_before(part.entered, region, pos - 1)
+        if state is not None:
+            forward.go_on_from(state)
+        return state is not None
 
     def end(self, request: Request) -> None:
         """Nothing is kept."""

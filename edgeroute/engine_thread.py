@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeroute.config import RunParams
+from edgeroute.mailbag import Mailbag
 from edgeroute.outstanding import Outstanding
 from edgeroute.pulse import Heart, Pulse, opens_in
 from edgeroute.recovery import Parts, Recovery
@@ -38,6 +39,7 @@ class EngineThread(Closing):
     Attributes:
         parts: the model and its scheduler, the thread's own; others only read them. Both are
             replaced together when the model is opened again.
+        mailbag: for listeners on event loops.
 
     Raises:
         EdgerouteError: the model cannot be loaded, see LoadedModel; the thread has ended.
@@ -53,6 +55,7 @@ class EngineThread(Closing):
         self._gate = threading.Lock()  # orders "is it open?" against "now it is closed"
         self._outstanding = Outstanding()
         self._heart = Heart()
+        self.mailbag = Mailbag()
         self.parts: Parts
         self._recovery: Recovery
         ready: Future[None] = Future()
@@ -205,9 +208,10 @@ class EngineThread(Closing):
             ready.set_exception(error)
             return
         self._recovery = recovery
+        self.mailbag.own()
         with recovery:
             try:
-                self.parts = recovery.open()
+                self._take(recovery.open())
             except BaseException as error:
                 ready.set_exception(error)
                 return
@@ -216,6 +220,11 @@ class EngineThread(Closing):
                 self._loop()
             finally:
                 self.parts.close()
+
+    def _take(self, parts: Parts) -> None:
+        """Work with these from now on."""
+        self.parts = parts
+        parts.scheduler.before_pass = self.mailbag.empty
 
     @property
     def _wanted(self) -> bool:
@@ -239,10 +248,12 @@ class EngineThread(Closing):
         while not self._inbox.empty():
             self._receive(wait_s=0.0)
         self.scheduler.fail_all(error)
+        self.mailbag.empty()
 
     def _round(self) -> None:
         """Take what has arrived, and do one step of what there is to do."""
         self._heart.beat = time.monotonic()
+        self.mailbag.empty()
         scheduler = self.scheduler
         if not scheduler.busy and self._inbox.empty() and self._recovery.down is None:
             scheduler.use_the_pause()
@@ -264,9 +275,10 @@ class EngineThread(Closing):
             raise failure
         if not self._wanted:
             return
+        self.mailbag.empty()
         self._heart.opening = True
         try:
-            self.parts = self._recovery.heal(self.parts, loss)
+            self._take(self._recovery.heal(self.parts, loss))
         finally:
             self._heart.beat = time.monotonic()
             self._heart.opening = False

@@ -18,7 +18,7 @@ AUTO: Final[Mapping[str, object]] = {
 """Settings that a proof may decide, and their values that leave it to it."""
 OFF: Final[Mapping[str, Any]] = {
     "prefetch": "off", "policy": "lru", "overlap": "off", "speculate": "off", "depth": "full",
-    "steps": "off", "drop_misses": 0.0, "prefer_resident": 0.0,
+    "steps": "off", "drop_misses": 0.0, "prefer_resident": 0.0, "degrade_misses": 0.0,
 }  # fmt: skip
 """What `levers="off"` sets."""
 EQUAL_GAIN: Final = 0.01

@@ -97,7 +97,8 @@ class LoadedModel:
 
         process = psutil.Process()
         before = process.memory_info().rss
-        small = self._owned.enter_context(contextlib.closing(open_small(opening, params)))
+        opened = open_small(opening, params, self._wake)
+        small = self._owned.enter_context(contextlib.closing(opened))
         self._beside_bytes = max(0, process.memory_info().rss - before)
         return small
 
@@ -297,10 +298,11 @@ class LoadedModel:
         wants = paged.wants()
         self.ledger.reserve({owner: n for owner, n in wants.items() if owner not in small})
         self._place(params, base)
-        self.experts = open_store(own, source, base, paged)
+        self.experts = store = open_store(own, source, base, paged)
         self.forward = forward = PagedForward(
-            source.model, self.device, self.experts, self.kv, params.n_ubatch, self.misses
+            source.model, self.device, store, self.kv, params.n_ubatch, self.misses
         )
+        forward.copies = store.copies
         self.ledger.release("expert compute")
         self.ledger.reserve({"expert compute": forward.carry_bytes})
         self._reserve_compute(params)

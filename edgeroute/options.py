@@ -31,6 +31,7 @@ class Settings(TypedDict, total=False):
     prefetch: str | None
     drop_misses: float | None
     prefer_resident: float | None
+    degrade_misses: float | None
     repack_experts: bool | None
     io_threads: int | None
     read_bytes: str | int | None
@@ -44,12 +45,14 @@ class Settings(TypedDict, total=False):
     adapter_slots: int | None
     adapter_state: str | None
     small: str | Path | None
+    small_adapters: str | Path | Sequence[str | Path] | None
     depth: str | None
     depth_file: str | Path | None
     depth_max_kl: float | None
     speculate: str | None
     steps: str | None
     steps_file: str | Path | None
+    steps_state: str | Path | None
     remote: str | None
     remote_timeout_s: float | None
     sessions: str | Path | None
@@ -64,6 +67,8 @@ class Options(TypedDict, total=False):
     continuing a conversation at once), `off` none. `adapter` names a LoRA adapter, `auto` to
     choose one by the prompt, or several with a factor each: `{"a": 0.7, "b": 0.3}`. `score`
     is called with the whole answer of `auto`, and what it returns is given as feedback.
+    `small_adapter` names an adapter of the small model's library, or several with a factor each,
+    for what that model writes of an answer in steps.
     `speculate=False` keeps this answer from being drafted, which changes its speed only.
     `depth` is `full` for an answer by the whole model, or the name of the Runtime's plan, which
     is also what None means. `steps` says who writes the steps of this answer, as the setting of
@@ -100,6 +105,7 @@ class Options(TypedDict, total=False):
     prefix: PrefixMode
     prompt_ids: Sequence[int] | None
     adapter: str | Mapping[str, float] | None
+    small_adapter: str | Mapping[str, float] | None
     score: Score | None
     speculate: bool
     depth: str | None

@@ -12,9 +12,10 @@ import psutil
 from edgeroute.config import RunParams
 from edgeroute.models.base import Model, MoeHparams, MoeModel
 from edgeroute.models.carry import Carry
-from edgeroute.models.paged import MAX_PAIRS
+from edgeroute.models.paged_pairs import MAX_PAIRS
 from edgeroute.offload.disk import DiskFile
 from edgeroute.offload.disk_profile import DiskProfile
+from edgeroute.offload.expert_copies import ExpertCopies
 from edgeroute.offload.expert_pool import (
     ExpertLayer,
     PoolPlan,
@@ -27,6 +28,7 @@ from edgeroute.offload.sidecar import read_sidecar, sidecar_path
 from edgeroute.offload.throttle import ThrottledDisk, profile, throttled
 from edgeroute.offload.trace import TraceMeta, TraceRecorder, TraceWriter
 from edgeroute.offload.transfer import Transfer
+from edgeroute.paging_copies import copies_bytes, open_copies
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ModelFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
@@ -48,12 +50,15 @@ class PagedPlan:
     fixed: dict[str, int]
     staging_bytes: int
     slots_bytes: int
+    copies_bytes: int = 0
+    """For slots of copies in fewer bits, beside `slots_bytes`."""
     overlaps: bool = True
     """Whether experts may be computed while others of their layer are read."""
 
     def wants(self) -> dict[str, int]:
         """Return ledger entries by owner."""
-        return self.fixed | {"expert slots": self.slots_bytes}
+        copies = {"expert copies": self.copies_bytes} if self.copies_bytes else {}
+        return self.fixed | {"expert slots": self.slots_bytes} | copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,10 +128,13 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
         "program and vocabulary": program_bytes(source),
     }
     left = budget - sum(fixed.values())
-    least = source.moe.n_expert_used * sum(pool.slot_bytes for pool in pools)
+    one = sum(pool.slot_bytes for pool in pools)
+    least = source.moe.n_expert_used * one
+    copies, at_least = copies_bytes(left, one, least) if source.params.degrade_misses else (0, 0)
+    left -= copies
     if left < least:
+        smallest = sum(fixed.values()) + least + at_least
         parts = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in fixed.items())
-        smallest = sum(fixed.values()) + least
         raise CapacityError(
             f"{parts} and the experts of one token, {format_bytes(least)}, are over the budget of "
             f"{format_bytes(budget)}; raise the memory budget to at least "
@@ -134,7 +142,8 @@ def plan_paged(source: MoeSource, fixed: dict[str, int], budget: int) -> PagedPl
             smallest,
         )
     most = sum(pool.all_bytes for pool in pools)
-    return PagedPlan(pools=pools, fixed=fixed, staging_bytes=staging, slots_bytes=min(left, most))
+    return PagedPlan(pools=pools, fixed=fixed, staging_bytes=staging, slots_bytes=min(left, most),
+                     copies_bytes=copies)  # fmt: skip
 
 
 def staging_bytes(pools: Sequence[PoolPlan]) -> int:
@@ -258,9 +267,14 @@ def make_store(
     """Open a store that records nothing: see `open_store`. Its slots are on `source.device`."""
     params = source.params
     pages = open_pages(own, source, plan.pools)
-    reads = pages.reads
+    reads, disks = pages.reads, [pages.disk]
+    copies = None
+    if plan.copies_bytes:
+        direct = params.direct_io is not False
+        copies = open_copies(own, source.file, source.layers(), direct=direct)
+        disks.append(copies.disk)
     transfer = own.enter_context(
-        Transfer([pages.disk], reads.n_threads, reads.read_bytes, plan.staging_bytes)
+        Transfer(disks, reads.n_threads, reads.read_bytes, plan.staging_bytes)
     )
     forced = params.prefetch not in ("auto", "off")
     predictor = {"auto": "gate", "off": "none"}.get(params.prefetch, params.prefetch)
@@ -272,6 +286,10 @@ def make_store(
         pages_from=pages.disk.path, sidecar=pages.sidecar, refused=pages.refused,
     ))  # fmt: skip
     own.callback(store.close)
+    if copies is not None:
+        store.copies = own.enter_context(
+            ExpertCopies(store, source.device, copies.pools, transfer, plan.copies_bytes)
+        )
     return store
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from edgeroute.memory_plan import MemoryPlan
 from edgeroute.models.embedder import Embedder
 from edgeroute.models.host_experts import HostExperts, HostWeights
-from edgeroute.models.paged import MAX_INLINE_TOKENS, MAX_PAIRS, PagedForward
+from edgeroute.models.paged import MAX_INLINE_TOKENS, PagedForward
+from edgeroute.models.paged_pairs import MAX_PAIRS
 from edgeroute.offload.device_tier import DeviceTier, TierParams
 from edgeroute.offload.expert_pool import PoolPlan, plan_pools
 from edgeroute.offload.expert_store import ExpertStore
@@ -272,6 +273,7 @@ def load_tiers(own: contextlib.ExitStack, load: TierLoad) -> LoadedTiers:
             forward.host = _host_experts(own, source, cpu, (experts, kv))
             load.host.replace(HOST_COMPUTE, forward.host.n_bytes)
     else:
+        forward.copies = experts.copies
         load.host.replace(CARRIED, forward.carry_bytes)
     return LoadedTiers(plan=memory, experts=experts, forward=forward)
 

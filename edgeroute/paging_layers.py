@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 import psutil
 
+from edgeroute.bridges import DRAFTING, Bridge, BridgeFile, open_bridges
 from edgeroute.config import RunParams
 from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward
-from edgeroute.models.layered import LayeredForward
+from edgeroute.models.layered import Crossing, LayeredForward
 from edgeroute.offload.disk_profile import MOST_READ_BYTES
 from edgeroute.offload.layer_store import LayerParams, LayerStore
 from edgeroute.offload.throttle import profile
 from edgeroute.offload.transfer import Transfer
 from edgeroute.paging import MIN_IO_THREADS, STAGING_MIN_BYTES, VOCABULARY_RATIO, open_disk
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.errors import CapacityError
+from edgeroute.runtime.errors import CapacityError, DepthFileError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.rooms import Unit, make_unit, mirrors, room_bytes
@@ -27,11 +28,10 @@ from edgeroute.runtime.weights import ResidentWeights, check_specs
 N_ROOMS = 2
 """One layer is computed while the next is read."""
 STAGED_READS = 2
-DRAFTING = ("auto", "self")
-"""Settings of `speculate` under which the layers that stay may draft."""
 FIRST_KEPT = 2
 """Layers at the beginning that stay where those that stay are to draft."""
 HEAD = "output.weight"
+BRIDGE = "draft bridge"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,8 @@ class LayerSource:
 class LayerPlan:
     """Units that stream and layers that stay, in the order of use; the ledger entries beside them.
 
-    `total_bytes` is all that it takes, the weights that stay among it.
+    `total_bytes` is all that it takes, the weights that stay among it. `bridge` crosses what
+    streams when those that stay draft.
     """
 
     streamed: tuple[Unit, ...]
@@ -98,6 +99,7 @@ class LayerPlan:
     n_rooms: int
     entries: dict[str, int]
     total_bytes: int
+    bridge: Bridge | None = None
 
     @property
     def streamed_bytes(self) -> int:
@@ -118,7 +120,17 @@ def plan_layers(
 
     Raises:
         CapacityError: not even a ring of two layers fits; names the smallest budget.
+        ModelFileError, DepthFileError: the model's drafts file cannot be used.
     """
+    bridges = open_bridges(source.file, source.model.hparams, source.params)
+    with bridges or contextlib.nullcontext():
+        return _plan_layers(source, fixed, budget, n_rooms, bridges)
+
+
+def _plan_layers(
+    source: LayerSource, fixed: dict[str, int], budget: int, n_rooms: int,
+    bridges: BridgeFile | None,
+) -> LayerPlan:  # fmt: skip
     units = source.units()
     # A head that is also the embedding may be both mapped and repacked: its sum is asked for.
     head = source.resident_bytes(units[:-1]) - source.resident_bytes(units)
@@ -128,12 +140,15 @@ def plan_layers(
     for streamed in _splits(units, drafting=source.params.speculate in DRAFTING):
         entries = _entries(source, units, (streamed, n_rooms))
         entries["program and vocabulary"] = program
+        bridge = None if bridges is None else bridges.find([unit.number for unit in streamed])
+        if bridges is not None and bridge is not None:
+            entries[BRIDGE] = bridges.bytes_of(bridge, source.device)
         gone = layers + head if len(streamed) == len(units) else sum(u.room_bytes for u in streamed)
         stays = layers + head - gone
         plan = LayerPlan(
             streamed=streamed, resident=tuple(u for u in units[:-1] if u not in streamed),
             n_units=len(units), n_rooms=n_rooms, entries=entries,
-            total_bytes=sum(fixed.values()) + sum(entries.values()) + stays,
+            total_bytes=sum(fixed.values()) + sum(entries.values()) + stays, bridge=bridge,
         )  # fmt: skip
         if plan.total_bytes <= budget:
             return plan
@@ -179,7 +194,30 @@ def open_layers(
         keeper=_keeper(source, plan.resident), together=params.speculate in DRAFTING,
     ))  # fmt: skip
     own.callback(store.close)
-    return store, LayeredForward(source.model, source.device, store, kv)
+    forward = LayeredForward(source.model, source.device, store, kv)
+    if plan.bridge is not None:
+        _load_bridge(own, source, plan.bridge, forward)
+    return store, forward
+
+
+def _load_bridge(
+    own: contextlib.ExitStack, source: LayerSource, bridge: Bridge, forward: LayeredForward
+) -> None:
+    """Give a forward the stand-in of a bridge; `own` frees it.
+
+    Raises:
+        ModelFileError, DepthFileError: the drafts file has changed meanwhile.
+    """
+    bridges = open_bridges(source.file, source.model.hparams, source.params)
+    found = None if bridges is None else bridges.find(tuple(bridge.block))
+    if bridges is None or found is None:
+        raise DepthFileError("the drafts file was taken away while the model was opened; try again")
+    own.enter_context(bridges)
+    weights = bridges.weights(found, source.device)
+    own.callback(weights.close)
+    weights.load()
+    forward.standins = weights
+    forward.bridge = Crossing(found.block, found.end, found.spans)
 
 
 def _splits(units: Sequence[Unit], *, drafting: bool) -> Iterator[tuple[Unit, ...]]:

@@ -5,32 +5,37 @@ demand under one byte budget.
 """
 
 import dataclasses
-import difflib
-import hashlib
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
-import platformdirs
-
-from edgeroute.config import RunParams, merge_settings
 from edgeroute.loaded import budget_bytes
 from edgeroute.options import KNOWN, Options
-from edgeroute.pool_answer import PoolGeneration, PoolSettings, PoolStream, PoolTry, Reason, Route
+from edgeroute.pool_answer import (
+    PoolGeneration,
+    PoolSettings,
+    PoolStream,
+    PoolTry,
+    Reason,
+    Route,
+    whole_answer,
+)
+from edgeroute.pool_async import Leaver, hear_thread
 from edgeroute.pool_config import PoolParams, read_pool
 from edgeroute.pool_learning import PoolLearner, Query
 from edgeroute.pool_seats import Seat, seat_all
+from edgeroute.pool_setup import check_known, run_params, state_path
 from edgeroute.pool_shelf import SETTINGS, Shelf
 from edgeroute.pool_text import chat_text
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError, UsageError
 from edgeroute.shelf_place import Place
 from edgeroute.skippers.pool_choice import DIMENSIONS, Candidate, rank, rank_by_worth
-from edgeroute.stats import Generation
+from edgeroute.stats import Chunk, Generation
 
 MAX_REMEMBERED: Final = 10_000
 """Answers that feedback is still taken for."""
@@ -40,7 +45,7 @@ NOMINAL_READ: Final = 10e9
 """Bytes of weights per second that decoding is taken to read, until it was measured."""
 NOMINAL_LOAD: Final = 1e9
 """Bytes per second that opening a model is taken to read, until it was measured."""
-OF_ONE_MODEL: Final = frozenset({"score", "adapter", "depth", "steps"})
+OF_ONE_MODEL: Final = frozenset({"score", "adapter", "small_adapter", "depth", "steps"})
 """Options of a Runtime that mean nothing here."""
 OWN: Final = ("memory", "tolerance", "max_tries", "energy", "state")
 
@@ -88,16 +93,16 @@ class Pool(Closing):
         self, pool: str | Path | Mapping[str, Any], **settings: Unpack[PoolSettings]
     ) -> None:
         given: dict[str, Any] = dict(settings)
-        _check_known("setting", given, (*OWN, *SETTINGS))
+        check_known("setting", given, (*OWN, *SETTINGS))
         own = {name: given.get(name) for name in OWN if name != "state"}
         self.params: PoolParams = read_pool(pool, own)
         shared = {name: given.get(name) for name in SETTINGS}
         state = given.get("state")
         self._learner = PoolLearner(self.params, state_path(self.params, state))
-        run_params = _run_params(self.params, shared)
-        self._n_ctx = run_params.n_ctx
-        self._seats, models = seat_all(list(self.params.models.values()), run_params)
-        self._shelf = Shelf(models, budget_bytes(run_params))
+        common = run_params(self.params, shared, state)
+        self._n_ctx = common.n_ctx
+        self._seats, models = seat_all(list(self.params.models.values()), common)
+        self._shelf = Shelf(models, budget_bytes(common))
         self._lock = threading.Lock()  # of everything below, and of the learner
         self._remembered: OrderedDict[str, tuple[str, Query]] = OrderedDict()
         self._answers: Counter[str] = Counter()
@@ -130,16 +135,38 @@ class Pool(Closing):
             CapacityError: there was no room for the model in time.
             ClosedError: the pool was closed.
         """
-        plan = self._plan(prompt, options, model)
+        return self._answer(prompt, self._plan(prompt, options, model), verify, None)
+
+    async def agenerate(
+        self, prompt: str | None = None, *, model: str | None = None,
+        verify: Verify | None = None, **options: Unpack[Options],
+    ) -> PoolGeneration:  # fmt: skip
+        """Answer without blocking the event loop; cancelling the task cancels the answer.
+
+        Arguments and errors are those of `generate`; `verify` is called in another thread.
+        """
+        leaver = Leaver(self._shelf.wake)
+
+        def work(tell: Callable[[PoolGeneration], None]) -> None:
+            tell(self._answer(prompt, self._plan(prompt, options, model), verify, leaver))
+
+        async for answer in hear_thread(work, leaver):
+            return answer
+        raise ClosedError("the pool ended without an answer")
+
+    def _answer(
+        self, prompt: str | None, plan: "_Plan", verify: Verify | None, leaver: Leaver | None
+    ) -> PoolGeneration:
         tries: list[PoolTry] = []
         for chosen, _ in plan.order:
             began = time.monotonic()
             seat = self._seats[chosen.name]
-            with self._shelf.lease(seat.place, plan.left_s()) as lease:
+            left = None if leaver is None else leaver.left
+            with self._shelf.lease(seat.place, plan.left_s(), left) as lease:
                 runtime = lease.runtime
                 wait_s = time.monotonic() - began
                 try:
-                    answer = runtime.generate(prompt, **plan.left(seat))
+                    answer = whole_answer(runtime, prompt, plan.left(seat), leaver)
                 except ClosedError:
                     lease.broke()
                     raise
@@ -159,14 +186,33 @@ class Pool(Closing):
 
         Arguments and errors are those of `generate`, raised here and not at the first piece.
         """
-        plan = self._plan(prompt, options, model)
+        return self._stream(prompt, self._plan(prompt, options, model), None)
+
+    async def astream(
+        self, prompt: str | None = None, *, model: str | None = None, **options: Unpack[Options]
+    ) -> AsyncIterator[Chunk]:
+        """Answer piece by piece on the event loop; closing the iterator cancels the rest."""
+        leaver = Leaver(self._shelf.wake)
+
+        def work(tell: Callable[[Chunk], None]) -> None:
+            with self._stream(prompt, self._plan(prompt, options, model), leaver) as stream:
+                for chunk in stream:
+                    tell(chunk)
+
+        async for chunk in hear_thread(work, leaver):
+            yield chunk
+
+    def _stream(self, prompt: str | None, plan: "_Plan", leaver: Leaver | None) -> PoolStream:
         name, began = plan.order[0][0].name, time.monotonic()
         seat = self._seats[name]
-        lease = self._shelf.lease(seat.place, plan.left_s())
+        left = None if leaver is None else leaver.left
+        lease = self._shelf.lease(seat.place, plan.left_s(), left)
         try:
             runtime = lease.runtime
             wait_s = time.monotonic() - began
             stream = runtime.stream(prompt, **plan.left(seat))
+            if leaver is not None:
+                leaver.follow(stream)
         except BaseException as error:
             if isinstance(error, ClosedError):
                 lease.broke()
@@ -254,14 +300,14 @@ class Pool(Closing):
 
     def _plan(self, prompt: str | None, options: Options, model: str | None) -> "_Plan":
         """Check a call as far as that needs no model, and rank the models for it."""
-        _check_known("option", options, sorted(KNOWN - OF_ONE_MODEL))
+        check_known("option", options, sorted(KNOWN - OF_ONE_MODEL))
         asked = [each for each in ("messages", "prompt_ids") if options.get(each) is not None]
         if len(asked) + (prompt is not None) != 1:
             raise UsageError("pass exactly one of prompt, messages and prompt_ids")
         if asked == ["prompt_ids"] and model is None:
             raise UsageError("prompt_ids are of one model's vocabulary; name it by model=")
         if model is not None:
-            _check_known("model", (model,), self.params.models)
+            check_known("model", (model,), self.params.models)
         timeout_s = options.get("timeout_s")
         if timeout_s is not None and not 0 < timeout_s < 1e9:
             raise UsageError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
@@ -338,48 +384,6 @@ class Pool(Closing):
         self._last = route
         parts = {each.name: getattr(answer, each.name) for each in dataclasses.fields(answer)}
         return PoolGeneration(**parts, pool=route)
-
-
-def state_path(params: PoolParams, given: str | Path | None) -> Path | None:
-    """Return where a pool keeps what it learned.
-
-    Args:
-        params: of the pool.
-        given: a path, `off` for nowhere, None for a file with the user's state.
-    """
-    if given == "off":
-        return None
-    if given is not None:
-        return Path(given)
-    names = sorted(f"{each.name}={each.path}" for each in params.models.values())
-    key = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    folder = platformdirs.user_state_path("edgeroute", appauthor=False) / "pools"
-    return folder / f"{key}.polar"
-
-
-def _run_params(params: PoolParams, shared: Mapping[str, Any]) -> RunParams:
-    """Merge what all models share; `memory` becomes the pool's budget.
-
-    Raises:
-        UsageError: a setting is out of range, or the environment sets one that pools lack.
-    """
-    found = merge_settings({**shared, "memory": params.memory})
-    alone = (found.small, found.remote, found.adapters) == (None, None, None)
-    if not alone or found.depth != "full":
-        raise UsageError(
-            "a pool's models share no small or remote model, adapters or depth plan: give a model "
-            "its own under [models.NAME], and unset EDGEROUTE_SMALL, _REMOTE, _ADAPTERS and _DEPTH"
-        )
-    return found
-
-
-def _check_known(what: str, given: Iterable[object], known: Iterable[str]) -> None:
-    names = list(known)
-    for each in given:
-        if each not in names:
-            near = difflib.get_close_matches(str(each)[:80], names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
-            raise UsageError(f"a pool has no {what} {each!r:.80}; {hint}")
 
 
 def _try(

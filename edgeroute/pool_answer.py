@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from edgeroute.engine import Runtime
+from edgeroute.options import Options
+from edgeroute.pool_async import Leaver
 from edgeroute.request import Outcome
 from edgeroute.runtime.errors import ClosedError
 from edgeroute.shelf_place import Lease
@@ -104,6 +107,30 @@ class PoolGeneration(Generation):
     """A finished answer of a pool: `pool` says which model gave it, and why."""
 
     pool: Route
+
+
+def whole_answer(
+    runtime: Runtime, prompt: str | None, options: Options, leaver: Leaver | None
+) -> Generation:
+    """Have a model answer.
+
+    Args:
+        runtime: the model.
+        prompt, options: as of `Runtime.generate`.
+        leaver: whoever waits and may leave, on which the answer is cancelled; None where nobody
+            can.
+
+    Raises:
+        EdgerouteError: see `Runtime.generate`.
+    """
+    if leaver is None:
+        return runtime.generate(prompt, **options)
+    with runtime.stream(prompt, **options) as stream:
+        leaver.follow(stream)
+        for chunk in stream:
+            if chunk.generation is not None:
+                return chunk.generation
+    raise ClosedError("the engine ended without an answer")
 
 
 class PoolStream(Chunks):

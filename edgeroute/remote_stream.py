@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Final, Literal
 
-from edgeroute.models.adapter_json import one_line, parse_object, show
+from edgeroute.models.adapter_json import one_line, parse_object
 from edgeroute.runtime.errors import AdapterFileError, EdgerouteError
+from edgeroute.runtime.untrusted_json import show
 
 Finish = Literal["stop", "length"]
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from edgeroute.runtime.text_stream import TextStream
     from edgeroute.session_visit import Visit
     from edgeroute.skippers.steps import Who
+    from edgeroute.step_adapters import SmallHeld
     from edgeroute.step_state import StepState
 
 Outcome = Chunk | BaseException
@@ -70,6 +71,8 @@ class Request:
     cancelled: bool = False
     adapter: Mapping[str, float] | str | None = None
     """What was asked for, as `parse_adapter` gives it."""
+    small_adapter: Mapping[str, float] | None = None
+    """The same of the small model, in steps."""
     depth_full: bool = False
     """Whether the whole model was asked for."""
     depth: "Depth | RoutedRequest | None" = None
@@ -101,6 +104,8 @@ class Request:
     adapter_s: float = 0.0
     lora: "LoraRow | None" = None
     turn: "Turn | None" = None
+    small_held: "SmallHeld | None" = None
+    """What the small model holds for it."""
     n_common: int = 0
     speculated: Speculated | None = None
     sequence: "Sequence | None" = None
@@ -142,6 +147,7 @@ class Request:
         It may be submitted to another one, which reads prompt and answer again and goes on.
         """
         self.sequence = self.lease = self.lora = self.depth = self.visit = None
+        self.small_held = None
         self.experts_before = self.layers_before = None
         self.n_cached = self.n_common = 0
         self.adapter_s = 0.0
@@ -214,12 +220,14 @@ class Request:
 
     def _adapter_stats(self) -> dict[str, object] | None:
         """Tell which adapters served, whether they were there, and what waiting for them cost."""
-        lease = self.lease
-        if lease is None:
-            return None
-        used = {page.name: w for page, w in zip(lease.pages, lease.weights, strict=True)}
-        found = {"used": used, "hit": lease.hit, "wait_s": round(self.adapter_s, 6)}
-        return found if self.turn is None else found | {"auto": self.turn.to_dict()}
+        found: dict[str, object] = {}
+        if self.lease is not None:
+            found = _lease_facts(self.lease, self.adapter_s)
+            if self.turn is not None:
+                found["auto"] = self.turn.to_dict()
+        if self.small_held is not None and self.steps is not None:
+            found["small"] = _lease_facts(self.small_held.lease, self.small_held.wait_s)
+        return found or None
 
     def _energy_stats(self, source: "EnergySource | None") -> dict[str, object] | None:
         """Tell its share of the joules, and where they are from."""
@@ -278,6 +286,12 @@ def stoppable(request: Request, device: "Device") -> Iterator[None]:
         request.on_cancel = None
         if timer is not None:
             timer.cancel()
+
+
+def _lease_facts(lease: "Lease", wait_s: float) -> dict[str, object]:
+    """Tell of held adapters which they are, and what waiting for them cost."""
+    used = {page.name: w for page, w in zip(lease.pages, lease.weights, strict=True)}
+    return {"used": used, "hit": lease.hit, "wait_s": round(wait_s, 6)}
 
 
 def _cost(before: "LayerCount | None", after: "LayerCount | None") -> dict[str, int | float] | None:

@@ -11,18 +11,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-import numpy.typing as npt
-
 from edgeroute.admission import Admission
 from edgeroute.embedding import EmbedRequest, States
 from edgeroute.models.forward import Forward, Piece
-from edgeroute.offload.counters import LayerCount
-from edgeroute.request import EngineState, Request, sequence_of, stoppable
-from edgeroute.runtime.device import Device
+from edgeroute.passes import Logits, Passes
+from edgeroute.request import EngineState, Request, sequence_of
 from edgeroute.runtime.errors import ComputeError, DeviceLostError, EdgerouteError
-from edgeroute.runtime.graph import Span
-from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
+from edgeroute.runtime.ledger import Ledger
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
 from edgeroute.runtime.threads import ThreadPolicy
@@ -33,22 +28,19 @@ if TYPE_CHECKING:
     from edgeroute.adapters import Adapters
     from edgeroute.depth import DepthSource
     from edgeroute.depth_guard import DepthGuard
-    from edgeroute.energy_book import EnergyBook
     from edgeroute.offload.device_tier import DeviceTier
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
     from edgeroute.sessions import Sessions
     from edgeroute.speculation import Speculation
-    from edgeroute.step_routing import StepRouting
 
-Logits = npt.NDArray[np.float32]
 DECODE_SHARE: Final = 0.5
 """Time for answers under way, of what a batch of another's prompt took beyond a short pause."""
 SHORT_PAUSE_S: Final = 0.25
 """Which a reader hardly minds: up to it prompts come first, so that answers share more passes."""
 
 
-class Scheduler:
+class Scheduler(Passes):
     """Runs requests over one Forward. Not thread-safe: the engine thread owns it."""
 
     def __init__(
@@ -57,29 +49,20 @@ class Scheduler:
         experts: "ExpertStore | DeviceTier | None" = None, adapters: "Adapters | None" = None,
         layers: "LayerStore | None" = None,
     ) -> None:  # fmt: skip
-        self.forward = forward
+        super().__init__(
+            forward, ledger, threads, experts=experts, layers=layers, adapters=adapters
+        )
         self.prefix = PrefixCache(forward.kv, n_ubatch)
-        self.threads = threads
         self._ledger = ledger
         self._n_ctx = n_ctx
         self._n_ubatch = n_ubatch
         self._max_batch = max_batch
         self.is_eog = functools.cache(is_eog)  # asked of every token, and 15 us in libllama
-        self._experts = experts
-        self._layers = layers
-        self.adapters = adapters
-        self.devices: tuple[Device, ...] = ()
-        """Those that may be lost."""
         self.speculation: Speculation | None = None
         self.depth: DepthSource | None = None
         self.depth_guard: DepthGuard | None = None
-        self.steps: StepRouting | None = None
         self.sessions: Sessions | None = None
-        self.energy: EnergyBook | None = None
         self._states = States(forward, ledger, n_ubatch)
-        self.compute_ledger = ledger
-        """Account of the memory that graphs are computed in."""
-        self._compute_bytes = forward.graphs.n_bytes
         self._admission = Admission(self)
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
@@ -91,8 +74,6 @@ class Scheduler:
         for."""
         self.n_finished = 0
         self.n_embedded = 0
-        self.n_decode_steps = 0
-        self.n_decode_tokens = 0
 
     @property
     def busy(self) -> bool:
@@ -165,12 +146,18 @@ class Scheduler:
         running = list(self._decoding)
         if len(running) == 1 and self.speculation is not None and running[0].speculate:
             speculate(self, running.pop(), self.speculation)
-        running.sort(key=lambda request: request.depth is None)  # a pass computes one plan
-        for _, group in itertools.groupby(running, lambda request: request.depth):
-            alike = list(group)
+        for alike in self._by_plan(running):
             for first in range(0, len(alike), self._max_batch):
                 self._decode(alike[first : first + self._max_batch])
         self._decoding = [request for request in self._decoding if request.sequence is not None]
+
+    def _by_plan(self, running: list[Request]) -> list[list[Request]]:
+        """Split answers under way by their depth plans: a pass computes one."""
+        if self.depth is None:
+            return [running]
+        running.sort(key=lambda request: request.depth is None)
+        groups = itertools.groupby(running, lambda request: request.depth)
+        return [list(group) for _, group in groups]
 
     def use_the_pause(self) -> None:
         """Do what is better done while nobody waits."""
@@ -186,11 +173,6 @@ class Scheduler:
             self._end(request, error)
 
     # a device that is gone
-
-    def check(self) -> None:
-        """Raise DeviceLostError where a device is gone: what was read from it since is void."""
-        for device in self.devices:
-            device.check()
 
     def hand_over(self, error: BaseException) -> list[Request]:
         """Let go of all requests, as a device is lost.
@@ -223,10 +205,8 @@ class Scheduler:
     # leaving
 
     def _drop_interrupted(self) -> None:
-        for group in self._groups:
-            for request in [each for each in group if each.interrupted()]:
-                group.remove(request)
-                self._finish(request, request.interrupted() or "cancelled")
+        for request in [each for each in self._alive.values() if each.interrupted()]:
+            self.finish(request, request.interrupted() or "cancelled")
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request that runs by itself, with what it has."""
@@ -257,11 +237,6 @@ class Scheduler:
             self._ledger.used_bytes, self.threads.n_threads, *self.spent(),
             None if self.energy is None else self.energy.settle(request),
         ))  # fmt: skip
-
-    def spent(self) -> tuple[LayerCount | None, dict[str, int | float] | None]:
-        """Return what experts and layers that come and go have cost so far."""
-        experts = None if self._experts is None else self._experts.spent()
-        return experts, None if self._layers is None else self._layers.stats()
 
     def _end(self, request: Request, error: BaseException) -> None:
         self._free(request, keep=False)
@@ -299,7 +274,6 @@ class Scheduler:
         sequence = sequence_of(request)
         if request.prefill_s == 0.0:
             self._share(request, sequence)
-        self.threads.before_prefill()
         start, n = sequence.n_past, len(sequence.tokens)
         end = next_chunk_end(start, n, self._n_ubatch)
         embeds = isinstance(request, EmbedRequest)
@@ -311,8 +285,7 @@ class Scheduler:
         piece = Piece(tokens=sequence.tokens[start:end], pos=start, region=sequence.region,
                       n_out=int(end == n and not embeds), lora=request.lora)  # fmt: skip
         began = time.monotonic()
-        with stoppable(request, self.forward.device):
-            logits = self._run([piece], [request], spans)
+        logits = self.prefill_pass(request, piece, spans)
         request.prefill_s += time.monotonic() - began
         if logits is None:
             reason = request.interrupted()
@@ -386,68 +359,6 @@ class Scheduler:
             sequence.n_past += 1
             sequence.classes.append(CLASS_SINGLE)
             self.sample(request, logits[i])
-
-    def run_pass(self, pieces: list[Piece], batch: list[Request]) -> Logits | None:
-        """Compute a decode pass, and let the number of threads follow what it took."""
-        began = time.perf_counter() - self.stalled_s()
-        logits = self._run(pieces, batch)
-        if logits is not None:
-            self.threads.observe(len(pieces), time.perf_counter() - self.stalled_s() - began)
-        return logits
-
-    def stalled_s(self) -> float:
-        """Seconds spent waiting for a disk so far, which no number of threads would change."""
-        stores = (self._experts, self._layers)
-        return sum(store.stalled_s for store in stores if store is not None)
-
-    def compute(
-        self, request: Request, piece: Piece, spans: tuple[Span, ...] | None = None
-    ) -> Logits | None:
-        """Compute a piece for a request that runs by itself; None when that failed or stopped."""
-        if len(piece.tokens) == 1 and spans is None:
-            self.n_decode_steps += 1
-            self.n_decode_tokens += 1
-            return self.run_pass([piece], [request])
-        self.threads.before_prefill()
-        with stoppable(request, self.forward.device):
-            return self._run([piece], [request], spans)
-
-    def _run(
-        self, pieces: list[Piece], requests: list[Request], spans: tuple[Span, ...] | None = None
-    ) -> Logits | None:
-        """Run a batch; a failed one fails its own requests only. None when it was stopped."""
-        self.forward.device.set_threads(self.threads.n_threads)
-        began = time.perf_counter()
-        try:
-            depth = requests[0].depth  # the same for all of them
-            if depth is None or spans is not None:
-                logits = self.forward.run(pieces, spans, borrow=True)
-            else:
-                logits = depth.run(self.forward, pieces)
-            self.check()
-            if self.adapters is not None or self.steps is not None:
-                self._book_compute()
-            if self.steps is not None and logits is not None:
-                n_tokens = sum(len(piece.tokens) for piece in pieces)
-                self.steps.saw(n_tokens, time.perf_counter() - began)
-            if self.energy is not None:
-                self.energy.passed(pieces, requests, time.perf_counter() - began)
-            return logits
-        except EdgerouteError as error:
-            for request in requests:
-                self.fail(request, error)
-            return None
-
-    def _book_compute(self) -> None:
-        """Enter what a mixture of adapters, or a draft's logits, made the compute buffer grow to.
-
-        Raises:
-            CapacityError: that is over the budget.
-        """
-        n_bytes = self.forward.graphs.n_bytes
-        if n_bytes != self._compute_bytes:
-            self.compute_ledger.replace(COMPUTE_BUFFER, n_bytes)
-            self._compute_bytes = n_bytes
 
     def _leave(self, request: Request) -> None:
         for group in self._groups:

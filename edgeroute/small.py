@@ -1,6 +1,7 @@
 """A smaller model beside a large one: one budget, and all of the small one in memory."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from edgeroute.config import RunParams
@@ -23,23 +24,31 @@ _TOKENS: Final = "tokenizer.ggml.tokens"
 _KINDS: Final = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
 
-def open_small(opening: Opening, params: RunParams) -> "LoadedModel":
+def open_small(
+    opening: Opening, params: RunParams, wake: Callable[[], None] = lambda: None
+) -> "LoadedModel":
     """Open the small model that `params` names, for the model that is being opened.
 
     It shares the large one's vocabulary where that is the same. Another one is only of use where
     answers are written in steps.
 
+    Args:
+        opening: the large model's.
+        params: settings of both.
+        wake: called from another thread when one of its adapters has arrived.
+
     Raises:
         UsageError: it has another vocabulary, and is to draft.
         CatalogueError: there is no such model.
         ModelFileError, UnsupportedModelError: its file cannot be used.
+        AdapterFileError: one of its adapters cannot be used with it.
         CapacityError: it does not fit the budget; nothing stays allocated.
     """
     from edgeroute.loaded import LoadedModel  # which opens a small model itself
 
     path = small_file(params)
     beside = open_beside(path, opening, must_share=not params.steps_on)
-    small = LoadedModel(path, small_params(params), beside)
+    small = LoadedModel(path, small_params(params), beside, wake)
     if small.layers is not None or small.experts is not None:
         taken = format_bytes(small.ledger.budget_bytes)
         small.close()
@@ -62,10 +71,13 @@ def small_file(params: RunParams) -> "Path":
 def small_params(params: RunParams) -> RunParams:
     """Return the settings of the small model beside one that has these."""
     n_ubatch = params.n_ubatch if params.steps_on else N_UBATCH
+    adapters = params.small_adapters if params.steps_on else None
     return dataclasses.replace(
-        params, small=None, speculate="off", adapters=None, adapter_slots=None, n_kv=None,
-        n_ubatch=n_ubatch, max_batch=1, policy="auto", prefetch="auto", trace=None, steps="off",
-        depth="full", depth_file=None, sessions=None, drop_misses=0.0, prefer_resident=0.0,
+        params, small=None, speculate="off", adapters=adapters, small_adapters=None,
+        adapter_slots=None if adapters is None else params.adapter_slots, adapter_state="off",
+        n_kv=None, n_ubatch=n_ubatch, max_batch=1, policy="auto", prefetch="auto", trace=None,
+        steps="off", depth="full", depth_file=None, sessions=None, drop_misses=0.0,
+        prefer_resident=0.0, degrade_misses=0.0,
     )  # fmt: skip
 
 
@@ -91,7 +103,7 @@ def open_beside(path: "Path", first: Opening, *, must_share: bool) -> Opening:
     """
     file = GGUFFile.open(path)
     try:
-        why = _other_vocabulary(file, first.file)
+        why = other_vocabulary(file, first.file)
         if why is None:
             return _Beside(file, first)
         if must_share:
@@ -120,7 +132,7 @@ class _Beside(Opening):
         self.file.close()
 
 
-def _other_vocabulary(small: GGUFFile, large: GGUFFile) -> str | None:
+def other_vocabulary(small: GGUFFile, large: GGUFFile) -> str | None:
     """Say why token numbers mean something else to a small model; None if they do not."""
     for key in _KINDS:
         theirs, ours = (file.metadata.get_str(key, "") for file in (small, large))

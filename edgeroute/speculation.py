@@ -21,14 +21,18 @@ from edgeroute.drafters import (
     Drafter,
     Ends,
     LookupDrafter,
+    Part,
     SelfDrafter,
     SmallDrafter,
     Spans,
+    tokens_of,
 )
 from edgeroute.models.forward import Forward
+from edgeroute.models.layered import LayeredForward
 from edgeroute.request import Request
 from edgeroute.runtime.depth import all_run
 from edgeroute.skippers.speculate import LENGTHS, Speculator
+from edgeroute.speculation_shadow import MOST_GUESSES, Shadows
 from edgeroute.stats import Speculated
 
 if TYPE_CHECKING:
@@ -77,6 +81,9 @@ class Speculation:
         watched = params.levers == "proven"
         self.policy = Speculator(most, forced=asked != "auto", watched=watched)
         self.total = Speculated()
+        self._shadows: Shadows | None = None
+        if asked == "auto":
+            self._shadows = Shadows(lambda *judged: self.policy.observe_guess(*judged))
 
     def draft(self, request: Request) -> Draft:
         """Guess what follows a request's tokens, as many as pay; none for a plain pass."""
@@ -89,6 +96,8 @@ class Speculation:
         offers: dict[str, int] = {}
         for drafter in self._drafters.values():
             offers.update(drafter.offers(request, most))
+        if self._shadows is not None:
+            self._guess(request, offers, self._shadows)
         began = time.perf_counter()
         choice = self.policy.choose(offers)
         if choice.source is None:
@@ -129,6 +138,8 @@ class Speculation:
         """Forget a request."""
         for drafter in self._drafters.values():
             drafter.end(request)
+        if self._shadows is not None:
+            self._shadows.end(request.id)
 
     def stats(self) -> dict[str, object]:
         """Return what was drafted so far and what each source brings, as plain JSON types."""
@@ -136,6 +147,16 @@ class Speculation:
         return {"asked": self._asked, "longest": self._most} | total | {
             "sources": self.policy.stats()
         }  # fmt: skip
+
+    def _guess(self, request: Request, offers: dict[str, int], shadows: Shadows) -> None:
+        """Judge what look-up guessed, have it guess again, and offer it once it is known."""
+        tokens = tokens_of(request)
+        shadows.judge(request.id, tokens)
+        for name in [name for name in offers if name.startswith("lookup.")]:
+            guess = self._drafters["lookup"].draft(request, MOST_GUESSES)
+            shadows.note(request.id, name, len(tokens), guess)
+            if not self.policy.judged(name):
+                del offers[name]
 
     def _counts(self, request: Request) -> list[Speculated]:
         assert request.speculated is not None
@@ -156,16 +177,19 @@ class Speculation:
 class PartOfModel:
     """What a model's own drafts compute: where layers stream, those that do not.
 
-    Of a request under a depth plan, those of the plan's steps; the others left no keys.
+    Where there is a bridge over just those that stream, it is crossed in their place. Of a
+    request under a depth plan, the plan's steps count; the others left no keys.
     """
 
     def __init__(self, loaded: "LoadedModel") -> None:
         self._layers = loaded.layers
+        forward = loaded.forward
+        self._bridge = forward.bridge if isinstance(forward, LayeredForward) else None
         self._all = all_run(range(loaded.model.hparams.n_layer))
-        self._found: dict[tuple[frozenset[int], Spans | None], Spans | None] = {}
+        self._found: dict[tuple[frozenset[int], Spans | None], Part | None] = {}
 
-    def __call__(self, request: Request) -> Spans | None:
-        """Return the spans of a request's drafts; None if nothing can be left out."""
+    def __call__(self, request: Request) -> Part | None:
+        """Return what a request's drafts compute; None if nothing can be left out."""
         streamed = frozenset[int]() if self._layers is None else self._layers.streamed
         key = (streamed, None if request.depth is None else request.depth.spans)
         if key not in self._found:
@@ -173,7 +197,10 @@ class PartOfModel:
             self._found[key] = self._choose(*key)
         return self._found[key]
 
-    def _choose(self, streamed: frozenset[int], depth: Spans | None) -> Spans | None:
+    def _choose(self, streamed: frozenset[int], depth: Spans | None) -> Part | None:
+        bridge = self._bridge
+        if bridge is not None and depth is None and streamed == bridge.block:
+            return Part(bridge.spans, bridge.end)
         steps = self._all if depth is None else depth[0].steps
         if self._layers is None:
             middle = range(EDGE_LAYERS + 1, len(self._all) - EDGE_LAYERS, SKIP_EVERY)
@@ -185,4 +212,4 @@ class PartOfModel:
         kept = tuple(step for step in steps if step.il not in left_out or not step.reads)
         if len(kept) == len(steps) or not any(step.reads for step in kept):
             return None
-        return Forward.spans(kept, "" if depth is None else depth[0].plan)
+        return Part(Forward.spans(kept, "" if depth is None else depth[0].plan))

@@ -9,7 +9,8 @@ from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.sequence import CLASS_SINGLE
 
 if TYPE_CHECKING:
-    from edgeroute.scheduler import Logits, Scheduler
+    from edgeroute.passes import Logits
+    from edgeroute.scheduler import Scheduler
     from edgeroute.speculation import Draft, Speculation
 
 

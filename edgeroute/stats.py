@@ -69,7 +69,7 @@ class GenerationStats:
 
     adapters: dict[str, object] | None = None
     """Which adapters served it: used (name to factor), hit (whether all were in memory), and
-    wait_s until they were."""
+    wait_s until they were; the same of the small model's, in steps, under small."""
 
     speculation: dict[str, object] | None = None
     """Where tokens may be drafted: source (which drafted most), drafted, accepted, passes,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 from edgeroute.models.forward import Piece
 from edgeroute.request import Request, stoppable
-from edgeroute.step_reader import Compute, Logits, StepModel
+from edgeroute.step_reader import Compute, Follower, Logits, Reader, StepModel
 
 if TYPE_CHECKING:
     from edgeroute.scheduler import Scheduler
@@ -51,6 +51,32 @@ def other_compute(scheduler: "Scheduler", model: StepModel, request: Request) ->
         return logits
 
     return compute
+
+
+def open_follower(
+    scheduler: "Scheduler", model: StepModel, request: Request, *, same: bool
+) -> Follower | None:
+    """Give a request its cells in the model beside the one that its answer belongs to.
+
+    Args:
+        scheduler: counts what passes take.
+        model: the one beside.
+        request: whose answer.
+        same: whether both models have one vocabulary.
+
+    Returns:
+        None while others hold those cells.
+    """
+    prompt = list(request.prompt_ids if same else request.other_prompt_ids)
+    n_cells = request.n_cells if same else len(prompt) + 2 * request.max_tokens
+    n_cells = min(n_cells, model.forward.kv.n_cells)
+    held = request.small_held
+    key, row = (None, None) if held is None else (held.key, held.row)
+    sequence = model.prefix.open(prompt, n_cells, request.prefix, adapter=key)
+    if sequence is None:
+        return None
+    compute = other_compute(scheduler, model, request)
+    return Follower(Reader(model, sequence, len(prompt), compute, row), same=same)
 
 
 def _spent(request: Request, piece: Piece, seconds: float) -> None:

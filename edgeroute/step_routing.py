@@ -17,8 +17,9 @@ from edgeroute.runtime.sampler import Sampler, log_softmax
 from edgeroute.skippers.step_bounds import StepBounds
 from edgeroute.skippers.step_signals import glance
 from edgeroute.skippers.steps import UNCHECKED, StepPart, StepPolicy, Who
+from edgeroute.step_adapters import SmallAdapters
 from edgeroute.step_check import Checker
-from edgeroute.step_compute import main_compute, other_compute
+from edgeroute.step_compute import main_compute, open_follower
 from edgeroute.step_reader import Follower, Logits, Reader, StepModel
 from edgeroute.step_remote import RemoteWriter
 from edgeroute.step_state import Account, Draft, Phase, StepState
@@ -37,11 +38,12 @@ class StepRouting:
         other: the local model beside it, or what asks a remote one.
         same: whether both local models have one vocabulary.
         choice: names the policy of each request.
+        adapters: of the local model beside the main one.
     """
 
     def __init__(
         self, scheduler: "Scheduler", main: StepModel, other: StepModel | RemoteWriter, *,
-        same: bool, choice: "StepChoice",
+        same: bool, choice: "StepChoice", adapters: SmallAdapters,
     ) -> None:  # fmt: skip
         self._scheduler = scheduler
         self._main = main
@@ -49,6 +51,7 @@ class StepRouting:
         self._remote = other if isinstance(other, RemoteWriter) else None
         self._same = same
         self.choice = choice
+        self.adapters = adapters
         self.new_bounds: Callable[[], StepBounds] = StepBounds
         """Makes what finds the ends of an answer's steps."""
         self._checker = Checker(main, same=same)
@@ -69,9 +72,11 @@ class StepRouting:
         sequence = request.sequence
         if policy is None or sequence is None:
             return True
-        other = self._open_other(request)
-        if other is None and self._other is not None:
-            return False
+        other = None
+        if self._other is not None:
+            other = open_follower(self._scheduler, self._other, request, same=self._same)
+            if other is None:
+                return False
         n_prompt = len(request.prompt_ids)
         main = Reader(
             self._main,
@@ -83,21 +88,6 @@ class StepRouting:
         request.steps = self._state(request, policy, main, other)
         self.choice.serve(request.id, policy, request.sampler.seed)
         return True
-
-    def _open_other(self, request: Request) -> Follower | None:
-        model = self._other
-        if model is None:
-            return None
-        prompt = list(request.prompt_ids if self._same else request.other_prompt_ids)
-        n_cells = request.n_cells if self._same else len(prompt) + 2 * request.max_tokens
-        n_cells = min(n_cells, model.forward.kv.n_cells)
-        sequence = model.prefix.open(prompt, n_cells, request.prefix)
-        if sequence is None:
-            return None
-        reader = Reader(
-            model, sequence, len(prompt), other_compute(self._scheduler, model, request)
-        )
-        return Follower(reader, same=self._same)
 
     def _state(
         self, request: Request, policy: StepPolicy, main: Reader, other: Follower | None
@@ -117,6 +107,7 @@ class StepRouting:
 
     def end(self, request: Request) -> None:
         """Let go of what a request held; its parts of steps stay with it."""
+        self.adapters.release(request)
         state = request.steps
         if state is None or state.ended:
             return
@@ -136,11 +127,15 @@ class StepRouting:
     def stats(self) -> dict[str, object]:
         """Return what each model evaluated and what its passes cost, as plain JSON types."""
         models = [self._main] if self._other is None else [self._main, self._other]
-        found = self.choice.stats() | {
-            "costs": {who: cost.to_dict() for who, cost in self.choice.costs.items()},
-            "read": {model.who: model.n_read for model in models},
-            "passes": {model.who: model.n_passes for model in models},
-        }
+        found = (
+            self.choice.stats()
+            | {
+                "costs": {who: cost.to_dict() for who, cost in self.choice.costs.items()},
+                "read": {model.who: model.n_read for model in models},
+                "passes": {model.who: model.n_passes for model in models},
+            }
+            | self.adapters.stats()
+        )
         return found if self._remote is None else found | {"remote": self._remote.stats()}
 
     # one pass
@@ -346,9 +341,14 @@ class StepRouting:
     # models
 
     def close(self) -> None:
-        """End what runs elsewhere; safe to call twice."""
+        """End what runs elsewhere, and keep what policies learned; safe to call twice.
+
+        Raises:
+            OSError: what was learned could not be written.
+        """
         if self._remote is not None:
             self._remote.close()
+        self.choice.save()
 
     @property
     def _direct(self) -> bool:

@@ -8,7 +8,6 @@ the two models and every value is in its range, or it is refused.
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -18,9 +17,10 @@ from typing import Final, Self
 import platformdirs
 
 from edgeroute.models.depth_file import first_writable
-from edgeroute.runtime.errors import DepthFileError, StepsFileError, UsageError
+from edgeroute.runtime.errors import StepsFileError, UsageError
 from edgeroute.runtime.gguf_metadata import quote
-from edgeroute.skippers.plan import parse_json
+from edgeroute.runtime.untrusted_json import parse_json, show
+from edgeroute.runtime.whole_file import replacing
 from edgeroute.skippers.step_learned import LearnedGlimpse
 from edgeroute.skippers.step_price import PassCost, Workload
 from edgeroute.skippers.steps import WHO, Who
@@ -147,19 +147,13 @@ class StepsFile:
             StepsFileError: a value is out of range, which `read` would refuse; nothing is written.
         """
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, allow_nan=True) + "\n"
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            type(self).read(part, self.small, self.large)
-            os.replace(part, path)
+            with replacing(path) as part:
+                part.write_text(text, encoding="utf-8")
+                type(self).read(part, self.small, self.large)
         except OSError as error:
             raise UsageError(f"the steps file {path} cannot be written: {error.strerror}; name "
                              "another place") from error  # fmt: skip
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def steps_paths(large: Path | str, small: Path) -> tuple[Path, Path]:
@@ -224,13 +218,11 @@ def _parse(path: Path) -> dict[str, object]:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise StepsFileError(f"{name} has more than {MAX_BYTES} bytes; {_REMEDY}")
-        value = parse_json(raw, name)
+        value = parse_json(raw, name, StepsFileError)
     except OSError as error:
         raise StepsFileError(f"{name} cannot be read: {error.strerror}") from error
-    except DepthFileError as error:
-        raise StepsFileError(str(error)) from error
     if not isinstance(value, dict):
-        raise StepsFileError(f"{name} must hold one JSON object, not {_show(value)}; {_REMEDY}")
+        raise StepsFileError(f"{name} must hold one JSON object, not {show(value)}; {_REMEDY}")
     return value
 
 
@@ -303,13 +295,13 @@ class _Values:
             raise self.wrong(key, f"a list of at most {most}")
         for i, each in enumerate(value):
             if not isinstance(each, dict):
-                raise StepsFileError(f"{key}[{i}] of {self.name} is {_show(each)}; an object is "
+                raise StepsFileError(f"{key}[{i}] of {self.name} is {show(each)}; an object is "
                                      "wanted")  # fmt: skip
         return [_Values(each, f"{key}[{i}] of {self.name}") for i, each in enumerate(value)]
 
     def wrong(self, key: str, wanted: str) -> StepsFileError:
         """Say what is wrong with a value."""
-        shown = _show(self._value[key]) if key in self._value else "missing"
+        shown = show(self._value[key]) if key in self._value else "missing"
         return StepsFileError(f"{key} of {self.name} is {shown}; {wanted} is wanted")
 
 
@@ -373,12 +365,3 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, int) and abs(value) >= 1 << 64:  # which a float may not hold
         return False
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _show(value: object) -> str:
-    """Print a value for a message: scalars short, containers by their kind."""
-    if isinstance(value, dict | list):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 64:
-        return f"a number of {value.bit_length()} bits"
-    return quote(value) if isinstance(value, str) else json.dumps(value)

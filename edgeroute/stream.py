@@ -1,10 +1,11 @@
 """An answer as it comes: for synchronous callers, and on an event loop."""
 
-import contextlib
+import functools
 import queue
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Self
 
+from edgeroute.mailbag import Inbox
 from edgeroute.request import Outcome, Request
 from edgeroute.runtime.closing import Closing
 from edgeroute.stats import Chunk
@@ -89,12 +90,8 @@ async def hear(ask: Ask, engine: "EngineThread") -> AsyncIterator[Chunk]:
     import asyncio  # 25 ms that synchronous callers need not pay
 
     loop = asyncio.get_running_loop()
-    inbox: asyncio.Queue[Outcome] = asyncio.Queue()
-
-    def emit(outcome: Outcome) -> None:
-        # A loop that closed meanwhile has nobody left to tell.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(inbox.put_nowait, outcome)
+    inbox = Inbox(loop)
+    emit = functools.partial(engine.mailbag.send, loop, inbox.put)
 
     engine.check_open()
     making = asyncio.ensure_future(asyncio.to_thread(ask, emit))

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from edgeroute.models.adapter_data import open_regular
-from edgeroute.models.adapter_json import one_line, parse_object, show
+from edgeroute.models.adapter_json import one_line, parse_object
 from edgeroute.models.adapter_records import MAX_ALPHA, MAX_RANK
 from edgeroute.runtime.errors import AdapterFileError
 from edgeroute.runtime.gguf_metadata import quote
+from edgeroute.runtime.untrusted_json import show
 
 MAX_CONFIG_BYTES: Final = 1 << 20
 

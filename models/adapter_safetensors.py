@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Final
 
 from edgeroute.models.adapter_data import KIND_BYTES, Identity, Kind, Stored, identify, open_regular
-from edgeroute.models.adapter_json import parse_object, show
+from edgeroute.models.adapter_json import parse_object
 from edgeroute.runtime.errors import AdapterFileError
 from edgeroute.runtime.gguf_metadata import quote
+from edgeroute.runtime.untrusted_json import show
 
 MAX_HEADER_BYTES: Final = 8 << 20
 """An adapter of 10,000 weights has a header of 3 MB."""

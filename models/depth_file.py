@@ -13,7 +13,7 @@ from typing import Final
 import platformdirs
 
 from edgeroute.models.base import Hparams
-from edgeroute.models.standins import PARTS, TENSORS, tensor_name
+from edgeroute.models.standins import BRIDGE_TENSORS, PARTS, tensor_name
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import DepthFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
@@ -28,9 +28,9 @@ KEY_DATA, KEY_PLANS = "edgeroute.depth.data", "edgeroute.depth.plans"
 
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 _STAND_IN = re.compile(
-    rf"([a-z0-9._-]{{1,64}})/blk\.(\d{{1,4}})\.({'|'.join(PARTS)})\.({'|'.join(TENSORS)})"
+    rf"([a-z0-9._-]{{1,64}})/blk\.(\d{{1,4}})\.({'|'.join(PARTS)})\.({'|'.join(BRIDGE_TENSORS)})"
 )
-_ELEMENTWISE: Final = frozenset({"norm", "bias"})
+_ELEMENTWISE: Final = frozenset({"norm", "bias", "before"})
 
 
 def fingerprint(file: GGUFFile) -> str:
@@ -51,16 +51,16 @@ def fingerprint(file: GGUFFile) -> str:
     return digest.hexdigest()
 
 
-def depth_paths(model: GGUFFile) -> tuple[Path, Path]:
+def depth_paths(model: GGUFFile, suffix: str = SUFFIX) -> tuple[Path, Path]:
     """Return where a model's depth file is: beside it, or in the user's folder."""
-    beside = model.path.with_name(model.path.name.removesuffix(".gguf") + SUFFIX)
+    beside = model.path.with_name(model.path.name.removesuffix(".gguf") + suffix)
     mine = platformdirs.user_data_path("edgeroute") / "depth"
-    return beside, mine / f"{fingerprint(model)[:32]}{SUFFIX}"
+    return beside, mine / f"{fingerprint(model)[:32]}{suffix}"
 
 
-def find_depth_file(model: GGUFFile) -> Path | None:
+def find_depth_file(model: GGUFFile, suffix: str = SUFFIX) -> Path | None:
     """Return the depth file of a model, or None where nobody has calibrated it."""
-    return next((path for path in depth_paths(model) if path.is_file()), None)
+    return next((path for path in depth_paths(model, suffix) if path.is_file()), None)
 
 
 class DepthFile(Closing):
@@ -72,8 +72,10 @@ class DepthFile(Closing):
         file: the mapped file, which the stand-ins' tensors stay in.
     """
 
-    def __init__(self, path: Path, model: GGUFFile, hparams: Hparams) -> None:
-        """Open and check a depth file.
+    def __init__(
+        self, path: Path, model: GGUFFile, hparams: Hparams, *, bridges: bool = False
+    ) -> None:
+        """Open and check a depth file, or with `bridges` a drafts file: see models/standins.py.
 
         Raises:
             ModelFileError: it is no GGUF file, or a malformed one.
@@ -85,6 +87,8 @@ class DepthFile(Closing):
             self.plans: str = self.file.metadata.get_str(KEY_PLANS)
             self.data: str = self.file.metadata.get_str(KEY_DATA)
             self._found = _sort(self.file, hparams)
+            if not bridges:
+                self._refuse_bridges()
         except BaseException:
             self.file.close()
             raise
@@ -115,6 +119,16 @@ class DepthFile(Closing):
     def close(self) -> None:
         """Unmap the file."""
         self.file.close()
+
+    def _refuse_bridges(self) -> None:
+        """Only drafts know what came before: elsewhere a bridge would read what nobody wrote."""
+        for found in self._found.values():
+            for spec in found:
+                if spec.name.endswith(".before"):
+                    raise DepthFileError(
+                        f"{self.file.path.name} has a tensor {spec.name}, which only drafts can "
+                        "use; calibrate the model again"
+                    )
 
     def _check_header(self, wanted: str, model: str) -> None:
         meta, name = self.file.metadata, self.file.path.name
@@ -171,10 +185,11 @@ def _stand_in(
             "and down"
         )
     n = hparams.n_embd
+    n_in = 2 * n if "before" in given else n
     rank = _inner(given, "a", most=n)
     width = _inner(given, "gate", most=max(hparams.n_ff, 4 * n))
-    extents = {"norm": (n,), "bias": (n,), "a": (n, rank), "b": (rank, n), "gate": (n, width),
-               "up": (n, width), "down": (width, n)}  # fmt: skip
+    extents = {"norm": (n,), "bias": (n,), "before": (n,), "a": (n_in, rank), "b": (rank, n),
+               "gate": (n_in, width), "up": (n_in, width), "down": (width, n)}  # fmt: skip
     specs: list[TensorSpec] = []
     for tensor, ne in given.items():
         name = tensor_name(*key, tensor)

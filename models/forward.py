@@ -309,8 +309,6 @@ class Forward:
         inputs = graph.inputs
         if inputs.tokens is not None:
             set_ids(inputs.tokens, [token for piece in pieces for token in piece.tokens])
-        if self.embedder is not None and (given := inputs.more.get(EMBEDDINGS)) is not None:
-            set_bytes(given, self.embedder.look_up([t for piece in pieces for t in piece.tokens]))
         first = 0
         for piece in pieces:
             n = len(piece.tokens)
@@ -321,15 +319,22 @@ class Forward:
             first += n
         if inputs.out_ids is not None:
             set_ids(inputs.out_ids, _out_ids(pieces))
+        if inputs.more:
+            self._fill_more(inputs, pieces, shape)
+        for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
+            if strip is not None:
+                for slot, piece, segment in zip(masks, pieces, shape.segments, strict=False):
+                    _write_mask(strip, slot, piece, segment)
+
+    def _fill_more(self, inputs: Inputs, pieces: Sequence[Piece], shape: BatchShape) -> None:
+        """Write what only some graphs ask for."""
+        if self.embedder is not None and (given := inputs.more.get(EMBEDDINGS)) is not None:
+            set_bytes(given, self.embedder.look_up([t for piece in pieces for t in piece.tokens]))
         if shape.lora is not None:
             _fill_lora(inputs, pieces, shape.lora)
         places = [(p.pos, len(p.tokens), p.n_out) for p in pieces]
         fill_switches(inputs, places)
         fill_choice(inputs, places, self.token_rule)
-        for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
-            if strip is not None:
-                for slot, piece, segment in zip(masks, pieces, shape.segments, strict=False):
-                    _write_mask(strip, slot, piece, segment)
 
 
 def split_steps(span: Span) -> tuple[Span, ...]:

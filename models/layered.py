@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward, Piece, shape_of
+from edgeroute.models.standins import fill_before
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.graph import Graph, Span
-from edgeroute.runtime.kv_cache import KvCache, round_cells
+from edgeroute.runtime.graph import BatchShape, Graph, Span
+from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
 from edgeroute.runtime.rooms import LayerPager
 
 SHAPES_KEPT = 4
@@ -29,6 +30,14 @@ class _Step(NamedTuple):
     done: tuple[int, ...]
 
 
+class Crossing(NamedTuple):
+    """How the layers that stay draft by themselves: over `block` by a stand-in, on from `end`."""
+
+    block: frozenset[int]
+    end: int
+    spans: tuple[Span, ...]
+
+
 class LayeredForward(Forward):
     """A dense model on one device, some of its layers behind a pager.
 
@@ -39,6 +48,11 @@ class LayeredForward(Forward):
         super().__init__(model, device, pager, kv)
         self._pager = pager
         self._steps_of: dict[tuple[Span, ...], list[_Step]] = {}
+        self._left: tuple[int, Sequence[Piece]] = -1, ()
+        """What the stream holds: the layer that it is before, and whose tokens' states."""
+        self._before = np.zeros(model.hparams.n_embd, np.float32)
+        self.bridge: Crossing | None = None
+        """Serves while just its block streams."""
         self._keep_graphs()
 
     def _keep_graphs(self) -> None:
@@ -65,6 +79,7 @@ class LayeredForward(Forward):
             ModelFileError: a layer cannot be read.
         """
         shape = self.shape(pieces)
+        self._left = -1, ()
         self._pager.reconsider()
         if self._pager.streamed is not self._cut_for:  # other layers stream than at the last pass
             self.graphs.clear()
@@ -80,9 +95,34 @@ class LayeredForward(Forward):
             if not self._pager.hold(step.units) or not self.device.compute(graph.pointer):
                 return None
             self._pager.release(step.done)
+        last = steps[-1].span if steps else self.whole[0]
+        if last.output and last.steps and not last.embed:
+            self._left = last.steps[0].il, pieces
         if graph is None or not steps[-1].span.output or not shape.n_out:
             return np.empty((0, self.model.hparams.n_vocab), np.float32)
         return self.logits(graph, shape, borrow)
+
+    def state_before(self, il: int, region: Region, pos: int) -> npt.NDArray[np.float32] | None:
+        """Return the residual stream before layer `il` of a token of the last pass: F32 (n_embd,).
+
+        None where the last pass had no such token, or did not begin a graph at that layer.
+        """
+        left, pieces = self._left
+        row = 0
+        for piece in pieces if left == il else ():
+            if piece.region == region and 0 <= pos - piece.pos < len(piece.tokens):
+                states = self.residual(row + pos - piece.pos + 1)
+                return states[len(states) - 1 :].reshape(-1)
+            row += len(piece.tokens)
+        return None
+
+    def go_on_from(self, state: npt.NDArray[np.float32]) -> None:
+        """Tell bridges of the next pass what was behind their block at the token before."""
+        self._before = state
+
+    def _fill(self, graph: Graph, pieces: Sequence[Piece], shape: BatchShape) -> None:
+        super()._fill(graph, pieces, shape)
+        fill_before(graph.inputs, self._before, shape.n_tokens)
 
     def _steps(self, spans: tuple[Span, ...]) -> list[_Step]:
         """Cut spans where streamed layers begin and end."""

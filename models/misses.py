@@ -75,6 +75,35 @@ class DoingWithout:
                          saved=len(missing - set(again.ids)))  # fmt: skip
         return again
 
+    def degrade(self, step: Step, choice: Choice, here: Marks, most: int) -> list[int]:
+        """Say which missing experts of one layer are computed from copies of fewer bits.
+
+        An expert that any token of the pass wants in full is read, and serves all of them.
+
+        Args:
+            step: the layer's.
+            choice: what is computed.
+            here: experts of the layer in memory or on their way, bool (n_expert,).
+            most: how many copies there is room for.
+        """
+        wanted = dict.fromkeys(expert for expert in choice.computed() if not here[expert])
+        if not wanted:
+            return []
+        n, k = len(choice.ids) // choice.k, choice.k
+        ranked = n_ranked(self._moe, step.expert_rule, step.expert_value)
+        numbers, weights = self._carry.read_routes(n, ranked)
+        numbers, weights = numbers[:, :k], weights[:, :k]
+        low = self._rule.degrade(weights, here[numbers])
+        out = np.zeros((n, k), np.bool_)
+        if choice.left_out is not None:
+            out |= choice.left_out.reshape(n, k)
+        full = set(numbers[~(low | out)].tolist())
+        found = [expert for expert in wanted if expert not in full][-most:]
+        if found:
+            n_pairs = int((np.isin(numbers, found) & ~out).sum())
+            self._rule.count(step.il, degraded=n_pairs)
+        return found
+
     def _write(self, numbers: Numbers, weights: Floats, out: Marks) -> Choice:
         numbers, weights = packed(numbers, weights, out, self._routing)
         self._carry.write_routes(numbers, weights)

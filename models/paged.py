@@ -5,37 +5,32 @@ and the next stage begins with them. The operations and their order are those of
 `Model.layer`, so that the logits are the same bits as with everything resident.
 """
 
-import time
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from edgeroute.models.base import MoeHparams, MoeModel
+from edgeroute.models.base import MoeModel
 from edgeroute.models.blocks import output_norm
 from edgeroute.models.carry import Carry, Choice
-from edgeroute.models.forward import Forward, Piece, shape_of
-from edgeroute.models.host_experts import HostExperts
+from edgeroute.models.forward import Piece, shape_of
 from edgeroute.models.misses import DoingWithout
 from edgeroute.models.moe import THRESHOLDS, n_ranked
+from edgeroute.models.paged_pairs import MAX_PAIRS, PairsForward, apart_from
 from edgeroute.models.pruning import n_described
 from edgeroute.models.steps import build_attn, build_step
 from edgeroute.runtime.depth import Step, Steps
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
-from edgeroute.runtime.experts import ExpertPager, Leased, MissRule
+from edgeroute.runtime.experts import ExpertPager, MissRule
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import BatchShape, Builder, Graph, Span
 from edgeroute.runtime.kv_cache import KvCache, round_cells
-from edgeroute.runtime.tensor import F32, I32, I64, host_view, set_bytes, shape
+from edgeroute.runtime.tensor import I32, host_view, set_bytes, shape
 
-MAX_PAIRS = 2048
-"""Pairs of token and expert that are computed in one graph; bounds its memory."""
 MAX_INLINE_TOKENS = 16
 """Up to here a layer's experts are held all at once, if there is room; beyond, in turn."""
-MOST_RUNS = 3
-"""Runs of rows that are written one by one; more of them go in one block, with their numbers."""
 SHAPES_KEPT = 4
 PAIR_COUNTS_KEPT = 8
 """Numbers of pairs, per layer, whose graphs are kept: some experts of a token, then the others."""
@@ -80,13 +75,11 @@ class _Ranked(TypedDict):
     thinned: bool
 
 
-class PagedForward(Forward):
+class PagedForward(PairsForward):
     """A model on one device, its experts behind a pager.
 
     Not thread-safe: one thread owns it. Lifetime: close it before `kv` and `pager`.
     """
-
-    model: MoeModel
 
     def __init__(
         self, model: MoeModel, device: Device, pager: ExpertPager, kv: KvCache, n_tokens: int,
@@ -101,7 +94,7 @@ class PagedForward(Forward):
         """
         super().__init__(model, device, pager, kv)
         assert model.hparams.moe is not None
-        self._moe: MoeHparams = model.hparams.moe
+        self._moe = model.hparams.moe
         self._pager = pager
         self._parts = _parts(model, self.whole[0])
         self._parts_of: dict[Span, list[Stage]] = {}
@@ -112,8 +105,8 @@ class PagedForward(Forward):
         self._without = None if misses is None else DoingWithout(
             misses, self._carry, self._moe, model.routing
         )  # fmt: skip
-        self.host: HostExperts | None = None
-        """Computes what the pager names away; there must be one where it does."""
+        self.host = None
+        self.copies = None
 
     @property
     def carry_bytes(self) -> int:
@@ -147,9 +140,13 @@ class PagedForward(Forward):
                 "this model was opened for"
             )
         self._pager.begin(prefill=batch.n_tokens > len(pieces))
+        if self.copies is not None:
+            self.copies.begin()
         try:
             return self._run(pieces, batch, parts, borrow)
         finally:
+            if self.copies is not None:
+                self.copies.end()
             self._pager.end()
 
     def close(self) -> None:
@@ -178,8 +175,8 @@ class PagedForward(Forward):
     def _raise_kept(self, n_parts: int) -> None:
         """Keep as many graphs as passes of so many parts need."""
         n_kept = 2 * SHAPES_KEPT + PAIR_COUNTS_KEPT
-        if self._thins:  # tokens compute 1 to k experts inline, each number in its own graph
-            n_kept += self._moe.n_expert_used
+        if self._thins:  # tokens compute 1 to k experts inline, or from copies: a graph each
+            n_kept += 2 * self._moe.n_expert_used
         self.graphs.max_graphs = max(self.graphs.max_graphs, n_kept * n_parts)
 
     def _run(
@@ -211,13 +208,17 @@ class PagedForward(Forward):
             if not n:  # the last layer of a batch that wants no logits: its keys are written
                 break
             choice = self._carry.read_choice(n, **self._ranked(stage.until))
+            low: Sequence[int] = ()
             if without is not None:
-                choice = without.choose(stage.until, choice, self._pager.here(il))
+                here = self._pager.here(il)
+                choice = without.choose(stage.until, choice, here)
+                if self.copies is not None:
+                    low = without.degrade(stage.until, choice, here, self.copies.max_at_once(il))
             guesses = None
             if guessed is not None:
                 guesses = self._carry.read_guess(n, **self._ranked(guessed))
-            self._pager.chose(il, choice.computed(), guesses)
-            done, slots = self._hold(il, choice, inline)
+            self._pager.chose(il, apart_from(choice, low).computed(), guesses)
+            done, slots = self._hold(il, choice, low, inline)
             if not done:
                 return None
         if graph is None or not batch.n_out:
@@ -228,147 +229,6 @@ class PagedForward(Forward):
         """Say how a step's choice is read."""
         ranked = n_ranked(self._moe, step.expert_rule, step.expert_value)
         return {"ranked": ranked, "thinned": step.expert_rule in THRESHOLDS}
-
-    # leases
-
-    def _hold(self, il: int, choice: Choice, inline: bool) -> tuple[bool, list[int] | None]:
-        """Have the chosen experts computed, or held for the next stage to compute.
-
-        Returns:
-            False if that was stopped; and the slot of each choice where they are held.
-        """
-        ids = choice.computed()
-        experts = list(dict.fromkeys(ids))
-        if not inline or len(experts) > self._pager.max_at_once(il):
-            return self._take_turns(il, choice), None
-        leased = self._pager.lease(il, experts)
-        if leased is None:
-            return False, None
-        if leased.absent or leased.away or choice.left_out is not None:
-            slots = dict(zip(experts, leased.slots, strict=True))
-            return self._compute_apart(il, choice, slots, leased), None
-        if len(experts) == len(ids):
-            return True, leased.slots
-        slot_of = dict(zip(experts, leased.slots, strict=True))
-        return True, [slot_of[expert] for expert in ids]
-
-    def _compute_apart(
-        self, il: int, choice: Choice, slots: dict[int, int], leased: Leased
-    ) -> bool:
-        """Compute the experts that are there while the others arrive, then those.
-
-        What is away the processor computes, while the device computes what is there.
-        """
-        slot_of = np.zeros(self._moe.n_expert, np.int32)
-        slot_of[list(slots)] = list(slots.values())
-        late = np.zeros(self._moe.n_expert, np.bool_)
-        late[list(leased.absent)] = True
-        late[list(leased.away)] = True
-        waits = late[choice.numbers]
-        here = choice.pairs(~waits)
-        if leased.away:
-            if not self._compute_away(il, choice, slot_of, leased.away, here):
-                return False
-            late[list(leased.away)] = False
-            waits = late[choice.numbers]
-        elif not self._compute_kept(il, choice, slot_of, here):
-            return False
-        if not leased.absent:
-            return True
-        return self._pager.arrive() and self._compute_kept(il, choice, slot_of,
-                                                           choice.pairs(waits))  # fmt: skip
-
-    def _take_turns(self, il: int, choice: Choice) -> bool:
-        """Compute the chosen experts group by group; False if that was stopped."""
-        experts, counts = np.unique(np.array(choice.computed()), return_counts=True)
-        n_pairs = dict(zip(experts.tolist(), counts.tolist(), strict=True))
-        for held in self._pager.in_turn(il, n_pairs, MAX_PAIRS):
-            if held is None:
-                return False
-            slot_of = np.full(self._moe.n_expert, -1, np.int32)
-            slot_of[list(held.experts)] = held.slots
-            if held.away:
-                nothing = np.empty(0, np.intp)
-                if not self._compute_away(il, choice, slot_of, held.experts, nothing):
-                    return False
-                continue
-            pairs = choice.pairs(slot_of[choice.numbers] >= 0)
-            with self.graphs.passing(self._pairs_graph(il, len(pairs))) as graph:
-                done = self._compute_pairs(graph, choice, slot_of, pairs)
-            if not done:
-                return False
-        return True
-
-    def _compute_kept(
-        self, il: int, choice: Choice, slot_of: npt.NDArray[np.int32], pairs: npt.NDArray[np.intp]
-    ) -> bool:
-        """Compute some pairs with a graph that is kept for the next so many."""
-        graph = self._kept_graph(il, len(pairs))
-        return self._compute_pairs(graph, choice, slot_of, pairs)
-
-    def _kept_graph(self, il: int, n_pairs: int) -> Graph:
-        key = il, n_pairs
-        return self.graphs.find(key) or self.graphs.add(key, self._pairs_graph(il, n_pairs))
-
-    def _compute_away(
-        self, il: int, choice: Choice, slot_of: npt.NDArray[np.int32], away: Sequence[int],
-        here: npt.NDArray[np.intp],
-    ) -> bool:  # fmt: skip
-        """Have the processor compute some experts while the device computes the pairs `here`."""
-        host = self.host
-        assert host is not None, "a pager names experts away, and nothing computes them"
-        wanted = np.zeros(self._moe.n_expert, np.bool_)
-        wanted[list(away)] = True
-        pairs = choice.pairs(wanted[choice.numbers])
-        host.prepare(il, len(pairs))  # what is built once is no cost of computing
-        graph = self._kept_graph(il, len(here)) if len(here) else None
-        began = time.perf_counter()
-        h = self._carry.read_h(len(choice.ids) // choice.k)
-        self.device.check()
-        if graph is not None:
-            self._fill_pairs(graph, choice, slot_of, here)
-            self.device.compute_begin(graph.pointer)
-        try:
-            experts = choice.numbers[pairs]
-            outs = host.compute(il, h[pairs // choice.k], experts, slot_of[experts])
-        finally:
-            ended = time.perf_counter()  # what the device takes longer is no cost of these
-            done = graph is None or self.device.compute_end()
-        alone_s = time.perf_counter() - ended
-        if outs is None or not done or not self._write_rows(pairs, outs):
-            return False
-        host.book(len(away), len(pairs), time.perf_counter() - began - alone_s)
-        return True
-
-    def _write_rows(self, pairs: npt.NDArray[np.intp], outs: npt.NDArray[np.float32]) -> bool:
-        """Write outputs of pairs into the carry, with the fewest messages."""
-        if self._carry.n_runs(pairs) <= MOST_RUNS:
-            self._carry.write_rows(pairs, outs)
-            return True
-        with self.graphs.passing(self._rows_graph(len(pairs))) as graph:
-            set_bytes(graph.inputs.more["block"], outs)
-            set_bytes(graph.inputs.more["rows"], pairs.astype(np.int64))
-            return self.device.compute(graph.pointer)
-
-    def _compute_pairs(
-        self, graph: Graph, choice: Choice, slot_of: npt.NDArray[np.int32],
-        pairs: npt.NDArray[np.intp],
-    ) -> bool:  # fmt: skip
-        """Compute some pairs of token and expert, each into its own row of the carry."""
-        self._fill_pairs(graph, choice, slot_of, pairs)
-        return self.device.compute(graph.pointer)
-
-    def _fill_pairs(
-        self, graph: Graph, choice: Choice, slot_of: npt.NDArray[np.int32],
-        pairs: npt.NDArray[np.intp],
-    ) -> None:  # fmt: skip
-        """Say which pairs a graph computes."""
-        more, experts = graph.inputs.more, choice.numbers[pairs]
-        set_bytes(more["tokens"], (pairs // choice.k).astype(np.int32))
-        set_bytes(more["rows"], pairs.astype(np.int64))
-        set_bytes(more["slots"], slot_of[experts])
-        if "ids" in more:  # of families whose experts have biases
-            set_bytes(more["ids"], experts)
 
     # graphs
 
@@ -439,29 +299,6 @@ class PagedForward(Forward):
             rows = b.g.ggml_get_rows(b.ctx, carry.rows, b.more("outs", I32, k * n))
             outs = b.g.ggml_reshape_3d(b.ctx, rows, n_embd, k, n)
         return b.add(self.model.combine(b, il, carry.h, outs, carry.weights), carry.x)
-
-    def _pairs_graph(self, il: int, n_pairs: int) -> Graph:
-        """Build experts' outputs for pairs of token and expert, written to rows of the carry."""
-        batch = shape_of(1, round_cells(1), n_out=1)
-        b = self._builder(Span((), embed=False, output=False), batch, 0)
-        carry = self._carry.views(b, self._carry.n_tokens, 1)
-        tokens, rows = b.more("tokens", I32, n_pairs), b.more("rows", I64, n_pairs)
-        slots, ids = b.more("slots", I32, 1, n_pairs), b.more("ids", I32, 1, n_pairs)
-        n_embd = self.model.hparams.n_embd
-        h = b.g.ggml_get_rows(b.ctx, carry.h, tokens)
-        h = b.g.ggml_reshape_3d(b.ctx, h, n_embd, 1, n_pairs)
-        outs = self.model.experts(b, il, h, ids, slots)
-        flat = b.g.ggml_reshape_2d(b.ctx, outs, n_embd, n_pairs)
-        return b.finish(b.g.ggml_set_rows(b.ctx, carry.rows, flat, rows))
-
-    def _rows_graph(self, n_pairs: int) -> Graph:
-        """Build what writes given outputs of pairs to rows of the carry."""
-        batch = shape_of(1, round_cells(1), n_out=1)
-        b = self._builder(Span((), embed=False, output=False), batch, 0)
-        outs = self._carry.views(b, self._carry.n_tokens, 1).rows
-        block = b.more("block", F32, self.model.hparams.n_embd, n_pairs)
-        rows = b.more("rows", I64, n_pairs)
-        return b.finish(b.g.ggml_set_rows(b.ctx, outs, block, rows))
 
 
 def _columns(narrow: bool, batch: BatchShape) -> int:

@@ -183,8 +183,8 @@ def _attention(b: Builder, model: Model, il: int, x: Tensor) -> Tensor:
     if probe.asked is None:
         raise ComputeError(f"layer {il} attends to nothing, so it cannot choose tokens")
     q, scale, mask = probe.asked
-    n_embd_head, n_head, _, _ = shape(q)
-    products = g.ggml_mul_mat(ctx, b.keys(il, n_embd_head), g.ggml_permute(ctx, q, 0, 2, 1, 3))
+    n_head = shape(q)[1]
+    products = g.ggml_mul_mat(ctx, b.keys(il), g.ggml_permute(ctx, q, 0, 2, 1, 3))
     shares = g.ggml_soft_max_ext(ctx, products, mask, scale, 0.0)  # [n_kv, n, n_head]
     flat = g.ggml_reshape_2d(ctx, shares, shape(shares)[0], n * n_head)
     by_cell = g.ggml_cont(ctx, g.ggml_permute(ctx, flat, 1, 0, 2, 3))

@@ -4,12 +4,17 @@ For the input x of the sub-block and h = rms_norm(x) * norm, a stand-in adds to 
 stream y = b (a h) + down (silu(gate h) * (up h)) + bias: a linear map of low rank, a narrow
 gated feed-forward, or both, with or without a constant. It adds nothing at position 0, where
 models keep a state hundreds of times larger than elsewhere, which no fit survives.
+
+A bridge stands for a block of layers. It knows what the block made of the token before, too:
+its h is that of x above rms_norm(x') * before, where x' is the stream behind the block then.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import Builder, Inputs
@@ -18,6 +23,9 @@ from edgeroute.runtime.tensor import F32, set_bytes, shape
 PARTS = ("attn", "ffn", "layer")
 """What a stand-in may stand for; `layer` for both sub-blocks, and layers that follow."""
 TENSORS = ("norm", "a", "b", "gate", "up", "down", "bias")
+BRIDGE_TENSORS = (*TENSORS, "before")
+BEFORE: Final = "standin_before"
+"""The input of bridges: the stream behind the block at the token before, F32 [n_embd, n]."""
 _ON, _ON_OUT = "standin_on", "standin_on_out"
 
 
@@ -30,14 +38,15 @@ def tensor_name(plan: str, il: int, part: str, tensor: str) -> str:
 class StandIn:
     """The tensors of one stand-in, of those that it has.
 
-    norm and bias F32 [n_embd]; a [n_embd, r] and b [r, n_embd]; gate and up [n_embd, m] and
-    down [m, n_embd].
+    norm, before and bias F32 [n_embd]; a [n_in, r] and b [r, n_embd]; gate and up [n_in, m] and
+    down [m, n_embd]; n_in is n_embd, with `before` twice that.
     """
 
     norm: Tensor
     low_rank: tuple[Tensor, Tensor] | None
     gated: tuple[Tensor, Tensor, Tensor] | None
     bias: Tensor | None
+    before: Tensor | None
 
     @classmethod
     def find(cls, b: Builder, il: int, part: str) -> "StandIn | None":
@@ -45,13 +54,15 @@ class StandIn:
         weights = b.standins
         if weights is None:
             return None
-        found = {name: weights.get(tensor_name(b.span.plan, il, part, name)) for name in TENSORS}
+        found = {
+            name: weights.get(tensor_name(b.span.plan, il, part, name)) for name in BRIDGE_TENSORS
+        }
         norm, down, up = found["norm"], found["down"], found["b"]
         if norm is None:
             return None
         gate, wide, low = found["gate"], found["up"], found["a"]
         return cls(
-            norm=norm, bias=found["bias"],
+            norm=norm, bias=found["bias"], before=found["before"],
             low_rank=None if low is None or up is None else (low, up),
             gated=None if gate is None or wide is None or down is None else (gate, wide, down),
         )  # fmt: skip
@@ -60,6 +71,9 @@ class StandIn:
         """Build what it adds to the residual stream `x`, F32 [n_embd, n]; same shape."""
         g, ctx = b.g, b.ctx
         h = g.ggml_mul(ctx, g.ggml_rms_norm(ctx, x, eps), self.norm)
+        if self.before is not None:
+            past = g.ggml_rms_norm(ctx, b.more(BEFORE, F32, *shape(x)[:2]), eps)
+            h = g.ggml_concat(ctx, h, g.ggml_mul(ctx, past, self.before), 0)
         y: Tensor | None = None
         if self.low_rank is not None:
             a, up = self.low_rank
@@ -100,3 +114,16 @@ def fill_switches(inputs: Inputs, pieces: Sequence[tuple[int, int, int]]) -> Non
     if on_out is not None:
         wanted = [p[len(p) - n_out :] for p, (_, _, n_out) in zip(positions, pieces, strict=True)]
         set_bytes(on_out, (np.concatenate(wanted) > 0).astype(np.float32))
+
+
+def fill_before(inputs: Inputs, state: npt.NDArray[np.float32], n_tokens: int) -> None:
+    """Tell bridges what was behind their block at the token before.
+
+    Args:
+        inputs: of a graph, with or without bridges.
+        state: F32 (n_embd,).
+        n_tokens: tokens of the graph; all are told the same.
+    """
+    before = inputs.more.get(BEFORE)
+    if before is not None:
+        set_bytes(before, np.tile(state, (n_tokens, 1)))

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import filelock
 import platformdirs
 
 from edgeroute.models.catalogue import CATALOGUE, CatalogueEntry, HubSource
 from edgeroute.runtime.errors import CapacityError, CatalogueError
 from edgeroute.runtime.units import format_bytes
+from edgeroute.runtime.whole_file import replacing
 
 # One path component: no leading dot, no `..`, no trailing dot (Windows drops it), no separator.
 _PIECE = r"[A-Za-z0-9_](?:[A-Za-z0-9_+-]|\.(?=[A-Za-z0-9_+-])){0,127}"
@@ -121,9 +121,8 @@ def partial_folder(path: Path) -> Path:
 
 def write_atomically(path: Path, content: dict[str, object]) -> None:
     """Write a small JSON file so that a reader sees the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(content), encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -225,6 +224,9 @@ def locked(path: Path, on_wait: Callable[[], None] | None) -> Iterator[None]:
     Raises:
         CatalogueError: the lock is held and `on_wait` is None.
     """
+    # A file that is here needs no lock, and should not wait for this import.
+    import filelock
+
     partial = partial_folder(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(partial.with_name(partial.name + ".lock"))

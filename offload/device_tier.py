@@ -5,7 +5,6 @@ below, which finds it in DRAM or reads it, and is sent on; or it stays there, an
 computes it. All of it runs on the engine thread.
 """
 
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ import numpy.typing as npt
 
 from edgeroute.offload.counters import LayerCount
 from edgeroute.offload.expert_pool import ExpertPool
-from edgeroute.offload.expert_store import (
-    ExpertStore,
-)
+from edgeroute.offload.expert_store import ExpertStore
 from edgeroute.offload.expert_tier import ExpertTier, SlotParams
 from edgeroute.offload.expert_turns import cut_groups
 from edgeroute.offload.miss_gate import HostExpertsMode, MissGate
@@ -26,14 +23,9 @@ from edgeroute.offload.overlap_gate import OverlapGate
 from edgeroute.offload.page_table import Missing
 from edgeroute.offload.paging_log import writing
 from edgeroute.offload.prefetch_gate import GateReport
-from edgeroute.offload.tier_counts import (
-    TierCount,
-    TierCounters,
-    count_layer,
-    sum_counts,
-    with_hits,
-)
+from edgeroute.offload.tier_counts import TierCount, with_hits
 from edgeroute.offload.tier_link import suppose_uploads
+from edgeroute.offload.tier_misses import TierMisses
 from edgeroute.offload.tier_turns import Coming
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.experts import Held, Leased
@@ -92,16 +84,16 @@ class DeviceTier(ExpertTier):
         except BaseException:
             self._uploader.close()
             raise
-        n_layer = 1 + max(self._pool_of)
-        self.decode, self.prefill = TierCounters(n_layer), TierCounters(n_layer)
-        self._counters = self.decode
+        self._misses = TierMisses(self._uploader, self._pool_of, below)
         self.gate = MissGate(
             sum(pool.slots.n_slots for pool in self.pools) // len(self._pool_of),
             params.host_experts,
         )
         """Says who computes what is missing; whoever computes it tells it what that took."""
         self._held: list[_Group] = []
-        self._n_hits = [0] * (n_layer * self._n_expert)  # of each page, since it came
+        self._n_hits = [0] * (
+            (1 + max(self._pool_of)) * self._n_expert
+        )  # of each page, since it came
         self._turn: tuple[int, int] | None = None
         self._prefill = False
         self._stalled = 0.0
@@ -120,7 +112,7 @@ class DeviceTier(ExpertTier):
     def begin(self, *, prefill: bool) -> None:
         """Begin a pass: a token per sequence, or a ubatch of a prompt."""
         self._prefill = prefill
-        self._counters = self.prefill if prefill else self.decode
+        self._misses.begin(prefill=prefill)
         self._stalled = self.below.stalled_s
         self.below.begin(prefill=prefill)
         self.gate.begin(prefill=prefill)
@@ -162,15 +154,12 @@ class DeviceTier(ExpertTier):
         here = [e for e in experts if e not in away] if away else experts
         group, absent = self._take(il, here)
         if away:
-            table.counters.misses[il] += len(away)
-            self._counters.away[il] += len(away)
+            self._misses.left(il, len(away))
         host = self._ask_below(il, missing, absent)
         if host is None:
             return None
         if absent:
-            began = time.perf_counter()
-            self._send(il, absent, host)
-            self._arrived(il, len(absent), began, alone=True)
+            self._send(il, absent, host, alone=True)
         slot_of = dict(zip(here, group.slots, strict=True))
         return Leased([slot_of[e] if e in slot_of else host[e] for e in experts], (), away)
 
@@ -187,7 +176,7 @@ class DeviceTier(ExpertTier):
         away = absent and self._n_away(il, list(counts), len(absent), sum(absent.values()))
         if absent:
             self._record(il, list(absent))
-            self._turn = il, self._asked_below(il) - self._misses(il)
+            self._turn = il, self._asked_below(il) - pool.table.counters.misses[il]
         resident = cut_groups(here, counts, len(here), most)
         groups = deque(self._take(il, each)[0] for each in resident)
         coming = Coming(self.below, il, absent, most)
@@ -272,6 +261,8 @@ class DeviceTier(ExpertTier):
         slots, absent = pool.table.acquire(pages)
         group = _Group(pool, pages, slots)
         self._held.append(group)
+        for one in absent:
+            self._n_hits[one.page] = 0
         return group, absent
 
     def _ask_below(
@@ -286,7 +277,7 @@ class DeviceTier(ExpertTier):
             leased = self.below.lease(il, missing)
         finally:
             if leased is None:
-                self._failed(il, absent)
+                self._misses.failed(il, absent)
         return None if leased is None else dict(zip(missing, leased.slots, strict=True))
 
     def _record(self, il: int, missing: Sequence[int]) -> None:
@@ -294,40 +285,13 @@ class DeviceTier(ExpertTier):
         if self.below.recorder is not None:
             self.below.recorder.record(il, missing)
 
-    def _send(self, il: int, absent: Sequence[Missing], host: Mapping[int, int]) -> None:
-        """Send experts from their DRAM slots, which are held, to the device."""
-        pool, source = self._pool_of[il], self.below.pool(il)
-        tensors, infos = pool.slots.tensors(pool.infos(il)), source.infos(il)
-        n_sent = 0
-        try:
-            for page, slot, _, _ in absent:
-                from_slot = host[page % self._n_expert]
-                assert source.table.slot_of(page) == from_slot, "a DRAM slot was refilled"
-                for part, tensor in enumerate(tensors):
-                    data = source.slots.view(from_slot, infos, part)
-                    self._uploader.send(tensor, pool.slots.offset(slot, part), data)
-                pool.table.loaded(page)
-                self._n_hits[page] = 0
-                n_sent += 1
-        except BaseException:
-            self._failed(il, absent[n_sent:])
-            raise
-        finally:
-            self._counters.uploaded[il] += n_sent
-            self._counters.n_bytes[il] += n_sent * pool.plan.page_bytes
-
-    def _arrived(self, il: int, n_pages: int, began: float, *, alone: bool) -> None:
-        """Enter how long an upload took; `alone`, it is waited for and tells what uploads cost."""
+    def _send(
+        self, il: int, absent: Sequence[Missing], host: Mapping[int, int], *, alone: bool
+    ) -> None:
+        """Send experts to the device; `alone`, it is waited for and tells what uploads cost."""
+        seconds = self._misses.send(il, absent, host, wait=alone)
         if alone:
-            self._uploader.finish()
-        seconds = time.perf_counter() - began
-        self._counters.upload_s[il] += seconds
-        if alone:
-            self.gate.uploaded(n_pages, seconds)
-
-    def _failed(self, il: int, absent: Sequence[Missing]) -> None:
-        for one in absent:
-            self._pool_of[il].table.failed(one.page)
+            self.gate.uploaded(len(absent), seconds)
 
     def _release(self, group: _Group) -> None:
         self._held.remove(group)
@@ -352,9 +316,7 @@ class DeviceTier(ExpertTier):
         if not host:
             return None
         group, absent = self._take(il, list(host))
-        began = time.perf_counter()
-        self._send(il, absent, host)
-        self._arrived(il, len(absent), began, alone=not n_held)
+        self._send(il, absent, host, alone=not n_held)
         return group
 
     def _next_away(self, il: int, coming: Coming) -> Held | None:
@@ -362,12 +324,8 @@ class DeviceTier(ExpertTier):
         host = coming.take(coming.n_left)
         if not host or (self._prefill and self._device.stop_flag.is_set()):
             return None
-        self._pool_of[il].table.counters.misses[il] += len(host)
-        self._counters.away[il] += len(host)
+        self._misses.left(il, len(host))
         return Held(list(host), list(host.values()), away=True)
-
-    def _misses(self, il: int) -> int:
-        return self._pool_of[il].table.counters.misses[il]
 
     def _asked_below(self, il: int) -> int:
         counters = self.below.pool(il).table.counters
@@ -416,18 +374,10 @@ class DeviceTier(ExpertTier):
 
     def layers(self, *, prefill: bool) -> dict[int, TierCount]:
         """Return where each layer's experts were found so far, in decode or in prefill."""
-        own = self.prefill if prefill else self.decode
-        return {
-            il: count_layer(il, own, *(
-                pool.table.prefill if prefill else pool.table.decode
-                for pool in (self._pool_of[il], self.below.pool(il))
-            ))
-            for il in sorted(self._pool_of)
-        }  # fmt: skip
+        return self._misses.layers(prefill=prefill)
 
     def stats(self) -> dict[str, object]:
         """Return what the DRAM tier has cost, and in `device` what the device's slots have."""
-        kinds = {name: self.layers(prefill=name == "prefill") for name in ("decode", "prefill")}
         return self.below.stats() | {"device": {
             "name": self._device.info.name,
             "policy": self.tier_policy,
@@ -436,7 +386,5 @@ class DeviceTier(ExpertTier):
             "slots_bytes": self.slots_bytes,
             "warning": self.cliff.warning,
             "host_experts": self.gate.report().to_dict(),
-            **{name: sum_counts(layers.values()).to_dict() for name, layers in kinds.items()},
-            "layers": {name: [{"il": il} | count.to_dict() for il, count in layers.items()]
-                       for name, layers in kinds.items()},
+            **self._misses.stats(),
         }}  # fmt: skip

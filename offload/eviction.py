@@ -244,3 +244,15 @@ class Random:
 
     def members(self) -> Collection[int]:
         return self._where.keys()
+
+
+def check_empty(n_slots: int, policy: EvictionPolicy) -> None:
+    """Refuse to begin a table of pages that has no slot, or whose policy knows other pages.
+
+    Raises:
+        UsageError: no slot, or a policy that already has members.
+    """
+    if n_slots < 1:
+        raise UsageError(f"a pool needs at least 1 slot, got {n_slots}")
+    if policy.members():
+        raise UsageError(f"policy {policy.name} already has members; make one per table")

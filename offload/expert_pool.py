@@ -32,12 +32,14 @@ class ExpertLayer(NamedTuple):
 class PoolPlan:
     """Layers whose experts can share slots, known from the header alone.
 
-    `sidecar` says where their pages are, if not in the model's own file.
+    `sidecar` says where their pages are, if not in the model's own file; `file` is the number of
+    the one that has them, among those that a Transfer reads.
     """
 
     layers: tuple[ExpertLayer, ...]
     n_expert: int
     sidecar: Sidecar | None = None
+    file: int = PAGES_FILE
 
     @property
     def page_bytes(self) -> int:
@@ -60,13 +62,19 @@ class PoolPlan:
         return self.n_pages * self.slot_bytes
 
 
-def plan_pools(layers: Iterable[ExpertLayer], n_expert: int) -> list[PoolPlan]:
+def plan_pools(
+    layers: Iterable[ExpertLayer], n_expert: int, sidecar: Sidecar | None = None,
+    file: int = PAGES_FILE,
+) -> list[PoolPlan]:  # fmt: skip
     """Group layers by the shapes and types of their expert tensors."""
     groups: dict[tuple[object, ...], list[ExpertLayer]] = {}
     for layer in layers:
         key = tuple((info.type, info.ne) for info in layer.infos)
         groups.setdefault(key, []).append(layer)
-    return [PoolPlan(layers=tuple(group), n_expert=n_expert) for group in groups.values()]
+    return [
+        PoolPlan(layers=tuple(group), n_expert=n_expert, sidecar=sidecar, file=file)
+        for group in groups.values()
+    ]
 
 
 def in_sidecar(pools: Iterable[PoolPlan], sidecar: Sidecar) -> list[PoolPlan]:
@@ -173,11 +181,11 @@ class ExpertPool(Closing):
     def _extents(self, page: int, infos: Sequence[TensorInfo]) -> list[Extent]:
         sidecar, expert = self.plan.sidecar, page % self.plan.n_expert
         if sidecar is not None:
-            return sidecar.extents(PAGES_FILE, page, [info.name for info in infos])
+            return sidecar.extents(self.plan.file, page, [info.name for info in infos])
         extents = []
         for part, info in enumerate(infos):
             nbytes = info.nbytes // self.plan.n_expert
-            extents.append(Extent(PAGES_FILE, info.offset + expert * nbytes, nbytes, part))
+            extents.append(Extent(self.plan.file, info.offset + expert * nbytes, nbytes, part))
         return extents
 
     def resize(self, n_slots: int) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from edgeroute.offload import expert_stats
 from edgeroute.offload.counters import LayerCount
 from edgeroute.offload.expert_ahead import ExpertsAhead
+from edgeroute.offload.expert_copies import ExpertCopies
 from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
 from edgeroute.offload.expert_tier import ExpertTier, SlotParams
 from edgeroute.offload.expert_turns import TurnParams, Turns, cut_turns
@@ -115,6 +116,8 @@ class ExpertStore(ExpertTier):
         """Seconds that passes over the model have waited for reads so far."""
         self.pressure = Pressure(self.slots_bytes)
         self._log: PagingLog | None = None  # where the recorder writes a file
+        self.copies: ExpertCopies | None = None
+        """Copies of fewer bits beside the experts, where misses of little weight take those."""
 
     # a pass over the model
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeroute.offload.linucb import MAX_D, Arm, LinUCB
+from edgeroute.offload.polar_candidates import MAX_NAME_CHARS, Candidates
 from edgeroute.offload.polar_controller import (
     EpochController,
     EpochParams,
@@ -31,7 +32,6 @@ from edgeroute.offload.polar_state import PolarState, PolarStateError, SavedArm
 from edgeroute.runtime.errors import UsageError
 
 Vector = NDArray[np.float64]
-MAX_NAME_CHARS: Final = 255
 _MAX_NORM: Final = 16.0  # of a context: beyond, one request would outweigh hundreds
 
 
@@ -139,18 +139,14 @@ class AdapterRouter:
             raise UsageError(f"{n_resident} adapters cannot be resident; 0 is the least")
         self.params = params
         self.n_resident = n_resident
-        self._rng = np.random.default_rng(seed)
         self._bandit = LinUCB(params.d, params.ridge)
+        self._candidates = Candidates(self._bandit, params.utility_per_s, seed)
         self._controller = EpochController(params.epochs, params.d)
-        self._identities: dict[str, str] = {}
-        self._cost_s = np.zeros(0)  # these three by the bandit's rows
-        self._owed = np.zeros(0, dtype=np.int64)
-        self._tie = np.zeros(0)
         self._resident: frozenset[str] = frozenset()
         self._n_chosen = self._n_bypassed = self._n_forced = self._n_learned = 0
         self._n_learned_before = 0
         if params.base_arm:
-            self._enter(None, SavedArm(name=None))
+            self._candidates.restore(SavedArm(name=None), 0)
         for name in names:
             self.add(name, params.first_load_s)
         self._saved_resident: tuple[str, ...] = ()
@@ -168,9 +164,7 @@ class AdapterRouter:
         Raises:
             UsageError: the name is a candidate's or not a name, or load_s not a duration.
         """
-        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_CHARS:
-            raise UsageError(f"an adapter's name has 1 to {MAX_NAME_CHARS} characters: {name!r}")
-        self._enter(name, SavedArm(name=name, identity=identity, cost_s=_seconds(name, load_s)))
+        self._candidates.add(name, load_s, identity, self._controller.plays_owed)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Added again, it starts anew: also how one is replaced.
@@ -178,28 +172,13 @@ class AdapterRouter:
         Raises:
             UsageError: there is no such adapter.
         """
-        self._check_known(name)
-        row, last = self._bandit.remove(name), len(self._cost_s) - 1
-        for array in (self._cost_s, self._owed, self._tie):
-            array[row] = array[last]
-        self._cost_s, self._owed = self._cost_s[:last].copy(), self._owed[:last].copy()
-        self._tie = self._tie[:last].copy()
-        del self._identities[name]
+        self._candidates.remove(name)
         self._resident -= {name}
-
-    def _enter(self, arm: Arm, saved: SavedArm) -> None:
-        self._bandit.add(arm, saved.statistics)
-        owed = self._controller.plays_owed if arm is not None and saved.statistics is None else 0
-        self._cost_s = np.append(self._cost_s, saved.cost_s)
-        self._owed = np.append(self._owed, owed)
-        self._tie = np.append(self._tie, 1e-9 * self._rng.random())
-        if arm is not None:
-            self._identities[arm] = saved.identity
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that are candidates."""
-        return tuple(self._identities)
+        return self._candidates.names
 
     def choose(self, x: Vector, resident: Collection[str]) -> Choice:
         """Choose what serves a request.
@@ -216,11 +195,11 @@ class AdapterRouter:
         if not self._bandit.names:
             raise UsageError("there is no adapter to choose and the base model is no candidate")
         means, widths = self._bandit.score(x)
-        costs = self._costs(resident)
-        optimistic = means + self.params.alpha * widths + self._tie
+        costs = self._candidates.costs(resident)
+        optimistic = means + self.params.alpha * widths + self._candidates.tie
         forced = self._forced_row(means, widths, optimistic)
         row = int((optimistic - costs).argmax()) if forced is None else forced
-        self._resident = frozenset(name for name in resident if name in self._identities)
+        self._resident = frozenset(name for name in resident if name in self._candidates)
         arm = self._bandit.names[row]
         is_resident = arm is None or arm in self._resident
         self._n_chosen += 1
@@ -242,27 +221,21 @@ class AdapterRouter:
         pairs = zip(self._bandit.names, means.tolist(), strict=True)
         return {name: mean for name, mean in pairs if name is not None and name in names}
 
-    def _costs(self, resident: Collection[str]) -> Vector:
-        """Paging cost per row in reward units; more than the best reward never matters."""
-        costs = np.minimum(self._cost_s * self.params.utility_per_s, 1.0)
-        rows = [self._bandit.row(name) for name in (None, *resident)]
-        costs[[row for row in rows if row is not None]] = 0.0
-        return costs
-
     def _forced_row(self, means: Vector, widths: Vector, optimistic: Vector) -> int | None:
         """The adapter to be learned about with this request, None where none is promising.
 
         Those owed plays compete with wide bounds and their paging waived. Playing them on
         whatever comes would teach that a specialist is useless, by prompts not its own.
         """
-        if not self._controller.may_force or not self._owed.any():
+        owed = self._candidates.owed
+        if not self._controller.may_force or not owed.any():
             return None
         alpha = max(self.params.alpha, self.params.epochs.forced_alpha)
-        wide = means + alpha * widths + self._tie
-        row = int(np.where(self._owed > 0, wide, optimistic).argmax())
-        if self._owed[row] == 0:
+        wide = means + alpha * widths + self._candidates.tie
+        row = int(np.where(owed > 0, wide, optimistic).argmax())
+        if owed[row] == 0:
             return None
-        self._owed[row] -= 1
+        owed[row] -= 1
         self._controller.forced()
         self._n_forced += 1
         return row
@@ -300,9 +273,7 @@ class AdapterRouter:
         Raises:
             UsageError: there is no such adapter, or `seconds` is not a duration.
         """
-        row = self._check_known(name)
-        weight = self.params.cost_smoothing
-        self._cost_s[row] += weight * (_seconds(name, seconds) - self._cost_s[row])
+        self._candidates.paid(name, seconds, self.params.cost_smoothing)
 
     def wanted(self) -> ResidentPlan | None:
         """Plan the resident set where an epoch has ended; None where nothing should change.
@@ -312,8 +283,8 @@ class AdapterRouter:
         """
         if not self._planned:
             self._planned = True
-            saved = [name for name in self._saved_resident if name in self._identities]
-            return self._plan((saved or list(self._identities))[: self.n_resident])
+            saved = [name for name in self._saved_resident if name in self._candidates]
+            return self._plan((saved or list(self.names))[: self.n_resident])
         if not self._controller.due:
             return None
         horizon = self._controller.close_epoch()
@@ -323,7 +294,8 @@ class AdapterRouter:
 
     def _best_set(self, horizon: int) -> list[str]:
         contexts = self._controller.contexts.rows()
-        rows = np.array([self._bandit.row(name) for name in self._identities], dtype=np.int64)
+        names = self.names
+        rows = np.array([self._bandit.row(name) for name in names], dtype=np.int64)
         if not len(contexts) or not len(rows):
             return []
         means = np.clip(self._bandit.means(contexts), 0.0, 1.0)
@@ -331,12 +303,11 @@ class AdapterRouter:
         chosen = greedy_set(SetProblem(
             utilities=means[:, rows],
             floor=np.zeros(len(contexts)) if base is None else means[:, base],
-            costs=self._costs(())[rows],
-            loads=self._costs(self._resident)[rows],
+            costs=self._candidates.costs(())[rows],
+            loads=self._candidates.costs(self._resident)[rows],
             n_resident=self.n_resident,
             horizon=horizon,
         ))  # fmt: skip
-        names = tuple(self._identities)
         return [names[i] for i in chosen]
 
     def _begin_exploration(self) -> None:
@@ -346,12 +317,9 @@ class AdapterRouter:
         unanswered = self._n_chosen > 0 and self._n_learned == self._n_learned_before
         self._n_learned_before = self._n_learned
         if unanswered:
-            self._owed[:] = 0
+            self._candidates.owed[:] = 0
             return
-        self._owed = self._controller.begin_exploration(self._bandit.n_plays)
-        base = self._bandit.row(None)
-        if base is not None:
-            self._owed[base] = 0
+        self._candidates.owe(self._controller.begin_exploration(self._bandit.n_plays))
 
     def _plan(self, names: list[str]) -> ResidentPlan | None:
         if set(names) == self._resident:
@@ -373,25 +341,10 @@ class AdapterRouter:
             raise UsageError(f"a context's norm is at most {_MAX_NORM}, not {norm}")
         return found
 
-    def _check_known(self, name: str) -> int:
-        row = self._bandit.row(name) if name is not None else None
-        if row is None:
-            raise UsageError(f"there is no adapter {name!r} among the router's candidates")
-        return row
-
     def to_state(self) -> PolarState:
         """Copy all that must survive a restart."""
-        arms = tuple(
-            SavedArm(
-                name=arm,
-                identity="" if arm is None else self._identities[arm],
-                cost_s=float(self._cost_s[row]),
-                statistics=self._bandit.statistics(arm),
-            )
-            for row, arm in enumerate(self._bandit.names)
-        )
         return PolarState(
-            d=self.params.d, space=self.params.space, arms=arms,
+            d=self.params.d, space=self.params.space, arms=self._candidates.saved(),
             contexts=self._controller.contexts.rows(), counts=self._controller.counts(),
             resident=tuple(sorted(self._resident)),
         )  # fmt: skip
@@ -429,7 +382,7 @@ class AdapterRouter:
         for name, identity in identities.items():
             saved = known.get(name)
             if saved is not None and saved.identity == identity:
-                router._enter(name, saved)
+                router._candidates.restore(saved, router._controller.plays_owed)
             else:
                 router.add(name, params.first_load_s, identity)
         router._saved_resident = state.resident
@@ -437,29 +390,11 @@ class AdapterRouter:
 
     def stats(self) -> dict[str, object]:
         """What it has done: counts of requests, epochs and drifts, and per adapter."""
-        plays, costs_s = self._bandit.n_plays, self._cost_s
-        n_rows = min(len(plays), len(costs_s))
         return {
             "n_chosen": self._n_chosen,
             "n_bypassed": self._n_bypassed,
             "n_forced": self._n_forced,
             "n_learned": self._n_learned,
             "controller": asdict(self._controller.counts()),
-            "adapters": {
-                name: {
-                    "n_plays": float(plays[row]),
-                    "paging_s": float(costs_s[row]),
-                    "resident": name in self._resident,
-                }
-                for name in list(self._identities)  # other threads may ask for these figures
-                if (row := self._bandit.row(name)) is not None and row < n_rows
-            },
+            "adapters": self._candidates.stats(self._resident),
         }
-
-
-def _seconds(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-        raise UsageError(f"the paging time of {name!r} is a number of seconds, not {value!r}")
-    if not 0.0 <= value < math.inf:
-        raise UsageError(f"the paging time of {name!r} is 0 s or more, not {value}")
-    return float(value)

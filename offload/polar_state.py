@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edgeroute.offload.linucb import MAX_ARMS, MAX_D, ArmStatistics
 from edgeroute.offload.polar_controller import MAX_CONTEXTS, EpochCounts
 from edgeroute.runtime.errors import EdgerouteError
+from edgeroute.runtime.whole_file import replacing
 
 MAGIC: Final = b"EDGEPOLR"
 VERSION: Final = 1
@@ -67,28 +68,8 @@ def write_state(path: Path, state: PolarState) -> None:
         OSError: it could not be written; the old file is untouched.
     """
     content = encode_state(state)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where a folder can be opened (not on Windows)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(path) as part:
+        part.write_bytes(content)
 
 
 def read_state(path: Path, set_aside: bool = False) -> PolarState | None:

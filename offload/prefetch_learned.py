@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from edgeroute.offload.prefetch import Guess, check_size, rank_row
 from edgeroute.runtime.errors import ModelFileError, UsageError
+from edgeroute.runtime.extras import check_extra
 from edgeroute.runtime.units import format_bytes
 
 Array = npt.NDArray[np.float32]
@@ -216,13 +217,9 @@ def on_onnxruntime(model: RouteModel) -> Score:
     Raises:
         UsageError: onnxruntime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError(
-            "a learned predictor needs onnxruntime; pip install 'edgeroute[predict]', or "
-            "choose another predictor"
-        ) from error
+    check_extra("a learned predictor", "onnxruntime", otherwise="choose another predictor")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3

@@ -7,8 +7,8 @@ request is a few set operations. Counts are those of `PageTable`, bit for bit; t
 from collections.abc import Sequence, Set
 
 from edgeroute.offload.counters import LayerCounters
-from edgeroute.offload.eviction import EvictionPolicy, PoolShape
-from edgeroute.runtime.errors import CapacityError, UsageError
+from edgeroute.offload.eviction import EvictionPolicy, PoolShape, check_empty
+from edgeroute.runtime.errors import CapacityError
 
 
 class ReplayTable:
@@ -24,10 +24,7 @@ class ReplayTable:
         Raises:
             UsageError: no slot, or a policy that already has members.
         """
-        if n_slots < 1:
-            raise UsageError(f"a pool needs at least 1 slot, got {n_slots}")
-        if policy.members():
-            raise UsageError(f"policy {policy.name} already has members; make one per table")
+        check_empty(n_slots, policy)
         self.policy = policy
         self.n_slots = n_slots
         self.decode = LayerCounters(shape.n_layer, shape.page_bytes)

@@ -1,4 +1,6 @@
-"""A model's experts once more, each page in one piece: the file `<model>.pages` beside it.
+"""A model's experts once more, each page in one piece: files beside the model.
+
+`<model>.pages` has their own bytes, `<model>.copies` copies of fewer bits, in types of their own.
 
 In a GGUF an expert's slices lie in three tensors, far apart: the format gives a tensor no
 strides, and tensors follow each other without a gap. A sidecar has them side by side, every
@@ -22,10 +24,9 @@ from edgeroute.offload.disk import Disk, read_range
 from edgeroute.offload.load_plan import Extent
 from edgeroute.runtime.errors import ModelFileError
 from edgeroute.runtime.gguf import GGUFFile, TensorInfo
+from edgeroute.runtime.gguf_types import GGMLType
 
-MAGIC: Final = b"EDGEPAGE"
 VERSION: Final = 1
-SUFFIX: Final = ".pages"
 ALIGNMENT: Final = 4096
 """Of pages and of the parts within one: no disk has larger blocks in use."""
 MAX_HEADER_BYTES: Final = 16 << 20
@@ -37,6 +38,22 @@ _START: Final = struct.Struct("<8sII")
 _N_SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 _CHUNK_BYTES: Final = 1 << 20
+
+
+class Kind(NamedTuple):
+    """What a sidecar begins with, what its name ends in, and the command that writes it."""
+
+    magic: bytes
+    suffix: str
+    command: str
+
+
+PAGES: Final = Kind(b"EDGEPAGE", ".pages", "edgeroute convert pack")
+COPIES: Final = Kind(b"EDGECOPY", ".copies", "edgeroute convert copies")
+COPY_TYPES: Final = tuple(
+    GGMLType[name] for name in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
+)
+"""Types that copies may have, the best first; any processor multiplies them."""
 
 
 class Part(NamedTuple):
@@ -67,14 +84,14 @@ class SidecarHeader:
 class Sidecar:
     """Where the pages of a checked sidecar are."""
 
-    def __init__(self, header: SidecarHeader) -> None:
-        self.header = header
+    def __init__(self, header: SidecarHeader, kind: Kind = PAGES) -> None:
+        self.header, self._kind = header, kind
         self._parts = {
             il: {part.tensor: part for part in parts} for il, parts in header.layers.items()
         }
 
     def moved(self, il: int, infos: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
-        """Return a layer's expert tensors as they lie here, where the first expert's slices are.
+        """Return a layer's expert tensors as they are here, where the first expert's slices are.
 
         Raises:
             ModelFileError: it lacks one of them.
@@ -82,9 +99,15 @@ class Sidecar:
         parts = self._parts.get(il, {})
         if any(info.name not in parts for info in infos):
             raise ModelFileError(f"the sidecar lacks experts of layer {il}; write it again with "
-                                 "`edgeroute convert pack --force`, or delete it")  # fmt: skip
-        start = self.header.pages[il * self.header.n_expert]
-        return tuple(replace(info, offset=start + parts[info.name].at) for info in infos)
+                                 f"`{self._kind.command} --force`, or delete it")  # fmt: skip
+        n_expert = self.header.n_expert
+        start = self.header.pages[il * n_expert]
+        found = [(info, parts[info.name]) for info in infos]
+        return tuple(
+            replace(info, offset=start + part.at, type=GGMLType[part.type],
+                    nbytes=part.nbytes * n_expert)
+            for info, part in found
+        )  # fmt: skip
 
     def extents(self, file: int, page: int, tensors: Sequence[str]) -> list[Extent]:
         """Return the extents of a page: part i is the slice of `tensors[i]`.
@@ -102,15 +125,15 @@ class Sidecar:
         if start is None or parts is None or any(name not in parts for name in tensors):
             raise ModelFileError(
                 f"the sidecar has no page {page} with {', '.join(tensors)}; write it again with "
-                "`edgeroute convert pack --force`"
+                f"`{self._kind.command} --force`"
             )
         found = [parts[name] for name in tensors]
         return [Extent(file, start + part.at, part.nbytes, i) for i, part in enumerate(found)]
 
 
-def sidecar_path(model: Path) -> Path:
+def sidecar_path(model: Path, kind: Kind = PAGES) -> Path:
     """Where the sidecar of a model is, if there is one."""
-    return model.with_name(model.name + SUFFIX)
+    return model.with_name(model.name + kind.suffix)
 
 
 def padded(n_bytes: int) -> int:
@@ -142,7 +165,7 @@ def fingerprint(model: Disk, data_offset: int) -> str:
     return digest.hexdigest()
 
 
-def encode_header(header: SidecarHeader) -> bytes:
+def encode_header(header: SidecarHeader, kind: Kind = PAGES) -> bytes:
     """Return a sidecar's first bytes, up to the first page.
 
     Raises:
@@ -163,12 +186,14 @@ def encode_header(header: SidecarHeader) -> bytes:
     if len(text) > MAX_HEADER_BYTES:
         raise ModelFileError(f"a header of {len(text)} bytes is beyond {MAX_HEADER_BYTES}; "
                              "the model has too many experts for a sidecar")  # fmt: skip
-    start = _START.pack(MAGIC, VERSION, len(text)) + text
+    start = _START.pack(kind.magic, VERSION, len(text)) + text
     return start.ljust(padded(len(start)), b"\0")
 
 
-def read_sidecar(disk: Disk, model: Disk, file: GGUFFile) -> Sidecar:
+def read_sidecar(disk: Disk, model: Disk, file: GGUFFile, kind: Kind = PAGES) -> Sidecar:
     """Check a sidecar against itself and against its model, a block of each layer included.
+
+    Of copies no block can be compared; their types and lengths are checked instead.
 
     Args:
         disk: the sidecar, which the Transfer then reads.
@@ -178,7 +203,7 @@ def read_sidecar(disk: Disk, model: Disk, file: GGUFFile) -> Sidecar:
     Raises:
         ModelFileError: it is malformed, or belongs to another model.
     """
-    checker = _Checker(disk)
+    checker = _Checker(disk, kind)
     header, refuse = checker.read(), checker.fail
     if header.model_bytes != model.size_bytes:
         refuse(f"it was made from a model of {header.model_bytes} bytes, and "
@@ -190,14 +215,34 @@ def read_sidecar(disk: Disk, model: Disk, file: GGUFFile) -> Sidecar:
             info = file.tensors.get(part.tensor)
             if info is None:
                 refuse(f"layer {il} has the tensor {part.tensor!r}, which the model lacks")
-            if info.type.name != part.type or info.nbytes != part.nbytes * header.n_expert:
+            if (part.type, part.nbytes) not in _slices(info, header.n_expert, kind):
                 refuse(
                     f"its slices of {part.tensor} are {part.nbytes} bytes of {part.type}, "
                     f"not a {header.n_expert}th of {info.nbytes} bytes of {info.type.name}"
+                    + (" or less of another type" if kind is COPIES else "")
                 )
-        if not _same_block(disk, model, file, (header, il)):
+        if kind is PAGES and not _same_block(disk, model, file, (header, il)):
             refuse(f"its experts of layer {il} are not those of {model.path.name}")
-    return Sidecar(header)
+    return Sidecar(header, kind)
+
+
+def _slices(info: TensorInfo, n_expert: int, kind: Kind) -> set[tuple[str, int]]:
+    """Return the type and the bytes that a slice of a tensor may have."""
+    if len(info.ne) != 3 or info.ne[2] != n_expert:
+        return set()
+    own = info.nbytes // n_expert
+    found = {(info.type.name, own)}
+    if kind is COPIES:
+        smaller = {each: copy_bytes(info, each) for each in COPY_TYPES}
+        found |= {(each.name, n) for each, n in smaller.items() if n is not None and n <= own}
+    return found
+
+
+def copy_bytes(info: TensorInfo, kind: GGMLType) -> int | None:
+    """Return the bytes of an expert's slice in a type; None where its rows are no whole blocks."""
+    if info.ne[0] % kind.block_size:
+        return None
+    return kind.nbytes(info.ne[:2])
 
 
 def _same_block(disk: Disk, model: Disk, file: GGUFFile, at: tuple[SidecarHeader, int]) -> bool:
@@ -216,13 +261,13 @@ def _same_block(disk: Disk, model: Disk, file: GGUFFile, at: tuple[SidecarHeader
 class _Checker:
     """Parses a header that nobody vouches for; each step compares before it uses."""
 
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
+    def __init__(self, disk: Disk, kind: Kind) -> None:
+        self._disk, self._kind = disk, kind
 
     def fail(self, reason: str) -> Never:
         raise ModelFileError(
             f"the sidecar {self._disk.path} cannot be used: {reason}; write it again with "
-            "`edgeroute convert pack --force`, or delete it"
+            f"`{self._kind.command} --force`, or delete it"
         )
 
     def read(self) -> SidecarHeader:
@@ -249,8 +294,8 @@ class _Checker:
         if size < _START.size:
             self.fail(f"it has {size} bytes, too few for a header")
         magic, version, n_header = _START.unpack(read_range(self._disk, 0, _START.size))
-        if magic != MAGIC:
-            self.fail(f"it starts with {magic!r}, not {MAGIC!r}")
+        if magic != self._kind.magic:
+            self.fail(f"it starts with {magic!r}, not {self._kind.magic!r}")
         if version != VERSION:
             self.fail(f"it is of version {version}, and only {VERSION} is read")
         if n_header > min(MAX_HEADER_BYTES, size - _START.size):

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from edgeroute.offload.counters import LayerCounters
-from edgeroute.offload.eviction import EvictionPolicy, PoolShape
+from edgeroute.offload.eviction import EvictionPolicy, PoolShape, check_empty
 from edgeroute.runtime.errors import UsageError
 
 
@@ -36,10 +36,7 @@ class SlotBook:
         Raises:
             UsageError: no slot, or a policy that already has members.
         """
-        if n_slots < 1:
-            raise UsageError(f"a pool needs at least 1 slot, got {n_slots}")
-        if policy.members():
-            raise UsageError(f"policy {policy.name} already has members; make one per table")
+        check_empty(n_slots, policy)
         self.shape = shape
         self.policy = policy
         self.decode = LayerCounters(shape.n_layer, shape.page_bytes)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edgeroute.offload.trace_file import TraceReader
 from edgeroute.offload.trace_records import Mark, Record, StepPaging, Trace, TraceStep
-from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.extras import check_extra
 
 GROUP_ROWS: Final = 1 << 17
 """Rows that are held at most before they are written."""
@@ -80,13 +80,7 @@ def export_parquet(
         TraceError: the file is no trace, or a record contradicts its header.
         OSError: a file cannot be read or written.
     """
-    try:
-        importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise UsageError(
-            f"Parquet needs pyarrow, which is not here ({error}); install edgeroute[report], "
-            f"or export CSV"
-        ) from error
+    check_extra("Parquet", "pyarrow", otherwise="export CSV")
     return _export(source, Path(path), _ParquetSink)
 
 

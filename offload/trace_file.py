@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO, Final, Self
+from typing import BinaryIO, Final
 
 from edgeroute.offload.trace_codec import (
     HEAD_BYTES,
@@ -31,12 +31,13 @@ from edgeroute.offload.trace_records import (
     TraceMeta,
     TraceStep,
 )
+from edgeroute.runtime.closing import Closing
 
 _START: Final = struct.Struct("<8sII")
 _VERSION_AT: Final = len(MAGIC)
 
 
-class TraceReader:
+class TraceReader(Closing):
     """Reads a file record by record, holding one at a time. A context manager and an iterator.
 
     Attributes:
@@ -88,12 +89,6 @@ class TraceReader:
     def close(self) -> None:
         """Close the file; closing twice does nothing."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def iter_trace(path: str | os.PathLike[str]) -> Iterator[Record]:
@@ -160,7 +155,7 @@ def _read_start(file: BinaryIO) -> tuple[int, TraceMeta]:
     return version, TraceMeta(**{**fields, "layers": tuple(fields["layers"])})
 
 
-class TraceWriter:
+class TraceWriter(Closing):
     """Appends records to a file, each whole when `append` returns. A context manager.
 
     A file of version 1 becomes one of the present version, which only adds kinds of records.
@@ -231,9 +226,3 @@ class TraceWriter:
     def close(self) -> None:
         """Close the file; closing twice does nothing."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

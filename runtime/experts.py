@@ -123,5 +123,12 @@ class MissRule(Protocol):
     ) -> npt.NDArray[np.bool_]:
         """Mark what is not computed, bool (n_tokens, k), never all of a token's; see `swap`."""
 
-    def count(self, il: int, *, replaced: int, dropped: int, saved: int) -> None:
+    def degrade(
+        self, weights: npt.NDArray[np.float32], here: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:  # fmt: skip
+        """Mark what a copy of fewer bits will do for, bool (n_tokens, k), never a token's best."""
+
+    def count(
+        self, il: int, *, replaced: int = 0, dropped: int = 0, saved: int = 0, degraded: int = 0
+    ) -> None:
         """Learn what became of a layer's choice; `saved` experts were not read for it."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from edgeroute.runtime.depth import ExpertRule, Steps
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
-from edgeroute.runtime.kv_cache import KV_TYPES, KvCache
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.lora import LoraShape, LoraSlots
 from edgeroute.runtime.lora_graph import LoraInputs, LoraUse
 from edgeroute.runtime.tensor import (
@@ -284,9 +284,8 @@ class Builder:
         if v is not None:
             pairs.append((self.kv.v[row], self._rotate(v, turn_v)))
         for cache, new in pairs:
-            width, far = shape(cache)[0], strides(new)[2]
-            flat = self.g.ggml_view_2d(self.ctx, new, width, self.n_tokens, far, 0)
-            written = self.g.ggml_set_rows(self.ctx, cache, flat, self.inputs.rows)
+            by_head = self.g.ggml_permute(self.ctx, new, 0, 2, 1, 3)
+            written = self.g.ggml_set_rows(self.ctx, cache, by_head, self.inputs.rows)
             self.g.ggml_build_forward_expand(self.graph, written)
 
     def attend(
@@ -320,7 +319,7 @@ class Builder:
                 first * nb[2],
             )  # fmt: skip
             mine = g.ggml_permute(ctx, mine, 0, 2, 1, 3)
-            k = self._cells(self.kv.k[row], group, n_embd_head)
+            k = self._cells(self.kv.k[row], group)
             v = self._value_cells(row, group)
             out = g.ggml_flash_attn_ext(ctx, mine, k, v, mask, scale, 0.0, 0.0)
             if sinks is not None:
@@ -356,10 +355,10 @@ class Builder:
                 slots.extend(MaskSlot(mask, i * n_kv * n_tokens) for i in range(len(group)))
         return list(dict.fromkeys(slot.tensor for slot in slots))
 
-    def keys(self, il: int, n_embd_head: int) -> Tensor:
+    def keys(self, il: int) -> Tensor:
         """View the keys of a batch of one segment: [n_embd_head, n_kv, n_head_kv]."""
         (group,) = self._groups
-        return self._cells(self.kv.k[self._kv_row(il)], group, n_embd_head)
+        return self._cells(self.kv.k[self._kv_row(il)], group)
 
     def _kv_row(self, il: int) -> int:
         return il if self.kv_row is None else self.kv_row
@@ -368,23 +367,22 @@ class Builder:
         """View a group's values as [n_embd_head_v, n_kv, n_head_kv, n_segments]."""
         kv = self.kv.shape
         if not kv.v_in_k:
-            return self._cells(self.kv.v[row], group, kv.value_head)
-        keys = self._cells(self.kv.k[row], group, kv.n_embd_head)
+            return self._cells(self.kv.v[row], group)
+        keys = self._cells(self.kv.k[row], group)
         ne, nb = shape(keys), strides(keys)
         return self.g.ggml_view_4d(
             self.ctx, keys, kv.value_head, ne[1], ne[2], ne[3], nb[1], nb[2], nb[3], 0
         )
 
-    def _cells(self, cache: Tensor, group: tuple[Segment, ...], n_embd_head: int) -> Tensor:
+    def _cells(self, cache: Tensor, group: tuple[Segment, ...]) -> Tensor:
         """View a group's cells as [n_embd_head, n_kv, n_head_kv, n_segments]."""
-        g, width = self.g, shape(cache)[0]
-        kind = KV_TYPES[self.kv.shape.kv_type]
-        row, head = g.ggml_row_size(kind, width), g.ggml_row_size(kind, n_embd_head)
+        n_embd_head, _, n_heads, _ = shape(cache)
+        _, cell, head, _ = strides(cache)
         start = group[0].start
         step = group[1].start - start if len(group) > 1 else group[0].n_kv
-        return g.ggml_view_4d(
-            self.ctx, cache, n_embd_head, group[0].n_kv, width // n_embd_head, len(group),
-            row, head, step * row, start * row,
+        return self.g.ggml_view_4d(
+            self.ctx, cache, n_embd_head, group[0].n_kv, n_heads, len(group),
+            cell, head, step * cell, start * cell,
         )  # fmt: skip
 
     def keep(self, value: Tensor, place: Tensor) -> None:

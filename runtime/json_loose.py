@@ -5,8 +5,10 @@ from typing import Any, Final
 
 from edgeroute.runtime.errors import GrammarError
 from edgeroute.runtime.gbnf import MAX_REPEAT
+from edgeroute.runtime.json_keywords import KEYWORDS
 from edgeroute.runtime.json_pattern import pattern_to_gbnf
-from edgeroute.runtime.json_schema import FORMATS, KEYWORDS, load_schema
+from edgeroute.runtime.json_scalars import FORMATS
+from edgeroute.runtime.json_schema import load_schema
 
 _DEFINITIONS: Final = ("$defs", "definitions")
 _NEVER: Final = frozenset(("multipleOf", "minProperties", "maxProperties", "uniqueItems"))

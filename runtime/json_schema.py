@@ -11,48 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgeroute.runtime.errors import GrammarError
-from edgeroute.runtime.gbnf import MAX_REPEAT
 from edgeroute.runtime.json_disjoint import are_disjoint
-from edgeroute.runtime.json_pattern import pattern_to_gbnf
-from edgeroute.runtime.json_ranges import integer_range
+from edgeroute.runtime.json_keywords import COMBINERS, KEYWORDS, kinds_of, meaningful, unsupported
+from edgeroute.runtime.json_scalars import bounds, is_of, literal, number_rule, string_rule
 
 MAX_CHARS = 1 << 17
 MAX_DEPTH = 40
 MAX_NODES = 4000
 MAX_ENUM = 1000
 MAX_CHOICES = 200
-
-TYPES = ("string", "number", "integer", "boolean", "null", "object", "array")
-_ANNOTATIONS = (
-    "title description default examples deprecated readOnly writeOnly discriminator "
-    "$schema $id $comment $defs definitions"
-)
-ANNOTATIONS = frozenset(_ANNOTATIONS.split())
-COMBINERS = frozenset(("$ref", "anyOf", "oneOf", "allOf"))
-_OF_TYPE = {
-    "string": "minLength maxLength pattern format",
-    "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf",
-    "object": "properties required additionalProperties minProperties maxProperties",
-    "array": "items prefixItems minItems maxItems uniqueItems",
-}
-KEYWORDS = {word: kind for kind, words in _OF_TYPE.items() for word in words.split()}
-KNOWN = ANNOTATIONS | COMBINERS | KEYWORDS.keys() | {"type", "const", "enum"}
-
-_DAYS = '"0" [1-9] | "1" [0-9] | "2" [0-8]'
-_DATE = (
-    f'[0-9]{{4}} "-" ("02-" ({_DAYS}) | ("04" | "06" | "09" | "11") "-" ({_DAYS} | "29" | "30") '
-    f'| ("01" | "03" | "05" | "07" | "08" | "10" | "12") "-" ({_DAYS} | "29" | "3" [01]))'
-)
-_TIME = (
-    '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{1,6})? '
-    '("Z" | [+-] ([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9])'
-)
-FORMATS = {
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f'{_DATE} "T" {_TIME}',
-    "uuid": '[0-9a-f]{8} "-" [0-9a-f]{4} "-" [0-9a-f]{4} "-" [0-9a-f]{4} "-" [0-9a-f]{12}',
-}
 
 PRIMITIVES = {
     "ws": r'| " " | "\n" [ \t]{0,20}',
@@ -183,16 +150,16 @@ class _Converter:
             return "value"
         if not isinstance(schema, Mapping):
             raise GrammarError(f"schema {where}: expected a schema that can be met, got {schema!r}")
-        words = _meaningful(schema, where)
+        words = meaningful(schema, where)
         combiner = next((w for w in words if w in COMBINERS), None)
         if combiner is not None:
             if len(words) > 1:
                 others = ", ".join(w for w in words if w != combiner)
-                raise _unsupported(where, f"{combiner} beside {others}")
+                raise unsupported(where, f"{combiner} beside {others}")
             return self.combined(combiner, schema[combiner], where, depth)
         if "const" in schema or "enum" in schema:
             return self.add(where, self.literals(schema, where))
-        kinds = _kinds(schema, words, where)
+        kinds = kinds_of(schema, words, where)
         bodies = [self.kind(kind, schema, where, depth) for kind in kinds]
         return self.add(where, " | ".join(bodies)) if kinds else "value"
 
@@ -202,9 +169,9 @@ class _Converter:
         if not isinstance(value, list) or not 0 < len(value) <= MAX_CHOICES:
             raise GrammarError(f"schema {where}: {word} must list 1 to {MAX_CHOICES} schemas")
         if word == "allOf" and len(value) > 1:
-            raise _unsupported(where, "allOf with more than one schema")
+            raise unsupported(where, "allOf with more than one schema")
         if word == "oneOf" and not are_disjoint(value):
-            raise _unsupported(
+            raise unsupported(
                 where, "oneOf whose schemas may overlap; use anyOf, or one type or const each"
             )
         names = [self.rule(s, f"{where}/{word}/{i}", depth + 1) for i, s in enumerate(value)]
@@ -213,7 +180,7 @@ class _Converter:
     def reference(self, ref: Any, where: str, depth: int) -> str:
         """The rule of a local reference; remote ones are never fetched."""
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
-            raise _unsupported(where, f"$ref to {ref!r} (only '#/...' inside the schema)")
+            raise unsupported(where, f"$ref to {ref!r} (only '#/...' inside the schema)")
         if ref not in self.refs:
             target = _resolve(self.root, ref, where)
             # Named before it is visited, so that a schema may contain itself.
@@ -228,19 +195,19 @@ class _Converter:
             raise GrammarError(f"schema {where}: enum must be a list of at most {MAX_ENUM} values")
         extra = schema.keys() & KEYWORDS.keys()
         if extra or ("const" in schema and "enum" in schema):
-            raise _unsupported(where, "const or enum beside other constraints")
+            raise unsupported(where, "const or enum beside other constraints")
         if "type" in schema:
-            kinds = _kinds(schema, ["type"], where)
-            values = [v for v in values if any(_is_of(v, kind) for kind in kinds)]
+            kinds = kinds_of(schema, ["type"], where)
+            values = [v for v in values if any(is_of(v, kind) for kind in kinds)]
         if not values:
             raise GrammarError(f"schema {where}: no value is allowed by enum and type together")
-        return " | ".join(dict.fromkeys(_literal(v, where) for v in values))
+        return " | ".join(dict.fromkeys(literal(v, where) for v in values))
 
     def kind(self, kind: str, schema: Mapping[str, Any], where: str, depth: int) -> str:
         if kind == "string":
-            return _string(schema, where)
+            return string_rule(schema, where)
         if kind in ("number", "integer"):
-            return _number(kind, schema, where)
+            return number_rule(kind, schema, where)
         if kind == "object":
             return self.object(schema, where, depth)
         if kind == "array":
@@ -250,7 +217,7 @@ class _Converter:
     def object(self, schema: Mapping[str, Any], where: str, depth: int) -> str:
         for word in ("minProperties", "maxProperties"):
             if word in schema:
-                raise _unsupported(where, word)
+                raise unsupported(where, word)
         properties, extra = schema.get("properties", {}), schema.get("additionalProperties", True)
         required = schema.get("required", [])
         if not isinstance(properties, Mapping) or not isinstance(required, list):
@@ -279,7 +246,7 @@ class _Converter:
 
     def member(self, name: str, schema: Any, where: str, depth: int) -> str:
         place = f"{where}/properties/{name}"
-        return f'{_literal(name, where)} ":" ws {self.rule(schema, place, depth + 1)}'
+        return f'{literal(name, where)} ":" ws {self.rule(schema, place, depth + 1)}'
 
     def members(self, pairs: Sequence[tuple[str, bool]], where: str) -> str:
         """Properties in order, the optional ones left out at will, with commas between."""
@@ -295,14 +262,14 @@ class _Converter:
 
     def array(self, schema: Mapping[str, Any], where: str, depth: int) -> str:
         if schema.get("uniqueItems", False) is not False:
-            raise _unsupported(where, "uniqueItems")
-        low, high = _bounds(schema, "minItems", "maxItems", where)
+            raise unsupported(where, "uniqueItems")
+        low, high = bounds(schema, "minItems", "maxItems", where)
         prefix, items = schema.get("prefixItems", []), schema.get("items", True)
         if not isinstance(prefix, list):
             raise GrammarError(f"schema {where}: prefixItems must be a list")
         if prefix:
             if low > len(prefix) or (high is not None and high < len(prefix)):
-                raise _unsupported(where, "prefixItems of another length than minItems..maxItems")
+                raise unsupported(where, "prefixItems of another length than minItems..maxItems")
             parts = [
                 self.rule(s, f"{where}/prefixItems/{i}", depth + 1) for i, s in enumerate(prefix)
             ]
@@ -318,80 +285,6 @@ class _Converter:
         return f'"[" ws {body} "]"' if low else f'"[" ws ({body})? "]"'
 
 
-def _meaningful(schema: Mapping[str, Any], where: str) -> list[str]:
-    """Keywords that constrain; unknown ones are refused, because ignoring them is not safe."""
-    words = []
-    for word in schema:
-        if word not in KNOWN and not word.startswith("x-"):
-            raise _unsupported(where, word)
-        if word in KNOWN - ANNOTATIONS:
-            words.append(word)
-    return words
-
-
-def _kinds(schema: Mapping[str, Any], words: Sequence[str], where: str) -> list[str]:
-    """The types a schema allows, taken from its keywords where it names none."""
-    if "type" in schema:
-        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    else:
-        kinds = sorted({KEYWORDS[word] for word in words})
-        if len(kinds) > 1:
-            raise _unsupported(where, f"keywords of several types without type ({words})")
-    if not all(kind in TYPES for kind in kinds) or ("type" in schema and not kinds):
-        raise GrammarError(f"schema {where}: type must be among {', '.join(TYPES)}, got {kinds!r}")
-    return list(dict.fromkeys(kinds))
-
-
-def _string(schema: Mapping[str, Any], where: str) -> str:
-    low, high = _bounds(schema, "minLength", "maxLength", where)
-    has_length = low > 0 or high is not None
-    special = [word for word in ("pattern", "format") if word in schema]
-    if len(special) + has_length > 1:
-        raise _unsupported(where, "more than one of pattern, format and a length")
-    if "pattern" in schema:
-        return rf'"\"" {pattern_to_gbnf(schema["pattern"], where)} "\""'
-    if "format" in schema:
-        if not isinstance(schema["format"], str) or schema["format"] not in FORMATS:
-            raise _unsupported(where, f"format {schema['format']!r} (known: {', '.join(FORMATS)})")
-        return rf'"\"" {FORMATS[schema["format"]]} "\""'
-    if not has_length:
-        return "string"
-    return rf'"\"" char{{{low},{"" if high is None else high}}} "\""'
-
-
-def _number(kind: str, schema: Mapping[str, Any], where: str) -> str:
-    words = [w for w in _OF_TYPE["number"].split() if w in schema]
-    if not words:
-        return kind
-    if "multipleOf" in words:
-        raise _unsupported(where, "multipleOf")
-    limits = {w: schema[w] for w in words}
-    for word, value in limits.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise GrammarError(f"schema {where}: {word} must be a number, got {value!r}")
-    if kind == "number":
-        if limits == {"minimum": 0}:
-            return '("0" | [1-9] [0-9]{0,15}) fraction'
-        raise _unsupported(where, f"{', '.join(words)} on a number; use integer, or minimum 0")
-    return integer_range(limits, where)
-
-
-def _bounds(
-    schema: Mapping[str, Any], low_word: str, high_word: str, where: str
-) -> tuple[int, int | None]:
-    low, high = schema.get(low_word, 0), schema.get(high_word)
-    for word, value in ((low_word, low), (high_word, high)):
-        if word not in schema:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_REPEAT:
-            raise GrammarError(
-                f"schema {where}: {word} must be between 0 and {MAX_REPEAT}, got {value!r}"
-            )
-    if high is not None and high < low:
-        raise GrammarError(f"schema {where}: {low_word} {low} is above {high_word} {high}")
-    return low, high
-
-
 def _resolve(root: Any, ref: str, where: str) -> Any:
     target = root
     for part in ref.split("/")[1:]:
@@ -403,25 +296,3 @@ def _resolve(root: Any, ref: str, where: str) -> Any:
         else:
             raise GrammarError(f"schema {where}: $ref {ref!r} leads nowhere")
     return target
-
-
-def _is_of(value: Any, kind: str) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean"
-    classes = {"string": str, "number": int | float, "integer": int, "null": type(None)}
-    return isinstance(value, classes.get(kind, Mapping if kind == "object" else list))
-
-
-def _literal(value: Any, where: str) -> str:
-    """A GBNF literal of a value's JSON text."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except ValueError as error:
-        raise GrammarError(f"schema {where}: {value!r} has no JSON text ({error})") from None
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\x7f", "\\x7F")
-    return f'"{escaped}"'
-
-
-def _unsupported(where: str, what: str) -> GrammarError:
-    return GrammarError(f"schema {where}: {what} is not supported; nothing was generated")

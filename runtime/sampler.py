@@ -95,7 +95,7 @@ class Sampler(Closing):
         )
 
     @functools.cached_property
-    def _rng(self) -> np.random.Generator:
+    def _rng(self) -> "np.random.Generator":
         # Made by the first draw: greedy answers should not wait for its import.
         return np.random.Generator(np.random.PCG64(self.seed))
 

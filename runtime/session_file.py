@@ -29,7 +29,7 @@ from edgeroute.runtime.errors import SessionFileError
 from edgeroute.runtime.sequence import CLASS_GROUPED, CLASS_SINGLE, CLASS_TILED, Classes
 
 MAGIC: Final = b"EDGRSESS"
-VERSION: Final = 1
+VERSION: Final = 2
 BLOCK_BYTES: Final = 2 << 20
 MAX_CELLS: Final = 1 << 22
 MAX_CELL_BYTES: Final = 1 << 26

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from edgeroute.runtime import vocab_stamp
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import ClosedError, ContextError, ModelFileError, UsageError
-from edgeroute.runtime.fence import Fence
 from edgeroute.runtime.ggml import llama as lib
 from edgeroute.runtime.ggml.llama import last_errors, llama
 from edgeroute.runtime.records import SamplingParams
 
 if TYPE_CHECKING:
+    from edgeroute.runtime.fence import Fence
     from edgeroute.runtime.gguf import GGUFFile
     from edgeroute.runtime.grammar import Grammar
 
@@ -195,7 +195,7 @@ class Tokenizer(Closing):
         return self._tokenize_span(data, parse_special=False, first=False)
 
     def encode_fenced(
-        self, rendered: str, fence: Fence, *, add_bos: bool, max_tokens: int | None = None
+        self, rendered: str, fence: "Fence", *, add_bos: bool, max_tokens: int | None = None
     ) -> list[int]:
         """Encode a rendered chat template whose user text was guarded by `fence`.
 
@@ -224,8 +224,11 @@ class Tokenizer(Closing):
         """
         self._refuse_hopeless(b"".join(map(encode_utf8, texts)), max_tokens)
 
-    def fence(self, *texts: str) -> Fence:
+    def fence(self, *texts: str) -> "Fence":
         """Make a fence for one rendering; `texts` are all strings that it will see."""
+        # A plain prompt should not wait for this import.
+        from edgeroute.runtime.fence import Fence
+
         return Fence(self._control_texts, texts)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:

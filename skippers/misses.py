@@ -1,14 +1,16 @@
 """Which of a token's chosen experts it does without because they are not in memory.
 
-Two rules, both off unless asked for, both for one token at a time. They look at residency, which
-is history: equal prompts may get other answers. Neither touches the expert that weighs most.
+Three rules, all off unless asked for, all for one token at a time. They look at residency, which
+is history: equal prompts may get other answers. None touches the expert that weighs most.
 
     swap    experts rated within a margin of the last chosen one are near ties: of those, ones in
             memory are taken before ones that would have to be read.
             Source: cache-aware routing (arXiv 2412.00099), with ties instead of a bonus.
     drop    a missing expert is left out where those that weigh more have all but a share of the
             chosen ones' weight already, so that a layer loses that share at most.
-            Source: HOBBIT (arXiv 2411.01433), its cumulative rule: T1 is 1 less the share.
+            Source: HOBBIT (arXiv 2411.01433), its cumulative rule: T2 is 1 less the share.
+    degrade by the same rule with a larger share, a missing expert that is not left out is computed
+            from a copy of fewer bits. Source: HOBBIT, whose T1 is 1 less this share.
 """
 
 from collections import Counter
@@ -79,20 +81,23 @@ def swapped(numbers: Numbers, nats: Weights, here: Marks, margin: float) -> Numb
 
 @dataclass(slots=True, kw_only=True)
 class MissLevers:
-    """Both rules of one model, and what they did. The engine thread owns it.
+    """The rules of one model, and what they did. The engine thread owns it.
 
     Attributes:
         drop_misses: share of a token's weight in a layer that missing experts may take with them.
         prefer_resident: margin of near ties, nats.
-        dropped, replaced: experts of a token and layer, counted each time.
+        degrade_misses: share of a token's weight that copies of missing experts may stand for.
+        dropped, replaced, degraded: experts of a token and layer, counted each time.
         saved: experts that were not read for it, by layer; one that several tokens of a pass did
             without counts once, and not at all where another token had it read.
     """
 
     drop_misses: float = 0.0
     prefer_resident: float = 0.0
+    degrade_misses: float = 0.0
     dropped: int = 0
     replaced: int = 0
+    degraded: int = 0
     saved: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -108,8 +113,15 @@ class MissLevers:
         """Mark what is done without: see `dropped`."""
         return dropped(weights, here, self.drop_misses)
 
-    def count(self, il: int, *, replaced: int, dropped: int, saved: int) -> None:
+    def degrade(self, weights: Weights, here: Marks) -> Marks:
+        """Mark what a copy will do for: see `dropped`, whose rule it is."""
+        return dropped(weights, here, self.degrade_misses)
+
+    def count(
+        self, il: int, *, replaced: int = 0, dropped: int = 0, saved: int = 0, degraded: int = 0
+    ) -> None:
         """Enter what became of a layer's choice."""
+        self.degraded += degraded
         self.replaced += replaced
         self.dropped += dropped
         self.saved[il] += saved

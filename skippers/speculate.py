@@ -4,6 +4,7 @@ A pass over several tokens yields those of a draft that the model would have wri
 and one more. Whether that pays is a matter of prices on this machine now: what a pass over k
 tokens takes, what a draft takes, how many of its tokens are accepted. All three are measured
 while decoding. Drafts that lose are left, and tried again now and then, less and less often.
+Guesses that cost nothing are judged without a pass, and draft where they beat all others.
 Source: Leviathan et al. 2023 (expected tokens of a draft); S2D2, arXiv 2603.25702 (draft where
 the expected gain exceeds a cost, with hysteresis).
 """
@@ -34,6 +35,8 @@ WATCH_FROM, WATCH_ROUNDS, GAIN_WATCHED = 24, 16, 0.98
 speed over plain passes below which it is left."""
 FORCED_FIRST: Final = 4
 """Tokens of a forced draft before anything is measured."""
+JUDGED_ENOUGH: Final = 6
+"""Guesses of a source that must have been judged before it drafts without a trial."""
 DRAFT_GUESS: Final = 0.1
 """Share of a plain pass that a drafted token takes, before drafts were measured."""
 
@@ -147,6 +150,13 @@ class _Source:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    judged: int = 0
+    """Guesses that were compared with what came, without being drafted."""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether its acceptance is known without a trial."""
+        return self.judged >= JUDGED_ENOUGH
 
     @property
     def realised_s(self) -> float | None:
@@ -206,12 +216,14 @@ class Speculator:
         for name, most in offers.items():
             choice, token_s = self._best(name, min(most, self._longest))
             if choice.n_tokens and plain_s is not None and not self._forced:
-                source = self._source(name)
-                if self._due(source):
+                source, gain = self._source(name), plain_s / token_s
+                if source.is_judged:
+                    source.trial, source.on = 0, gain >= GAIN_ON
+                elif self._due(source):
                     source.trial, source.next_trial = TRIAL_ROUNDS, 0
-                if source.trial > 0 and (source.rounds or plain_s / token_s >= GAIN_ON):
+                if source.trial > 0 and (source.rounds or gain >= GAIN_ON):
                     return choice  # nothing is tried that would lose even if it went well
-                if not self._pays(name, plain_s / token_s):
+                if not (source.on if source.is_judged else self._pays(name, gain)):
                     continue
             elif plain_s is None and not self._forced:
                 continue
@@ -256,6 +268,17 @@ class Speculator:
             source.trial -= 1
             if not source.trial:
                 self._end_trial(name, source)
+
+    def observe_guess(self, name: str, guessed: int, right: int) -> None:
+        """Note a guess that was not drafted, how many tokens of it came to be compared with the
+        answer, and how many of these were right."""
+        source = self._source(name)
+        source.accepts.observe(guessed, right)
+        source.judged += 1
+
+    def judged(self, name: str) -> bool:
+        """Whether a source has guessed often enough to draft without a trial."""
+        return self._source(name).is_judged
 
     def stats(self) -> dict[str, object]:
         """Return what was drafted and accepted by source, and the speed of each over plain."""

@@ -295,6 +295,11 @@ class _AccuracyRun(GlanceRun):
         return "large" if rank >= self._level else "small"
 
 
+Learning = TargetShare | TargetPace | TargetAccuracy
+"""Policies that learn while they run, and can be told what they learned before."""
+LEARNING: Final = (TargetShare, TargetPace, TargetAccuracy)
+
+
 def _read_ranks(value: object) -> Ranks:
     if not isinstance(value, list) or not 1 <= len(value) <= N_RANKED:
         raise broken(f"needs 1 to {N_RANKED} entropies")

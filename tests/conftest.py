@@ -43,8 +43,9 @@ def _clean_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests neither trust nor leave notes on which files were checked."""
+def _own_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test neither trusts nor leaves notes on which files were checked, or what was learned."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(vocab_stamp, "_path", lambda: tmp_path / "checked_vocabularies")
 
 

@@ -1,6 +1,5 @@
 """How every adapter of a suite answers every test prompt: what routers are replayed on."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.whole_file import replacing
 
 Floats = npt.NDArray[np.float32]
 
@@ -34,12 +34,11 @@ class Outcomes:
 
     def save(self, path: Path) -> None:
         """Write an .npz that `load_outcomes` reads, whole or not at all."""
-        part = path.with_suffix(".part.npz")
-        np.savez_compressed(
-            part, arms=np.array(self.arms), contexts=self.contexts, outcomes=self.scores,
-            labels=self.labels, tasks=np.array(self.tasks), prompts=np.array(self.prompts),
-        )  # fmt: skip
-        os.replace(part, path)
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez_compressed(
+                file, arms=np.array(self.arms), contexts=self.contexts, outcomes=self.scores,
+                labels=self.labels, tasks=np.array(self.tasks), prompts=np.array(self.prompts),
+            )  # fmt: skip
 
 
 def load_outcomes(path: Path) -> Outcomes:

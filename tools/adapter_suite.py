@@ -5,7 +5,6 @@ files that are whole once they are there. The outcomes are what routers are repl
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from edgeroute.models.pull import resolve
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.tokenizer import Tokenizer
+from edgeroute.runtime.whole_file import replacing
 from edgeroute.tools.adapter_outcomes import Outcomes, load_outcomes
 from edgeroute.tools.adapter_tasks import TASKS, Example, examples, task, write_jsonl
 from edgeroute.tools.adapter_train import TrainParams, TrainStep, open_base, reproducible, train
@@ -116,9 +116,8 @@ def answer_all(model: Path, out: Path, params: SuiteParams, threads: int = 1) ->
             answers = _answers(base, tokenizer, ids, adapter)
             pairs = zip(tests, answers, strict=True)
             columns.append([task(name).verify(e, answer) for (name, e), answer in pairs])
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(columns[-1]), encoding="utf-8")
-            os.replace(part, path)
+            with replacing(path) as part:
+                part.write_text(json.dumps(columns[-1]), encoding="utf-8")
             click.echo(f"{arm}: mean score {np.mean(columns[-1]):.3f} over all tasks", err=True)
     return Outcomes(
         arms=arms, contexts=contexts.astype(np.float32),

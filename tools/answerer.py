@@ -16,7 +16,7 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.runtime.depth import Steps
 from edgeroute.runtime.errors import CapacityError, ComputeError, UsageError
-from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
+from edgeroute.runtime.kv_cache import KvCache, round_cells
 from edgeroute.runtime.template import encode_chat
 from edgeroute.skippers.depth_router import DepthRouter
 from edgeroute.tools.questions import Question, ends_answer, is_settled
@@ -52,7 +52,7 @@ class Answerer:
         shape = dataclasses.replace(loaded.kv.shape, n_repeat=MAX_REPEATS)
         self._kv = KvCache(loaded.device, shape, round_cells(N_CTX))
         self.forward = Forward(loaded.model, loaded.device, loaded.forward.weights, self._kv)
-        self.region = Region(0, self._kv.n_cells)
+        self.region = self._kv.take_all()
         self.n_layer = loaded.model.hparams.n_layer
         self.n_embd = loaded.model.hparams.n_embd
         self.ends = self._ends()

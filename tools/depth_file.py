@@ -19,7 +19,8 @@ from edgeroute.models.depth_file import (
     VERSION,
 )
 from edgeroute.runtime.errors import DepthFileError, UsageError
-from edgeroute.skippers.plan import DepthPlan, plans_from_json, plans_to_json
+from edgeroute.skippers.plan import DepthPlan
+from edgeroute.skippers.plan_json import plans_from_json, plans_to_json
 from edgeroute.tools.depth_work import write_whole
 from edgeroute.tools.standin_records import StandInTensor
 

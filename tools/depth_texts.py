@@ -43,15 +43,23 @@ class Texts:
     digest: str
 
 
-def calibration_texts(encode: Encode, files: Sequence[Path], n_window: int = N_WINDOW) -> Texts:
+def calibration_texts(
+    encode: Encode, files: Sequence[Path], n_window: int = N_WINDOW,
+    n_wanted: int = N_FIT + N_CHECK,
+) -> Texts:  # fmt: skip
     """Cut the user's files, or else prose and code that come with Python, by turns.
 
     Of Python's text, documents that `edgeroute bench` judges by are left out.
 
+    Args:
+        encode: the model's.
+        files: the user's; none for Python's text.
+        n_window: tokens of a window.
+        n_wanted: windows in all, of the user's files at most; N_CHECK of them judge, or a third.
+
     Raises:
         UsageError: a file cannot be read as UTF-8, or all have too little text.
     """
-    n_wanted = N_FIT + N_CHECK
     if files:
         n_wanted = min(n_wanted, _n_windows(encode, files, n_window))
         found = file_windows(files, encode, TextParams(n_tokens=n_wanted * n_window,

@@ -12,7 +12,6 @@ Source of the moves: Dr.LLM (arXiv 2510.12773), section 3.
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from edgeroute.runtime.depth import Step
 from edgeroute.runtime.errors import ComputeError, EdgerouteError, UsageError
 from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import Region
+from edgeroute.runtime.whole_file import replacing
 from edgeroute.skippers.depth_router import (
     CHOICES,
     MAX_IN_A_ROW,
@@ -336,9 +336,9 @@ def run_search(
         found, path = search(trials, effects, params)
         effects.add(found)
         if path is not None:
-            part = out / "states" / f"{key}.part.npy"
-            np.save(part, pooled_states(trials, path))
-            os.replace(part, out / "states" / f"{key}.npy")
+            states = out / "states" / f"{key}.npy"
+            with replacing(states) as part, part.open("wb") as stream:
+                np.save(stream, pooled_states(trials, path))
         with (out / RECORDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, **asdict(found)}) + "\n")
         yield found

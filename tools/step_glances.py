@@ -15,7 +15,6 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Piece
 from edgeroute.runtime import machine
 from edgeroute.runtime.errors import CapacityError, ComputeError
-from edgeroute.runtime.kv_cache import Region
 from edgeroute.runtime.template import encode_chat
 from edgeroute.skippers.step_bounds import StepBounds
 from edgeroute.skippers.step_signals import glance
@@ -41,7 +40,7 @@ class Watcher:
                 "pair is kept in memory: raise --memory"
             )
         self._loaded = loaded
-        self._region = Region(0, loaded.kv.n_cells)
+        self._region = loaded.kv.take_all()
         self._n_ubatch = min(N_UBATCH, loaded.kv.n_cells)
         self._spans = loaded.forward.headless()
         self._held: list[int] = []

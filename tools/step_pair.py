@@ -162,7 +162,7 @@ class ModelFiles:
         """
         with Runtime(
             self.large, small=self.small, steps="large", steps_file=steps_file,
-            memory=self.memory, threads=self.threads,
+            steps_state="off", memory=self.memory, threads=self.threads,
         ) as runtime:  # fmt: skip
             pair = RuntimePair(runtime)
             for spec in WHO:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from edgeroute.runtime.errors import DepthFileError, UsageError
+from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf_metadata import quote
 from edgeroute.runtime.template import check_messages
-from edgeroute.skippers.plan import parse_json
+from edgeroute.runtime.untrusted_json import parse_object
 from edgeroute.tools.questions import Draw, Question, is_right, make_questions
 
 AnswerForm = Literal["exact", "last_line", "contains"]
@@ -120,11 +120,9 @@ def read_tasks(path: Path, most: int) -> list[Task]:
 
 def _task(line: bytes, name: str) -> Task:
     try:
-        value = parse_json(line, name)
-    except DepthFileError as error:
+        value = parse_object(line, name, UsageError)
+    except UsageError as error:
         raise UsageError(f"{error}; write one JSON object a line") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{name} is no JSON object; write one a line")
     unknown = sorted(key for key in value if key not in _KEYS)
     if unknown:
         raise UsageError(f"{name} has the unknown key {quote(unknown[0])}; known are "

@@ -78,6 +78,7 @@ class StepWriter:
         self.tokenizer = loaded.tokenizer
         self._kv = KvCache(loaded.device, loaded.kv.shape, n_slots * N_CELLS)
         self._forward = Forward(loaded.model, loaded.device, loaded.forward.weights, self._kv)
+        self._kv.take_all()
         self._slots = [_Slot(Region(i * N_CELLS, N_CELLS)) for i in range(n_slots)]
         self._jobs: dict[int, _Job] = {}
         self.n_passes = 0

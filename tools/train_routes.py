@@ -8,9 +8,7 @@ more. The last fifth of the trace is held out to judge it, beside those predicto
 while they run.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +33,7 @@ from edgeroute.offload.prefetch_learned import (
 )
 from edgeroute.offload.trace import Trace, TraceMeta, TraceStep, read_trace
 from edgeroute.runtime.errors import EdgerouteError, UsageError
+from edgeroute.runtime.whole_file import replacing
 
 Sums = npt.NDArray[np.float64]
 
@@ -307,13 +306,10 @@ def write(model: RouteModel, path: Path, replace: bool) -> None:
     """
     if path.exists() and not replace:
         raise UsageError(f"{path} exists; give --force to replace it")
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        beside.write_bytes(to_onnx(model))
-        os.replace(beside, path)
+        with replacing(path) as part:
+            part.write_bytes(to_onnx(model))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 

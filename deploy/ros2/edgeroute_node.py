@@ -35,6 +35,11 @@ class EdgerouteNode(Node):
         self._lock = threading.Lock()
         self._active = False
         self._worker: threading.Thread | None = None
+        # Once: a node that is configured again would hear everything twice.
+        self._tokens = self.create_lifecycle_publisher(String, "~/tokens", 100)
+        self._answer = self.create_lifecycle_publisher(String, "~/answer", 10)
+        self.create_subscription(String, "~/prompt", self._on_prompt, 10)
+        self.create_subscription(Empty, "~/cancel", self._on_cancel, 10)
 
     def on_configure(self, state: State) -> TransitionCallbackReturn:
         """Load the model; what is wrong with it goes to the log, and the node stays as it was."""
@@ -45,10 +50,6 @@ class EdgerouteNode(Node):
             self.get_logger().error(str(error))
             return TransitionCallbackReturn.FAILURE
         self._waiting = queue.Queue(maxsize=int(self._value("max_waiting")))
-        self._tokens = self.create_lifecycle_publisher(String, "~/tokens", 100)
-        self._answer = self.create_lifecycle_publisher(String, "~/answer", 10)
-        self.create_subscription(String, "~/prompt", self._on_prompt, 10)
-        self.create_subscription(Empty, "~/cancel", self._on_cancel, 10)
         self._worker = threading.Thread(target=self._work, name="edgeroute-node", daemon=True)
         self._worker.start()
         return TransitionCallbackReturn.SUCCESS

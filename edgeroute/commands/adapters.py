@@ -58,7 +58,7 @@ def command() -> None:
 
     An adapter changes a model's answers at a small part of its size. The library is a folder
     of PEFT folders and GGUF adapters; a Runtime keeps a few of them in memory and loads the
-    others when they are asked for. Every command but train takes --json.
+    others when they are asked for. Every command takes --json.
     """
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeroute.commands.progress import steps_on_stderr
-from edgeroute.runtime.errors import LibraryError
 from edgeroute.runtime.units import format_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ A line of the JSONL:
 """
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_EXTRA = frozenset({"torch", "safetensors", "gguf"})
 
 
 @click.command(epilog=_EPILOG)
@@ -106,16 +104,8 @@ def train(model: str, data: Path, out: Path, as_json: bool, **options: Any) -> N
     torch: pip install edgeroute[train].
     """
     from edgeroute.models.pull import resolve
+    from edgeroute.tools import adapter_train
 
-    try:
-        from edgeroute.tools import adapter_train
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
-            raise
-        raise LibraryError(
-            f"`adapters train` needs the package {error.name}, which is missing; "
-            "pip install edgeroute[train]"
-        ) from error
     path = resolve(model)
     params = adapter_train.TrainParams(**_settle(options, path))
     with _progress_on_stderr() as progress:

@@ -19,6 +19,7 @@ Examples:
   edgeroute bench prefill --model qwen2.5-coder-0.5b-instruct --reps 9
   edgeroute bench contention --reps 5 --seconds 4 --json
   edgeroute bench experts --model moe.gguf --limit 2GiB
+  edgeroute bench prefetch --model moe.gguf --limit 2GiB --limit 1GiB
   edgeroute bench layers --model qwen2.5-coder-1.5b-instruct
   edgeroute bench tiers --model moe.gguf --link 100MB
   edgeroute bench speculate --model qwen2.5-coder-1.5b-instruct
@@ -45,6 +46,7 @@ for _each in (
     bench_levers.levers, bench_levers.forecast, bench_speed.decode, bench_speed.prefill,
     bench_speed.load, bench_speed.batch, bench_speed.contention,
     bench_paged.experts, bench_paged.layers, bench_paged.speculate, bench_paged.replay,
+    bench_paged.prefetch,
     bench_lossy.adapters, bench_lossy.depth, bench_lossy.expert_count, bench_lossy.misses,
     bench_lossy.prune, bench_lossy.steps, bench_serve.serve, bench_speed.parity, bench_tiers.tiers,
 ):  # fmt: skip

@@ -101,13 +101,15 @@ def expert_count(
 
 @click.command(epilog=examples(
     "misses", "--model moe.gguf --memory 2GiB", "--model moe.gguf --memory 2GiB --setting 0.1:0",
+    "--model moe.gguf --memory 2GiB --setting 0:0:0.4",
     "--model moe.gguf --memory 2GiB --setting 0.05:0.1 --windows 8 --reps 3 --json",
 ))  # fmt: skip
 @timed
 @click.option("--memory", required=True, metavar="BYTES",
               help="Budget, such as 2GiB: too small for all experts.")  # fmt: skip
-@click.option("--setting", "settings", multiple=True, metavar="SHARE:NATS",
-              help="drop_misses:prefer_resident; may repeat.  [default: several]")  # fmt: skip
+@click.option("--setting", "settings", multiple=True, metavar="SHARE:NATS[:SHARE]",
+              help="drop_misses:prefer_resident:degrade_misses; may repeat.  [default: several]"
+              )  # fmt: skip
 @click.option("--windows", "n_windows", default=3, show_default=True, type=click.IntRange(1, 64),
               help="Windows of prose, and as many of code.")  # fmt: skip
 @click.option("--window", "n_window", default=192, show_default=True, metavar="TOKENS",
@@ -116,23 +118,28 @@ def misses(memory: str, settings: tuple[str, ...], **options: Any) -> None:
     """Experts done without because they are not in memory: quality, bytes and time together.
 
     Divergence and perplexity against all experts on held-out text, with hit ratio, bytes and
-    seconds per token, of --drop-misses and --prefer-resident.
+    seconds per token, of --drop-misses, --prefer-resident and --degrade-misses.
     """
     from edgeroute.tools.bench import misses as bench
 
+    params = bench_params(options)
+    asked = [bench.Setting(*_setting(text)) for text in settings or MISS_SETTINGS]
     wanted = bench.MissesParams(
         memory=memory, n_windows=options["n_windows"], n_window=options["n_window"],
-        settings=tuple(map(_setting, settings or MISS_SETTINGS)),
+        settings=tuple(asked) if settings else bench.with_copies(params.path, asked),
     )  # fmt: skip
-    finish(bench.run(bench_params(options), progress, wanted), options)
+    finish(bench.run(params, progress, wanted), options)
 
 
-def _setting(text: str) -> tuple[float, float]:
-    drop, _, prefer = text.partition(":")
+def _setting(text: str) -> tuple[float, ...]:
+    parts = text.split(":")
     try:
-        return float(drop), float(prefer)
+        if len(parts) in (2, 3):
+            return tuple(map(float, parts))
     except ValueError:
-        raise click.UsageError(f"--setting {text!r}: write SHARE:NATS, such as 0.1:0.2") from None
+        pass  # told below
+    raise click.UsageError(f"--setting {text!r}: write SHARE:NATS or SHARE:NATS:SHARE, such as "
+                           "0.1:0.2 or 0:0:0.4")  # fmt: skip
 
 
 @click.command(epilog=examples("prune", "--model qwen2.5-coder-0.5b-instruct",

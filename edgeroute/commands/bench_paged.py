@@ -44,6 +44,32 @@ def experts(policy: str | None, prefetch: str | None, **options: Any) -> None:
     finish(bench.run(bench_params(options), progress, wanted), options)
 
 
+@click.command(epilog=examples("prefetch", "--model moe.gguf --limit 2GiB --limit 1GiB",
+                                  "--model moe.gguf --limit 40% --prefetch gate"))  # fmt: skip
+@timed
+@click.option("--limit", "limits", required=True, multiple=True, metavar="BYTES|PERCENT",
+              help="Memory limit by the kernel: 2GiB, or a share of the file; may repeat."
+              )  # fmt: skip
+@click.option("--prefetch", "predictors", multiple=True, metavar="NAME",
+              help="`auto` or a predictor; may repeat.  [default: auto, gate, eam and frequency]"
+              )  # fmt: skip
+@click.option("--tokens", default=96, show_default=True, type=click.IntRange(8, 4096),
+              help="Tokens to decode in one run.")  # fmt: skip
+@click.option("--seconds", "max_s", default=8.0, show_default=True,
+              type=click.FloatRange(0.5, 600), help="Longest phase of decoding.")  # fmt: skip
+def prefetch(limits: tuple[str, ...], predictors: tuple[str, ...], **options: Any) -> None:
+    """Prefetch against none, for every budget and predictor: it may cost 2 % at most.
+
+    Paired runs under a limit by the kernel. Prefetch switches itself off where it loses, as it
+    does by default. Needs a system with control groups.
+    """
+    from edgeroute.tools.bench import prefetch as bench
+
+    wanted = bench.PrefetchParams(limits=limits, max_s=options["max_s"],
+                                  predictors=predictors or bench.PREDICTORS)  # fmt: skip
+    finish(bench.run(bench_params(options), progress, wanted), options)
+
+
 @click.command(epilog=examples("layers", "--model qwen2.5-coder-1.5b-instruct",
                                   "--model dense.gguf --limit 2GiB --reps 3 --json"))  # fmt: skip
 @timed

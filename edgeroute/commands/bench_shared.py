@@ -25,7 +25,7 @@ def shared(command: F) -> F:
         click.option("--model", default=DEFAULT_MODEL, show_default=True,
                      help="Catalogue name, or path of a .gguf file."),
         click.option("--threads", type=click.IntRange(1, 512),
-                     help="Compute threads of both engines; default: the usable cores."),
+                     help="Compute threads of all that is measured; default: the usable cores."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object last."),
     )):  # fmt: skip
         command = option(command)
@@ -37,7 +37,7 @@ def timed(command: F) -> F:
     for option in reversed((
         shared,
         click.option("--reps", default=5, show_default=True, type=click.IntRange(1, 1000),
-                     help="Counted runs of each engine, alternating, after one uncounted."),
+                     help="Counted runs of each side, alternating, after one uncounted."),
         click.option("--check", is_flag=True, help="Exit with status 1 if a target is missed."),
     )):  # fmt: skip
         command = option(command)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeroute.commands import calibrate_steps
+from edgeroute.commands import calibrate_drafts, calibrate_steps
 from edgeroute.commands.progress import steps_on_stderr
-from edgeroute.runtime.errors import LibraryError, UsageError
+from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import format_bytes
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ Examples:
   edgeroute calibrate qwen2.5-coder-0.5b-instruct
   edgeroute calibrate model.gguf --data notes.txt --data manual.md --max-kl 0.1
   edgeroute calibrate model.gguf --target-speed 1.15 --budget-minutes 20 --json
+  edgeroute calibrate --drafts qwen2.5-coder-1.5b-instruct
   edgeroute calibrate --steps qwen2.5-coder-0.5b-instruct qwen2.5-coder-1.5b-instruct \\
       --target-accuracy 0.95 --html steps.html
 
@@ -64,6 +65,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Fit small maps that stand in for what is left out.",
 )
+@click.option(
+    "--drafts",
+    is_flag=True,
+    help="Fit instead what the layers that stay in memory draft with where the others stream.",
+)
 @click.option("--threads", type=click.IntRange(1, 512), help="Compute threads; default: all cores.")
 @click.option(
     "--out", type=_FILE, help="The depth or steps file; default: beside the (large) model."
@@ -72,8 +78,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object last.")
 @click.pass_context
 def command(
-    ctx: click.Context, /, model: str | None, pair: tuple[str, str] | None, as_json: bool,
-    **options: Any,
+    ctx: click.Context, /, model: str | None, pair: tuple[str, str] | None, drafts: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Measure what MODEL may leave out of its layers, and what that costs in quality.
 
@@ -81,6 +87,9 @@ def command(
     small stand-ins are fitted, and every plan is measured against the full model: divergence
     (KL) and perplexity on text that was kept apart, and decoding speed. The plans and this
     table go into a depth file beside the model, where `depth="auto"` finds them.
+
+    With --drafts, fit bridges over the layers that stream where memory is short: what the
+    others draft with then. They go into a drafts file beside the model and are used unasked.
 
     With --steps SMALL LARGE, measure instead which policy should have the small model write
     steps of the large one's answers; it goes into a steps file, where `steps="auto"` finds it.
@@ -90,26 +99,22 @@ def command(
         calibrate_steps.calibrate_pair(pair, options, as_json=as_json)
         return
     assert model is not None
+    if drafts:
+        calibrate_drafts.check(ctx)
+        calibrate_drafts.calibrate_model(model, options, as_json=as_json)
+        return
     _calibrate_layers(model, options, as_json=as_json)
 
 
 def _calibrate_layers(model: str, options: dict[str, Any], *, as_json: bool) -> None:
     from edgeroute.models.pull import resolve
     from edgeroute.runtime import machine
+    from edgeroute.tools.calibrate import CalibrateParams, calibrate
 
     options = {name: value for name, value in options.items() if name not in calibrate_steps.NAMES}
     if options["target_speed"] is not None and options["max_kl"] is not None:
         raise UsageError("--target-speed and --max-kl exclude each other: name the one that matters"
                          " more, and read the other off the table")  # fmt: skip
-    try:
-        from edgeroute.tools.calibrate import CalibrateParams, calibrate
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise LibraryError(
-            "`calibrate` writes files with the gguf package, which is missing; "
-            "install edgeroute[tools]"
-        ) from error
     params = CalibrateParams(**options | {"threads": options["threads"] or machine.usable_cores()})
     with steps_on_stderr() as progress:
         report = calibrate(resolve(model), params, progress)

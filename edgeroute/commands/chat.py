@@ -8,6 +8,7 @@ import click
 
 from edgeroute.cli import exit_code
 from edgeroute.commands import chat_commands
+from edgeroute.commands.adapters_part import read_adapter, read_small_adapter
 from edgeroute.commands.chat_commands import LeaveChat
 from edgeroute.commands.chat_input import LineReader
 from edgeroute.commands.chat_session import SETTABLE, ChatSession
@@ -18,7 +19,6 @@ from edgeroute.commands.generate_shared import (
     has_chat_template,
     model_options,
     open_runtime,
-    read_adapter,
     sampling_options,
 )
 from edgeroute.runtime.errors import ClosedError, EdgerouteError, TemplateError
@@ -50,7 +50,7 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     outgrows --n-ctx its oldest turns are dropped, never the system message.
     """
     check_options(given)
-    adapter = read_adapter(given)
+    adapter, small_adapter = read_adapter(given), read_small_adapter(given)
     path = find_model(given["model"])
     if not has_chat_template(path):
         raise TemplateError(
@@ -62,7 +62,7 @@ def command(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
             runtime=runtime, model=given["model"] or path.stem, system=given["system"],
             options={name: given.get(name) for name in SETTABLE},
             write=answer_writer(given, err=as_json), note=_note, adapter=adapter,
-            session=given["session"],
+            small_adapter=small_adapter, session=given["session"],
         )  # fmt: skip
         errors = _converse(session, path)
     if as_json:

@@ -28,6 +28,7 @@ class ChatSession:
         write: gets the text of answers; `note` gets remarks about the conversation.
         system: the system message, which is never dropped.
         adapter: what answers, as `generate` takes it.
+        small_adapter: the same of the small model's steps.
         session: where keys and values are kept from one run to the next, as `generate` takes it.
         turns: user and assistant messages in turn.
     """
@@ -39,6 +40,7 @@ class ChatSession:
     note: Callable[[str], None]
     system: str | None = None
     adapter: str | dict[str, float] | None = None
+    small_adapter: str | dict[str, float] | None = None
     session: str | None = None
     turns: list[Message] = field(default_factory=list)
     last: Answer | None = None
@@ -166,6 +168,7 @@ class ChatSession:
         options = pick(self.options, SETTABLE)
         # Continue from the cells of the turn before, whatever batches they came from.
         more = {"messages": self.messages, "prefix": "all", "adapter": self.adapter,
+                "small_adapter": self.small_adapter,
                 "session": self.session}  # fmt: skip
         return cast("Options", options | more)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from edgeroute.commands.adapters_part import adapters_part
 from edgeroute.commands.answer_writer import StepWriter, writer
 from edgeroute.commands.steps_part import steps_part
 from edgeroute.lever_guard import switched_off
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgeroute.engine import Options, Runtime, Settings
-    from edgeroute.stats import Chunk
+    from edgeroute.pool_answer import PoolStream
+    from edgeroute.stats import Chunk, Generation
+    from edgeroute.stream import Stream
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -48,6 +51,9 @@ _RUNTIME_OPTIONS = (
                  "changes answers.  [default: 0]"),
     click.option("--prefer-resident", type=float, metavar="NATS", help="Of experts rated so near "
                  "each other, such as 0.2, take those in memory; changes answers.  [default: 0]"),
+    click.option("--degrade-misses", type=float, metavar="SHARE", help="Read copies of fewer bits "
+                 "(`edgeroute convert copies`) of experts that are missing and weigh little, up to "
+                 "this share of a token's weight, such as 0.4; changes answers.  [default: 0]"),
     click.option("--trace", metavar="FILE", help="Record which experts were chosen."),
     click.option("--speculate", metavar="WHO", help="Who drafts tokens that one pass verifies, "
                  "the answer staying the same: auto (where layers stream, while it pays), off, "
@@ -62,6 +68,8 @@ _RUNTIME_OPTIONS = (
                  "the answer is completed here."),
     click.option("--adapters", metavar="DIR", help="LoRA adapters to choose from; without it, "
                  "where --adapter is given, the library of `edgeroute adapters`."),
+    click.option("--small-adapters", metavar="DIR", help="LoRA adapters of --small, for the steps "
+                 "that it writes."),
     click.option("--depth", metavar="PLAN", help="Leave out what a plan of `edgeroute calibrate` "
                  "names; auto takes the fastest that is nearly lossless.  [default: full]"),
     click.option("--levers", metavar="WHICH", help="proven: what `edgeroute bench levers` proved, "
@@ -75,6 +83,8 @@ _ANSWER_OPTIONS = (
                  "terminal (not with NO_COLOR), elsewhere by marks such as [small]."),
     click.option("--adapter", metavar="NAME", help="Adapter that answers: a name, several as "
                  "a=0.7,b=0.3, or auto to choose by the prompt."),
+    click.option("--small-adapter", metavar="NAME", help="Adapter of --small-adapters that the "
+                 "small model's steps are written with: a name, or several as a=0.7,b=0.3."),
     click.option("--session", metavar="NAME", help="Begin with the keys and values that were saved "
                  "under this name, as far as the prompt begins alike, and save them at the end."),
 )  # fmt: skip
@@ -94,7 +104,7 @@ _SAMPLING_OPTIONS = (
 SETTINGS = (
     *("memory", "threads", "n_ctx", "kv_type", "device", "device_memory", "host_experts"),
     *("policy", "prefetch", "trace", "adapters", "depth", "speculate", "small", "steps"),
-    *("remote", "levers", "drop_misses", "prefer_resident"),
+    *("small_adapters", "remote", "levers", "drop_misses", "prefer_resident", "degrade_misses"),
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 
@@ -140,33 +150,6 @@ def check_options(given: dict[str, Any]) -> None:
         check_session_name(given["session"])
     SamplingParams(**pick(given, SAMPLING))
     merge_settings(pick(given, SETTINGS))
-
-
-def read_adapter(given: dict[str, Any]) -> str | dict[str, float] | None:
-    """Read --adapter, and let --adapters default to the library where it is given.
-
-    Raises:
-        UsageError: a mixture is malformed.
-    """
-    text = given["adapter"]
-    if text is None:
-        return None
-    if given["adapters"] is None:
-        from edgeroute.models.adapter_library import library_folder
-
-        given["adapters"] = str(library_folder())
-    if "=" not in text:
-        return str(text)
-    mixture: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, weight = part.partition("=")
-        try:
-            mixture[name.strip()] = float(weight)
-        except ValueError:
-            raise click.UsageError(
-                f"--adapter {text!r}: write a mixture as name=factor,name=factor"
-            ) from None
-    return mixture
 
 
 def find_model(name: str | None) -> "Path":
@@ -242,18 +225,31 @@ def listen(
     Raises:
         EdgerouteError: the request was refused; nothing was written.
     """
-    answer = Answer()
     # Refusals come here, before the loop: nothing has been written then.
     with runtime.stream(prompt, **options) as stream:
-        while True:
-            try:
-                for chunk in stream:
-                    _take(answer, chunk, write)
-                if lost := switched_off(cast("dict[str, Any]", runtime.stats()["levers"])):
-                    answer.stats["switched_off"] = lost
-                return answer
-            except KeyboardInterrupt:
-                stream.cancel()  # what was produced still comes, with its statistics
+        answer, _ = hear(stream, write)
+    if lost := switched_off(cast("dict[str, Any]", runtime.stats()["levers"])):
+        answer.stats["switched_off"] = lost
+    return answer
+
+
+def hear(
+    stream: "Stream | PoolStream", write: Callable[[str], None]
+) -> "tuple[Answer, Generation | None]":
+    """Pass on the text of an answer as it comes; Ctrl-C ends it.
+
+    Returns:
+        What there is of it, and the engine's record of it.
+    """
+    answer, generation = Answer(), None
+    while True:
+        try:
+            for chunk in stream:
+                _take(answer, chunk, write)
+                generation = chunk.generation
+            return answer, generation
+        except KeyboardInterrupt:
+            stream.cancel()  # what was produced still comes, with its statistics
 
 
 def _take(answer: Answer, chunk: "Chunk", write: Callable[[str], None]) -> None:
@@ -295,7 +291,7 @@ def stats_line(answer: Answer, budget_bytes: int) -> str:
     if drafts := stats.get("speculation"):
         parts.append(_drafts_part(drafts))
     if adapters := stats.get("adapters"):
-        parts.append(_adapters_part(adapters))
+        parts.append(adapters_part(adapters))
     if depth := stats.get("depth"):
         parts.append(_depth_part(depth))
     if steps := stats.get("steps"):
@@ -331,15 +327,6 @@ def _drafts_part(drafts: dict[str, Any]) -> str:
         return "nothing drafted"
     return (f"drafted by {drafts['source']}: {drafts['accepted']} of {drafts['drafted']} "
             f"accepted, {drafts['tokens_per_pass']:.2f} tokens a pass")  # fmt: skip
-
-
-def _adapters_part(adapters: dict[str, Any]) -> str:
-    used = [name if weight == 1 else f"{name} x {weight:g}"
-            for name, weight in adapters["used"].items()]  # fmt: skip
-    if not used:
-        return "no adapter"
-    came = "in memory" if adapters["hit"] else f"loaded in {1e3 * adapters['wait_s']:.0f} ms"
-    return f"adapter {', '.join(used)}, {came}"
 
 
 def _depth_part(depth: dict[str, Any]) -> str:

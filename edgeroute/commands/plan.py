@@ -16,7 +16,7 @@ from edgeroute.runtime.errors import CatalogueError
 from edgeroute.runtime.units import format_bytes
 
 if TYPE_CHECKING:
-    from edgeroute.commands.plan_forecast import Foreseen
+    from edgeroute.commands.plan_forecast import Foreseen, Where
     from edgeroute.config import RunParams
     from edgeroute.runtime.gguf import GGUFFile
     from edgeroute.tools.forecast.plan import ExpertSlots, Paging
@@ -30,6 +30,7 @@ Examples:
   edgeroute plan hf:owner/repository/model.gguf --device orin-nano-8gb --power-mode 15W
   edgeroute plan ./mixture-of-experts.gguf --memory 2GiB --trace routes.trace
   edgeroute plan qwen2.5-coder-1.5b-instruct --on cuda0,rpc:192.168.1.20:50052
+  edgeroute plan qwen2.5-coder-1.5b-instruct --small qwen2.5-coder-0.5b-instruct --memory 940MiB
   edgeroute plan ./model.gguf --memory 1GiB --json || echo "does not fit"
 """
 
@@ -45,6 +46,10 @@ Examples:
               "[default: auto]")  # fmt: skip
 @click.option("--prefetch", metavar="WHEN", help="Read experts ahead: auto, off, or a "
               "predictor.  [default: auto]")  # fmt: skip
+@click.option("--small", metavar="NAME", help="Plan it with this smaller model beside it, under "
+              "one budget.")  # fmt: skip
+@click.option("--steps", metavar="WHO", help="With --small: off where it only drafts, which needs "
+              "one vocabulary.  [default: auto]")  # fmt: skip
 @click.option(
     "--device",
     "on",
@@ -86,6 +91,10 @@ def command(ctx: click.Context, /, model: str, as_json: bool, **given: Any) -> N
     its stated figures. How often an expert is found in memory is taken from a trace of the
     model where one is given, else from published figures of models like it, with a wide range.
 
+    With --small, both models' bytes are told by part: all of the small one is in memory, and the
+    large one is whole, paged or refused within what is left. What steps of both would bring is
+    forecast from what their passes take.
+
     Ends with code 4 when it does not fit.
     """
     if given["on"] == "list":
@@ -98,15 +107,35 @@ def command(ctx: click.Context, /, model: str, as_json: bool, **given: Any) -> N
                   fresh=given["fresh"], n_prompt=given["n_prompt"])  # fmt: skip
     with _header(model) as header:
         here = replace(params, device="cpu")  # forecasts are of processors
-        seen = foresee(header.file, here, where, lambda line: click.echo(f"measuring {line}",
-                                                                           err=True))  # fmt: skip
-        found = _facts(model, header, seen) | _on_devices(header, params, given["device"])
+        if params.small is not None:
+            if given["device"] is not None:
+                raise click.UsageError("--on places one model; leave it out, or --small")
+            found = _pair(model, header, here, where)
+        else:
+            found = _facts(model, header, foresee(header.file, here, where, _measuring))
+            found |= _on_devices(header, params, given["device"])
     if as_json:
         click.echo(json.dumps(found))
     else:
         print_plan(found)
-    if not seen.plan.fits:
+    if not found["fits"]:
         ctx.exit(EXIT_CAPACITY)
+
+
+def _measuring(line: str) -> None:
+    click.echo(f"measuring {line}", err=True)
+
+
+def _pair(model: str, header: "_Header", params: "RunParams", where: "Where") -> dict[str, Any]:
+    """Plan a model with the small one that `params` names beside it."""
+    from edgeroute.commands.plan_pair import foresee_pair, pair_facts
+
+    name = str(params.small)
+    with _header(name) as small:
+        files = header.file, small.file
+        seen = foresee_pair(*files, params, where, _measuring)
+        facts = _facts(model, header, seen.large), _facts(name, small, seen.small)
+        return pair_facts(*facts, seen, files)
 
 
 def _on_devices(header: "_Header", params: "RunParams", names: str | None) -> dict[str, Any]:

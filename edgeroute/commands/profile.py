@@ -8,7 +8,7 @@ import click
 
 from edgeroute.cli import EXIT_INTERRUPTED
 from edgeroute.commands.doctor_table import show
-from edgeroute.runtime.errors import LibraryError
+from edgeroute.runtime.extras import check_extra
 
 if TYPE_CHECKING:
     from edgeroute.commands.profile_work import Outcome
@@ -209,14 +209,10 @@ def _check_outputs(given: dict[str, Any]) -> None:
 
 def _check_extras(given: dict[str, Any]) -> None:
     """Ask for what pictures and Parquet need before a model is loaded for them."""
-    import importlib.util
-
-    wanted = {"--png": (given["png"] is not None, "resvg_py"),
-              "--export": (str(given["export"]).endswith(".parquet"), "pyarrow")}  # fmt: skip
-    for option, (is_wanted, module) in wanted.items():
-        if is_wanted and importlib.util.find_spec(module) is None:
-            raise LibraryError(f"{option} needs the package {module.replace('_', '-')}, which is "
-                               "missing; install edgeroute[report]")  # fmt: skip
+    if given["png"] is not None:
+        check_extra("--png", "resvg_py")
+    if str(given["export"]).endswith(".parquet"):
+        check_extra("--export to Parquet", "pyarrow", otherwise="export CSV")
 
 
 def _work(model: str | None, given: dict[str, Any]) -> "Outcome":

@@ -1,6 +1,5 @@
 """`edgeroute serve`: a local endpoint for OpenAI clients."""
 
-import importlib.util
 import json
 import time
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -14,7 +13,7 @@ from edgeroute.commands.generate_shared import (
     pick,
     runtime_options,
 )
-from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.extras import check_extra
 from edgeroute.runtime.units import format_bytes
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def command(as_json: bool, **given: Any) -> None:
     Requests call it by its name, or `base`. The dashboard is at /, metrics at /metrics, health at
     /health/ready. SIGTERM or Ctrl-C lets running answers end; a second one does not.
     """
-    _check_extra()
+    check_extra("edgeroute serve", *_NEEDED)
     config = _config(given)
     # Imported now: a wrong option should not wait for it.
     from edgeroute.runtime.host_memory import keep_heap_small
@@ -82,19 +81,6 @@ def command(as_json: bool, **given: Any) -> None:
     finally:
         for each in sockets:
             each.close()
-
-
-def _check_extra() -> None:
-    """Refuse to begin without what only a server needs.
-
-    Raises:
-        UsageError: something is missing; the message says how to get it.
-    """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"edgeroute serve needs {', '.join(missing)}, which "
-                         f"{'are' if missing[1:] else 'is'} not installed; get it with "
-                         "`pip install 'edgeroute[serve]'`")  # fmt: skip
 
 
 def _config(given: dict[str, Any]) -> "ServerConfig":

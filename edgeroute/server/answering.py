@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from edgeroute.engine import Runtime
 from edgeroute.runtime.errors import ClosedError, EdgerouteError
 from edgeroute.server.asked import Asked, Begun, Fields, facts, finish_reason, usage
+from edgeroute.server.connection import DIRECT
 from edgeroute.server.errors import ApiError
 from edgeroute.server.logs import log_failure
 from edgeroute.server.naming import check_adapter
@@ -50,6 +51,7 @@ class Answering:
         self._found: dict[int, Generation] = {}
         self._last: dict[int, float] = {}
         self._head: Fields = {}
+        self._begins = b""
         self._opened = False
         self._writer: EventWriter | None = None
 
@@ -62,7 +64,7 @@ class Answering:
         try:
             with reported(self._services, self._job):
                 if self._asked.stream:
-                    await self._send_events(receive, send)
+                    await self._send_events(scope, receive, send)
                 else:
                     body = await unless_left(receive, self._whole())
                     answer = Response(msgspec.json.encode(body), media_type="application/json")
@@ -97,10 +99,10 @@ class Answering:
             "edgeroute": told[0] | (more if len(told) > 1 else {}),
         }
 
-    async def _send_events(self, receive: Receive, send: Send) -> None:
+    async def _send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream to a client who may leave, or stop to read."""
-        stall_s = self._services.params.stall_s
-        self._writer = EventWriter(send, stall_s=stall_s, beat_s=BEAT_S)
+        stall_s, direct = self._services.params.stall_s, scope.get("state", {}).get(DIRECT)
+        self._writer = EventWriter(send, stall_s=stall_s, beat_s=BEAT_S, direct=direct)
         await unless_left(receive, self._stream(self._writer), self._writer.mind())
 
     async def _stream(self, writer: EventWriter) -> None:
@@ -109,7 +111,7 @@ class Answering:
             async with aclosing(self._pieces()) as pieces, self._limit():
                 async for piece in pieces:
                     shown = self._opening() + self._show(*piece)
-                    if shown:
+                    if shown and not writer.write_now(shown):
                         await writer.write(shown)
             if self._asked.with_usage:
                 answers = [self._found[i] for i in range(len(self._begun))]
@@ -157,11 +159,10 @@ class Answering:
     def _event(
         self, i: int, fields: Fields, reason: str | None = None, more: Fields | None = None
     ) -> bytes:
-        choices = [{"index": i, **fields, "finish_reason": reason}]
-        told = {**self._head, "choices": choices}
-        if self._asked.with_usage:
-            told["usage"] = None
-        return event(told | (more or {}))
+        choice = msgspec.json.encode({"index": i, **fields, "finish_reason": reason})
+        usage = b'],"usage":null' if self._asked.with_usage else b"]"
+        rest = b"" if not more else b"," + msgspec.json.encode(more)[1:-1]
+        return b"".join((self._begins, choice, usage, rest, b"}\n\n"))
 
     def _take(self, i: int, chunk: Chunk) -> None:
         """Take a piece of an answer that is not streamed."""
@@ -184,6 +185,8 @@ class Answering:
             try:
                 check_adapter(use.runtime, asked.named, asked.adapter)
                 self._head = asked.head(use.runtime)
+                # What all events of choices have in common is encoded once.
+                self._begins = event(self._head)[:-3] + b',"choices":['
                 self._begun = await asyncio.to_thread(asked.question.begin, use.runtime)
                 streams = [self._ask(use.runtime, each) for each in self._begun]
                 if self._writer is not None:

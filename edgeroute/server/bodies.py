@@ -35,6 +35,7 @@ class Extension(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     depth: Name | None = None
     steps: Name | None = None
     adapter: Name | dict[Name, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
+    small_adapter: Name | dict[Name, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
     speculate: bool | None = None
     session: Name | None = None
     prefix: Literal["exact", "all", "off"] | None = None

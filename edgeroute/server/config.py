@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from edgeroute.config import TEXTS, RunParams, merge_settings
+from edgeroute.config import LIBRARIES, TEXTS, RunParams, merge_settings
 from edgeroute.config_file import Reader, load_toml
 from edgeroute.models.catalogue import CATALOGUE
 from edgeroute.options import Settings
@@ -47,7 +47,7 @@ _DAY_S: Final = 86_400
 _HOST: Final = re.compile(r"[A-Za-z0-9._:%\[\]-]{1,255}")
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]{0,20}://[^\s/?#]{1,255}")
 _KEY: Final = re.compile(r"[!-~]+")
-_FILES: Final = frozenset({"depth_file", "steps_file", "trace", "adapter_state"})
+_FILES: Final = frozenset({"depth_file", "steps_file", "steps_state", "trace", "adapter_state"})
 _OURS: Final = frozenset({"memory", "sessions", "sessions_bytes"})
 """Settings of a Runtime that the server sets itself."""
 SETTINGS: Final = tuple(name for name in Settings.__annotations__ if name not in _OURS)
@@ -212,7 +212,7 @@ class _Reader(Reader):
             where = f"{key}.{name}"
             if name == "small":
                 value = self._small(where, value, among)
-            elif name == "adapters":
+            elif name in LIBRARIES:
                 value = [str(self.path(where, each)) for each in self._list(where, value)]
             elif name in _FILES and value != "off":
                 value = str(self.path(where, value))

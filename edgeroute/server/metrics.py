@@ -30,6 +30,39 @@ TOKEN_BUCKETS: Final = (
 QUEUE_BUCKETS: Final = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 MAX_COUNTED: Final = 64
 """Tokens of one piece that the histogram of tokens counts one by one."""
+MAX_NOTED: Final = 64
+"""Pieces of an answer that are noted before they are counted."""
+
+
+class _Tokens:
+    """Tokens of a request under way, noted as they come and counted now and then.
+
+    What is done for every token is done between two passes of a model, with cold caches.
+    """
+
+    def __init__(self, counter: Counter, times: Histogram) -> None:
+        self.n = 0
+        self._counter, self._times = counter, times
+        self._n_noted = 0
+        self._noted: list[tuple[int, float]] = []
+
+    def note(self, n_tokens: int, seconds: float | None) -> None:
+        """Note tokens that came together; None where it is not told after what."""
+        self.n += n_tokens
+        self._n_noted += n_tokens
+        if seconds is not None and n_tokens > 0:
+            self._noted.append((n_tokens, seconds))
+            if len(self._noted) >= MAX_NOTED:
+                self.settle()
+
+    def settle(self) -> None:
+        """Count what was noted."""
+        self._counter.inc(self._n_noted)
+        for n_tokens, seconds in self._noted:
+            for _ in range(min(n_tokens, MAX_COUNTED)):
+                self._times.observe(seconds / n_tokens)
+        self._n_noted = 0
+        self._noted.clear()
 
 
 class Metrics:
@@ -45,7 +78,7 @@ class Metrics:
         self.engines = EngineMetrics(models)
         self.registry.register(self.engines)
         ProcessCollector(registry=self.registry)
-        self._counted: dict[int, int] = {}  # tokens of requests under way, by identity
+        self._tokens: dict[int, _Tokens] = {}  # of requests under way, by identity
         self._make_counters()
         self._make_histograms()
 
@@ -103,21 +136,27 @@ class Metrics:
 
     def token(self, job: Job, n_tokens: int, seconds: float) -> None:
         """Count tokens that came together."""
-        model = self._model(job)
-        before = self._counted.get(id(job))
-        self._counted[id(job)] = (before or 0) + n_tokens
-        self._generated.labels(model).inc(n_tokens)
-        if before is None:
+        tokens = self._tokens.get(id(job))
+        if tokens is None:
+            model = self._model(job)
             self._ttft.labels(job.endpoint, model).observe(seconds)
-        elif n_tokens > 0:
-            child = self._token.labels(model)
-            for _ in range(min(n_tokens, MAX_COUNTED)):
-                child.observe(seconds / n_tokens)
+            tokens = _Tokens(self._generated.labels(model), self._token.labels(model))
+            self._tokens[id(job)] = tokens
+            tokens.note(n_tokens, None)
+        else:
+            tokens.note(n_tokens, seconds)
+
+    def settle(self) -> None:
+        """Count what requests under way have noted; to be called before the registry is read."""
+        for tokens in self._tokens.values():
+            tokens.settle()
 
     def ended(self, job: Job) -> None:
         """Count a request out, with all that its answers cost."""
         model = self._model(job)
-        n_counted = self._counted.pop(id(job), 0)
+        tokens = self._tokens.pop(id(job), None)
+        if tokens is not None:
+            tokens.settle()
         self._in_flight.labels(job.endpoint, model).dec()
         self._requests.labels(job.endpoint, model, str(job.status or UNKNOWN)).inc()
         ended = job.created if job.ended is None else job.ended
@@ -130,6 +169,7 @@ class Metrics:
         n_prompt = sum(answer.stats.n_prompt for answer in job.generations) or job.n_prompt
         self._prompt.labels(model, "cached").inc(n_cached)
         self._prompt.labels(model, "computed").inc(max(0, n_prompt - n_cached))
+        n_counted = 0 if tokens is None else tokens.n
         self._generated.labels(model).inc(max(0, job.n_generated - n_counted))
         for answer in job.generations:
             self._adapters.labels(model, self._adapter(model, answer.adapter)).inc()
@@ -180,6 +220,7 @@ def routes(services: Services, metrics: Metrics) -> list[BaseRoute]:
         else:
             kind, write = CONTENT_TYPE_PLAIN_0_0_4, partial(generate_latest)
         metrics.engines.refresh()
+        metrics.settle()
         text = await asyncio.to_thread(write, _Tidy(metrics.registry))
         return Response(text, headers={"content-type": kind})
 

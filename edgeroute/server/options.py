@@ -20,7 +20,7 @@ SEED_MASK: Final = (1 << 63) - 1
 ANY_OBJECT: Final[Mapping[str, object]] = {"type": "object"}
 ENGINE_FIELDS: Final = (
     "depth", "steps", "speculate", "session", "prefix", "top_k", "min_p", "repeat_penalty",
-    "grammar",
+    "grammar", "small_adapter",
 )  # fmt: skip
 """Of the extension, what is an option of `Runtime.generate` under the same name."""
 

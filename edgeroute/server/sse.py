@@ -5,6 +5,7 @@ Source: the WHATWG HTML standard, section "Server-sent events".
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -34,10 +35,14 @@ class EventWriter:
         send: of the request.
         stall_s: longest time that the reader may take nothing.
         beat_s: silence after which a comment is sent.
+        direct: writes at once, or says that it cannot: see `connection.ShortWay`.
     """
 
-    def __init__(self, send: Send, *, stall_s: float, beat_s: float) -> None:
-        self._send = send
+    def __init__(
+        self, send: Send, *, stall_s: float, beat_s: float,
+        direct: Callable[[bytes], bool] | None = None,
+    ) -> None:  # fmt: skip
+        self._send, self._direct = send, direct
         self._stall_s, self._beat_s = stall_s, beat_s
         self._one = asyncio.Lock()
         self._since: float | None = None  # when the write that is under way began
@@ -45,6 +50,15 @@ class EventWriter:
         self.started = False
         self.may_beat = False
         """Whether comments may be sent: a response that has begun can be no error any more."""
+
+    def write_now(self, data: bytes) -> bool:
+        """Send events if that needs no waiting; else return False: `write` then sends them."""
+        if self._direct is None or not self.started or self._one.locked():
+            return False
+        if not self._direct(data):
+            return False
+        self._last = time.monotonic()
+        return True
 
     async def write(self, data: bytes) -> None:
         """Send events; waits while the reader does not read, see `mind`."""

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from edgeroute.runtime.errors import GrammarError
+from edgeroute.runtime.json_keywords import ANNOTATIONS
 from edgeroute.runtime.json_pattern import pattern_to_gbnf
-from edgeroute.runtime.json_schema import ANNOTATIONS, FORMATS, load_schema, schema_rules
+from edgeroute.runtime.json_scalars import FORMATS
+from edgeroute.runtime.json_schema import load_schema, schema_rules
 from edgeroute.server.gbnf_text import literal, text_rules
 
 Kind = Literal["text", "body", "json"]

@@ -51,7 +51,13 @@ class Node:
     def create_subscription(
         self, kind: type, topic: str, heard: Callable[[Any], None], depth: int
     ) -> None:
-        self.listeners[topic] = heard
+        before = self.listeners.get(topic, lambda message: None)
+
+        def both(message: Any) -> None:  # every subscription hears every message
+            before(message)
+            heard(message)
+
+        self.listeners[topic] = both
 
     def on_activate(self, state: object) -> str:
         return "success"

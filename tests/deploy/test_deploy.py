@@ -64,6 +64,14 @@ def test_the_ros_node_streams_an_answer(node: Any) -> None:
         assert answer["text"] == "".join(each.data for each in node.topics["~/tokens"].sent)
 
 
+def test_the_ros_node_that_is_configured_again_hears_once(node: Any) -> None:
+    node.on_configure(None)
+    node.on_cleanup(None)
+    node.on_configure(None)
+    _ask(node, "too early")
+    assert len(node.log) == 1
+
+
 def test_the_ros_node_cancels_and_refuses_too_many(node: Any) -> None:
     node.on_configure(None)
     runtime = node._runtime

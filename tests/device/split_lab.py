@@ -6,27 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from edgeroute.config import RunParams
 from edgeroute.loaded import kv_shape
 from edgeroute.models.base import Model
-from edgeroute.models.forward import Forward, Piece
+from edgeroute.models.forward import Forward
 from edgeroute.models.registry import describe
 from edgeroute.models.split import SplitForward, homes_of
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.device_group import DeviceGroup
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import KvCache, Region
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.placed_weights import PlacedWeights
 from edgeroute.runtime.placement import Placement
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.tools.bench.rpc_servers import RpcServer
+from tests.edgeroute.paged_lab import Step
 
-Logits = npt.NDArray[np.float32]
-Step = list[tuple[str, int, int]]
-"""What one pass computes: (sequence, new tokens, how many of the last get logits)."""
 STEPS: list[Step] = [
     [("a", 150, 3)], [("a", 40, 0)], [("a", 17, 17)], [("a", 1, 1)], [("b", 33, 1)],
     [("a", 1, 1), ("b", 1, 1)], [("a", 2, 1), ("b", 3, 0)], [("a", 1, 1), ("b", 1, 1)],
@@ -107,35 +102,3 @@ class Bench:
             own.callback(forward.close)
             forward.reserve(N_TOKENS, 512)
             yield forward
-
-
-def play(forward: Forward, steps: Sequence[Step] = STEPS, **run: Any) -> list[Logits]:
-    """Run passes over new sequences and return each one's logits."""
-    rng = np.random.default_rng(1)
-    regions: dict[str, Region] = {}
-    n_past: dict[str, int] = {}
-    found = []
-    for step in steps:
-        pieces = []
-        for name, n_tokens, n_out in step:
-            if name not in regions:
-                region = forward.kv.allocate(256)
-                assert region is not None
-                regions[name], n_past[name] = region, 0
-            tokens = rng.integers(4, 300, n_tokens).tolist()
-            pieces.append(Piece(tokens, n_past[name], regions[name], n_out))
-            n_past[name] += n_tokens
-        logits = forward.run(pieces, **run)
-        assert logits is not None, "stopped"
-        found.append(logits.copy())
-    for region in regions.values():
-        forward.kv.release(region)
-    return found
-
-
-def equal(ours: Sequence[Logits], theirs: Sequence[Logits]) -> bool:
-    """Whether two runs have the same bits, none of which is of a NaN."""
-    return len(ours) == len(theirs) and all(
-        np.array_equal(a, b) and bool(np.isfinite(a).all())
-        for a, b in zip(ours, theirs, strict=True)
-    )

@@ -1,9 +1,7 @@
 """Devices against the processor: what is proved, kept and warned of, and what `auto` takes."""
 
 import ctypes
-import importlib.util
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +25,7 @@ from edgeroute.runtime.ggml.structs import TensorStruct
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.tools.bench.rpc_servers import RpcServer
 from edgeroute.tools.synth import make
-
-_path = Path(__file__).with_name("fake_backend.py")
-_spec = importlib.util.spec_from_file_location("edgeroute_choice_fake_backend", _path)
-assert _spec is not None and _spec.loader is not None
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fakes
-_spec.loader.exec_module(fakes)
+from tests.device import fake_backend as fakes
 
 PARAMS = RunParams(threads=1)
 AUTO = RunParams(threads=1, device="auto")

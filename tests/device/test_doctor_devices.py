@@ -1,9 +1,6 @@
 """The doctor on devices: this machine's, a fake GPU, and those at addresses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +11,7 @@ from edgeroute.commands import doctor_devices, doctor_probe
 from edgeroute.commands.doctor_device_rows import device_rows
 from edgeroute.commands.doctor_devices import local_devices, rpc_devices
 from edgeroute.tools.bench.rpc_servers import RpcServer
-
-_path = Path(__file__).with_name("fake_backend.py")
-_spec = importlib.util.spec_from_file_location("edgeroute_doctor_fake_backend", _path)
-assert _spec is not None and _spec.loader is not None
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fakes
-_spec.loader.exec_module(fakes)
+from tests.device import fake_backend as fakes
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,6 @@ Every branch of runtime/device.py runs here, and a whole model on such a device 
 has on the processor.
 """
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,14 +43,8 @@ from edgeroute.runtime.tensor import (
     set_bytes,
 )
 from edgeroute.tools.synth import make
-
-_path = Path(__file__).with_name("fake_backend.py")
-_spec = importlib.util.spec_from_file_location("edgeroute_test_fake_backend", _path)
-assert _spec is not None and _spec.loader is not None
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fakes
-_spec.loader.exec_module(fakes)
-Fake, fake_device, fake_devices = fakes.Fake, fakes.fake_device, fakes.fake_devices
+from tests.device import fake_backend as fakes
+from tests.device.fake_backend import Fake, fake_device, fake_devices
 
 CONFIGS = {
     "queued": Fake(),

@@ -3,8 +3,6 @@
 A wait that is missing between an upload and the graph that reads it changes the answer here.
 """
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,8 @@ from edgeroute.runtime.errors import CapacityError, ComputeError
 from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.upload import Uploader
 from edgeroute.tools.synth import make
-
-_path = Path(__file__).with_name("fake_backend.py")
-_spec = importlib.util.spec_from_file_location("edgeroute_test_fake_backend", _path)
-assert _spec is not None and _spec.loader is not None
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fakes
-_spec.loader.exec_module(fakes)
-Fake = fakes.Fake
+from tests.device import fake_backend as fakes
+from tests.device.fake_backend import Fake
 
 CASES = {
     "queued": (Fake(), "off"),

@@ -1,9 +1,7 @@
 """What the processor computes for a device has the bits of what the device computes."""
 
 import contextlib
-import importlib.util
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +29,7 @@ from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.tools import synth
 from edgeroute.tools.bench.rpc_servers import rpc_server
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab", Path(__file__).parents[1] / "edgeroute" / "paged_lab.py"
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
+from tests.edgeroute import paged_lab as lab
 
 MOE = [name for name, spec in synth.ARCHITECTURES.items() if spec.n_expert]
 STEPS = [[("a", 20, 1)], *[[("a", 1, 1)]] * 4, [("b", 9, 0)], [("c", 5, 1)],

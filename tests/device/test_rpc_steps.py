@@ -44,7 +44,7 @@ def test_every_policy(rpc: RpcServer, pair: tuple[Path, Path]) -> None:
                 found.append((spec, told(answer), parts))
         return found
 
-    both(rpc, large, scenario, small=small, speculate="off")
+    both(rpc, large, scenario, small=small, speculate="off", steps_state="off")
 
 
 @pytest.fixture

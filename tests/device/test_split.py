@@ -15,7 +15,8 @@ from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.tools.bench.rpc_servers import RpcServer, rpc_server
 from edgeroute.tools.synth import ARCHITECTURES, write
-from tests.device.split_lab import N_TOKENS, SPREADS, Bench, Spread, equal, play
+from tests.device.split_lab import N_TOKENS, SPREADS, STEPS, Bench, Spread
+from tests.edgeroute.paged_lab import equal, play
 
 N_LAYER = 5
 
@@ -44,7 +45,7 @@ def bench(
 @pytest.mark.parametrize("how", SPREADS, ids=lambda how: f"{how.layers}-{how.head}")
 def test_any_spread_gives_the_same_bits(how: Spread, bench: Bench) -> None:
     with bench.alone() as alone, bench.spread(how) as split:
-        assert equal(play(split), play(alone))
+        assert equal(play(split, STEPS), play(alone, STEPS))
         assert split.kv.n_free_cells == split.kv.n_cells
 
 
@@ -63,13 +64,13 @@ def test_families_with_windows_latents_experts_and_quantised_cells(
         opened.alone() as alone,
         opened.spread(SPREADS[1]) as split,
     ):
-        assert equal(play(split), play(alone))
+        assert equal(play(split, STEPS), play(alone, STEPS))
 
 
 def test_spans_cut_anywhere_and_their_residual_streams(bench: Bench) -> None:
     with bench.alone() as alone, bench.spread(SPREADS[3]) as split:
         for spans in (alone.by_layer(), alone.headless()):
-            assert equal(play(split, spans=spans), play(alone, spans=spans))
+            assert equal(play(split, STEPS, spans=spans), play(alone, STEPS, spans=spans))
         assert np.array_equal(split.residual(2), alone.residual(2))
         for forward in (alone, split):
             play(forward, [[("a", 30, 0)]], spans=forward.normed())
@@ -126,7 +127,7 @@ def test_steps_that_skip_store_and_leave_layers_early(bench: Bench) -> None:
             with bench.spread(how) as split:
                 for each in (steps, idle):
                     spans = Forward.spans(each)
-                    assert equal(play(split, spans=spans), play(alone, spans=spans))
+                    assert equal(play(split, STEPS, spans=spans), play(alone, STEPS, spans=spans))
                 assert leave(split) == leave(alone)
 
 
@@ -136,7 +137,7 @@ def test_a_repeated_layer_has_its_keys_on_its_own_device(bench: Bench) -> None:
     spans = Forward.spans(steps)
     one = Spread(layers="c", head="c")
     with bench.spread(one, n_repeat=1) as alone, bench.spread(SPREADS[2], n_repeat=1) as split:
-        assert equal(play(split, spans=spans), play(alone, spans=spans))
+        assert equal(play(split, STEPS, spans=spans), play(alone, STEPS, spans=spans))
 
 
 def test_a_stop_is_honoured_between_devices(bench: Bench) -> None:
@@ -160,15 +161,15 @@ def test_a_stop_is_honoured_between_devices(bench: Bench) -> None:
 
 def test_borrowed_logits_and_what_is_on_the_way_are_those_of_a_copy(bench: Bench) -> None:
     with bench.spread(SPREADS[1]) as split:
-        assert equal(play(split, borrow=True), play(split))
+        assert equal(play(split, STEPS, borrow=True), play(split, STEPS))
         assert split.graphs.n_built > 0 and split.graphs.n_bytes > 0
         split.graphs.clear()
-        assert equal(play(split, borrow=True), play(split))
+        assert equal(play(split, STEPS, borrow=True), play(split, STEPS))
 
 
 def test_growth_that_is_refused_leaves_a_split_usable(bench: Bench) -> None:
     with bench.spread(SPREADS[0]) as split:
-        expected = play(split)
+        expected = play(split, STEPS)
         split.graphs.clear()
         for lane in split._lanes:
             lane.graphs.renew()
@@ -178,12 +179,12 @@ def test_growth_that_is_refused_leaves_a_split_usable(bench: Bench) -> None:
 
         grown, split.grown = split.grown, refuse
         with pytest.raises(CapacityError, match="no more"):
-            play(split)
+            play(split, STEPS)
         split.grown = grown
         for region in [r for r in split.kv._free if r.n_cells < split.kv.n_cells]:
             assert region.n_cells  # what the failed pass held is not in the free list
         split.kv._free = [type(split.kv._free[0])(0, split.kv.n_cells)]
-        assert equal(play(split), expected)
+        assert equal(play(split, STEPS), expected)
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])

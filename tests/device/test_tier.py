@@ -1,9 +1,7 @@
 """Three tiers: disk -> DRAM -> slots of a device whose memory is not ours, the bits of resident."""
 
-import importlib.util
 import random
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,11 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import DeviceLostError, ModelFileError
 from edgeroute.tools import synth
 from edgeroute.tools.bench.rpc_servers import RpcServer
+from tests.device import tier_lab
+from tests.edgeroute import paged_lab as lab
+from tests.edgeroute.paged_lab import PREFILL, SINGLE, TOGETHER
+from tests.offload.faulty_disk import FaultyDisk
 
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_tier_lab", Path(__file__).with_name("tier_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-tier_lab: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = tier_lab
-_spec.loader.exec_module(tier_lab)
-lab = tier_lab.paged_lab
-PREFILL, SINGLE, TOGETHER = lab.PREFILL, lab.SINGLE, lab.TOGETHER
 BRIEF = [[("a", 40, 2)], *SINGLE[:3], *TOGETHER[:4]]
 FAMILIES = ("olmoe", "gpt-oss", "deepseek2")
 N_TOKENS = 32
@@ -267,7 +260,7 @@ def test_an_error_of_the_disk_leaves_both_tiers_usable(
 ) -> None:
     steps = {"prefill": PREFILL, "decode": SINGLE, "together": TOGETHER}[where]
     with tier_lab.tiered(small, device, prefetch="gate", forced=True,
-                         wrap=lab.faulty.FaultyDisk) as tiered:  # fmt: skip
+                         wrap=FaultyDisk) as tiered:  # fmt: skip
         tiered.run(SINGLE[:2])
         tiered.disk.eio_at = len(tiered.disk.offsets) + nth
         with pytest.raises(ModelFileError, match="Input/output error"):
@@ -282,7 +275,7 @@ def test_an_error_of_the_disk_leaves_both_tiers_usable(
 
 @pytest.mark.parametrize("nth", [0, 20])
 def test_a_stopped_prompt_leaves_both_tiers_usable(nth: int, small: Any, device: Device) -> None:
-    with tier_lab.tiered(small, device, wrap=lab.faulty.FaultyDisk) as tiered:
+    with tier_lab.tiered(small, device, wrap=FaultyDisk) as tiered:
         read_at, n_reads = tiered.disk.read_at, 0
 
         def stop(offset: int, *buffers: memoryview) -> int:

@@ -1,10 +1,7 @@
 """Experts done without over three tiers: only what neither the device nor DRAM has."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +11,10 @@ from edgeroute.runtime.device import Device
 from edgeroute.skippers.misses import MissLevers
 from edgeroute.tools import synth
 from edgeroute.tools.bench.rpc_servers import RpcServer
+from tests.device import tier_lab
+from tests.edgeroute import paged_lab as lab
 from tests.edgeroute.misses_lab import Listening, replayed
 
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_tier_lab_misses", Path(__file__).with_name("tier_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-tier_lab: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = tier_lab
-_spec.loader.exec_module(tier_lab)
-lab = tier_lab.paged_lab
 STEPS = [[("a", 40, 1)], [("b", 20, 1)], *[[("a", 1, 1)]] * 4, *[[("a", 1, 1), ("b", 1, 1)]] * 4]
 
 

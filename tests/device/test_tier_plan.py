@@ -1,8 +1,6 @@
 """What a model with experts takes of a device and of DRAM, and a whole Runtime on both."""
 
 import contextlib
-import importlib.util
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,19 +21,8 @@ from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.tools import synth
 from edgeroute.tools.bench.rpc_servers import RpcServer
-
-
-def _load(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-lab = _load("edgeroute_test_tier_plan_lab", Path(__file__).with_name("tier_lab.py")).paged_lab
-fake = _load("edgeroute_test_tier_plan_fake", Path(__file__).with_name("fake_backend.py"))
+from tests.device import fake_backend as fake
+from tests.edgeroute import paged_lab as lab
 
 MANY = replace(lab.SMALL, n_expert=96, n_layer=3)
 """Experts of 7 MB, beside which all else is small."""

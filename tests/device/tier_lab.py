@@ -2,12 +2,9 @@
 
 import contextlib
 import functools
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,14 +22,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.tensor import get_range
 from edgeroute.runtime.weights import ResidentWeights
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_tier_paged_lab", Path(__file__).parents[1] / "edgeroute" / "paged_lab.py"
-)
-assert _spec is not None and _spec.loader is not None
-paged_lab: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = paged_lab
-_spec.loader.exec_module(paged_lab)
+from tests.edgeroute import paged_lab
 
 _check_cliff = functools.cache(expert_tier.check_cliff)  # a simulation of 0.2 s
 
@@ -190,4 +180,4 @@ def tiered(lab: Any, device: Device, **params: Any) -> Iterator[Tiered]:
         yield Tiered(lab, device, TieredParams(**params), own)
 
 
-__all__ = ["Tiered", "TieredParams", "Tiers", "device_tier", "paged_lab", "tiered", "tiers"]
+__all__ = ["Tiered", "TieredParams", "Tiers", "device_tier", "tiered", "tiers"]

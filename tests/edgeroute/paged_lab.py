@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,14 +33,6 @@ from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.tools import synth
 from edgeroute.tools.synth_tensors import tensors
 
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_faulty_disk", Path(__file__).parents[1] / "offload" / "faulty_disk.py"
-)
-assert _spec is not None and _spec.loader is not None
-faulty = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = faulty
-_spec.loader.exec_module(faulty)
-
 _check_cliff = functools.cache(expert_tier.check_cliff)  # a simulation of 0.2 s
 
 N_CELLS, N_TOKENS = 1280, 256
@@ -69,7 +59,7 @@ EVERYTHING = [*PREFILL, *SHORT, *SINGLE, *TOGETHER]
 LESS = [*PREFILL, *SHORT[:1], *SINGLE[:3], *TOGETHER[:5]]
 
 
-def play(forward: Forward, steps: Sequence[Step], *, seed: int = 1) -> Answers:
+def play(forward: Forward, steps: Sequence[Step], *, seed: int = 1, **run: Any) -> Answers:
     """Run passes over new sequences and return each one's logits; None where it was stopped."""
     rng = np.random.default_rng(seed)
     regions: dict[str, Region] = {}
@@ -86,7 +76,7 @@ def play(forward: Forward, steps: Sequence[Step], *, seed: int = 1) -> Answers:
                 tokens = rng.integers(4, 380, n_tokens).tolist()
                 pieces.append(Piece(tokens, n_past[name], regions[name], n_out))
                 n_past[name] += n_tokens
-            logits = forward.run(pieces)
+            logits = forward.run(pieces, **run)
             assert logits is not None, "stopped"
             found.append(logits.copy())
     finally:

@@ -1,8 +1,6 @@
 """An adapter computes what merged weights compute; mixtures, blocks and batches change no bit."""
 
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +18,8 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.lora import LoraRow
 from edgeroute.tools import synth, synth_adapter
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_adapter_lab", Path(__file__).with_name("adapter_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-Model, make, nmse = lab.Model, lab.make, lab.nmse
+from tests.edgeroute import adapter_lab as lab
+from tests.edgeroute.adapter_lab import Model, make, nmse
 
 SMALL = {"n_embd": 64, "n_ff": 96, "n_head": 2, "n_head_kv": 1, "n_embd_head": 32}
 MOE_SMALL = {"n_layer": 2, "n_expert": 8, "n_expert_used": 3, "n_ff_exp": 32}

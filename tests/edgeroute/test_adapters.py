@@ -1,14 +1,11 @@
 """Requests with adapters: right answers whatever is cached, loading, replaced or broken."""
 
-import importlib.util
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,18 +15,8 @@ from edgeroute.models.adapter_records import AdapterFile
 from edgeroute.runtime.errors import AdapterFileError, CapacityError, ClosedError, UsageError
 from edgeroute.runtime.units import MIB
 from edgeroute.tools import synth
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"edgeroute_test_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lab, stress = _load("adapter_lab"), _load("adapter_stress")
+from tests.edgeroute import adapter_lab as lab
+from tests.edgeroute import adapter_stress as stress
 
 SPEC = replace(stress.SPEC, n_ff=96)
 SETTINGS: dict[str, Any] = {"n_ctx": 256, "n_kv": 2560, "n_ubatch": 64, "threads": 1,

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import metadata
 
 import click
 import pytest
@@ -146,18 +145,3 @@ def test_a_package_of_an_extra_is_named_with_its_remedy(monkeypatch: pytest.Monk
     done = failing(monkeypatch, ModuleNotFoundError("No module named 'gguf'", name="gguf"))()
     assert done.exit_code == cli.EXIT_USAGE
     assert "pip install 'edgeroute[tools]'" in done.stderr and "Traceback" not in done.stderr
-    deep = ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
-    assert "edgeroute[train]" in str(cli.missing_extra(deep))
-    ours = ModuleNotFoundError("No module named 'edgeroute.nowhere'", name="edgeroute.nowhere")
-    assert cli.missing_extra(ours) is None  # a fault of ours keeps its traceback
-
-
-def test_extras_are_those_of_the_project() -> None:
-    """Each brings the package that it is said to bring."""
-    listed = metadata.requires("edgeroute") or []
-    for package, extra in cli.EXTRAS.items():
-        name = package.replace("_", "-")
-        assert any(
-            each.startswith(name) and f'extra == "{extra}"' in each.replace("'", '"')
-            for each in listed
-        ), package

@@ -123,6 +123,31 @@ def test_numbers_are_checked_before_an_adapter_enters(
     assert result.exit_code == 3 and not library.exists()
 
 
+def test_generate_takes_adapters_of_the_small_model(
+    tiny_path: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = tmp_path / "same.gguf"
+    same.write_bytes(tiny_path.read_bytes())
+    asked = ("generate", "--raw", "x", "-n", 3, "-m", tiny_path, "--threads", 1, "--n-ctx", 128)
+    pair = (*asked, "--small", same, "--steps", "small")
+    alone = ok(*asked, "--adapters", made, "--adapter", "gold")
+    one = ok(*pair, "--small-adapters", made, "--small-adapter", "gold")
+    assert one["token_ids"] == alone["token_ids"]
+    assert one["stats"]["adapters"] == {"small": alone["stats"]["adapters"] | {
+        "wait_s": one["stats"]["adapters"]["small"]["wait_s"]}}  # fmt: skip
+    both = (*pair, "--small-adapters", made, "--adapters", made, "--adapter", "silver")
+    line = call(*both, "--small-adapter", "gold=0.5,silver=0.25").stderr
+    assert "adapter silver, loaded" in line
+    assert "the small model's adapter gold x 0.5, silver x 0.25, loaded" in line
+    bad = call(*pair, "--small-adapter", "gold")
+    assert bad.exit_code == 2 and "--small-adapters" in bad.stderr
+    for wrong in ("none-such", "gold=x", "auto"):
+        refused = call(*pair, "--small-adapters", made, "--small-adapter", wrong)
+        assert refused.exit_code == 2 and wrong in refused.stderr
+    monkeypatch.setenv("EDGEROUTE_SMALL_ADAPTERS", str(made))
+    assert ok(*pair, "--small-adapter", "gold")["token_ids"] == one["token_ids"]
+
+
 def test_generate_takes_names_mixtures_and_the_library(
     tiny_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

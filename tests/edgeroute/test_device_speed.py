@@ -1,9 +1,7 @@
 """Layers go where a pass takes least time; what that is based on is measured once, and kept."""
 
-import importlib.util
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,14 +26,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, UnsupportedModelError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.tools.synth import make
-
-_path = Path(__file__).parents[1] / "device" / "fake_backend.py"
-_spec = importlib.util.spec_from_file_location("edgeroute_test_fake_backend", _path)
-assert _spec is not None and _spec.loader is not None
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fakes
-_spec.loader.exec_module(fakes)
-
+from tests.device import fake_backend as fakes
 
 # which layers go where
 

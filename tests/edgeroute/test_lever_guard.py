@@ -1,7 +1,5 @@
 """Levers that lose are switched off while running, good ones stay, and answers are the same."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +15,7 @@ from edgeroute.offload.prefetch import Guess, NoPredictor
 from edgeroute.offload.prefetch_gate import WATCHED, PrefetchGate, StepCost
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.skippers.speculate import WATCH_FROM, Speculator
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab", Path(__file__).parent / "paged_lab.py"
-)
-assert _spec is not None and _spec.loader is not None
-lab_module = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab_module
-_spec.loader.exec_module(lab_module)
+from tests.edgeroute import paged_lab as lab_module
 
 N_LAYER, N_EXPERT, N_USED = 4, 32, 3
 MINUTE_STEPS = 60

@@ -1,8 +1,6 @@
 """Paged experts give the bits of resident ones: whatever the budget, policy and layout."""
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +15,8 @@ from edgeroute.offload.overlap_gate import OverlapGate, OverlapParams
 from edgeroute.offload.prefetch import PREDICTORS
 from edgeroute.runtime import slots as slots_module
 from edgeroute.tools import synth
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab", Path(__file__).with_name("paged_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-EVERYTHING, LESS, SMALL, equal = lab.EVERYTHING, lab.LESS, lab.SMALL, lab.equal
+from tests.edgeroute import paged_lab as lab
+from tests.edgeroute.paged_lab import EVERYTHING, LESS, SMALL, equal
 
 MOE = [name for name, spec in synth.ARCHITECTURES.items() if spec.n_expert]
 Open = Callable[..., Any]

@@ -1,8 +1,6 @@
 """Rules for experts: paged and resident give the same bits, and what is left out is not read."""
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +17,7 @@ from edgeroute.skippers import experts
 from edgeroute.skippers.experts import LayerRule
 from edgeroute.tools import synth
 from edgeroute.tools.expert_routes import WatchedModel
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab", Path(__file__).with_name("paged_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
+from tests.edgeroute import paged_lab as lab
 
 MOE = [name for name, spec in synth.ARCHITECTURES.items() if spec.n_expert]
 SMALL = replace(lab.SMALL, n_expert_used=6)

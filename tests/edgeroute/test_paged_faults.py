@@ -3,10 +3,8 @@
 After each, nothing is pinned or on its way, and the store answers with the same bits again.
 """
 
-import importlib.util
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -18,19 +16,14 @@ import pytest
 
 from edgeroute.runtime.errors import ClosedError, ModelFileError
 from edgeroute.tools import synth
+from tests.edgeroute import paged_lab as lab
+from tests.edgeroute.paged_lab import PREFILL, SHORT, SINGLE, TOGETHER
+from tests.offload.faulty_disk import FaultyDisk
 
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab", Path(__file__).with_name("paged_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-PREFILL, SHORT, SINGLE, TOGETHER = lab.PREFILL, lab.SHORT, lab.SINGLE, lab.TOGETHER
 ALL = lab.LESS
 
 
-class WatchedDisk(lab.faulty.FaultyDisk):  # type: ignore[misc]
+class WatchedDisk(FaultyDisk):
     """A faulty disk that tells of each read before it is done; `late` are offsets it delays."""
 
     on_read: Callable[[int], None] = staticmethod(lambda index: None)

@@ -1,8 +1,6 @@
 """Experts done without: the answers of a model in memory that computes the same experts."""
 
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +19,9 @@ from edgeroute.runtime.errors import CapacityError, UsageError
 from edgeroute.skippers.experts import LayerRule, with_rules
 from edgeroute.skippers.misses import MissLevers
 from edgeroute.tools import synth
+from tests.edgeroute import paged_lab as lab
 from tests.edgeroute.misses_lab import Listening, replayed
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab", Path(__file__).with_name("paged_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-SMALL, equal, play = lab.SMALL, lab.equal, lab.play
+from tests.edgeroute.paged_lab import SMALL, equal, play
 
 DECODE: list[Any] = [
     [("a", 40, 1)], [("b", 20, 1)], [("c", 9, 1)],

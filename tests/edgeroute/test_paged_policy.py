@@ -1,22 +1,12 @@
 """The eviction policy follows what the model does, when there is time, and changes no answer."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from edgeroute.offload import expert_store, expert_tier, policy_choice
 from edgeroute.offload.trace import TraceMeta, TraceRecorder
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab", Path(__file__).parent / "paged_lab.py"
-)
-assert _spec is not None and _spec.loader is not None
-lab_module = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab_module
-_spec.loader.exec_module(lab_module)
+from tests.edgeroute import paged_lab as lab_module
 
 STEPS = [*lab_module.PREFILL, *lab_module.SINGLE * 5]
 

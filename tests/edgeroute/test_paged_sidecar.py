@@ -1,10 +1,8 @@
 """Experts read from a sidecar: the bits of those read from the model, or of resident ones."""
 
 import contextlib
-import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +17,9 @@ from edgeroute.runtime import slots as slots_module
 from edgeroute.runtime.errors import ModelFileError
 from edgeroute.tools import synth
 from edgeroute.tools.convert.pack import pack
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab", Path(__file__).with_name("paged_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-EVERYTHING, LESS, PREFILL, SINGLE, equal = (
-    lab.EVERYTHING, lab.LESS, lab.PREFILL, lab.SINGLE, lab.equal,
-)  # fmt: skip
+from tests.edgeroute import paged_lab as lab
+from tests.edgeroute.paged_lab import EVERYTHING, LESS, PREFILL, SINGLE, equal
+from tests.offload.faulty_disk import FaultyDisk
 
 MOE = [name for name, spec in synth.ARCHITECTURES.items() if spec.n_expert]
 IN_PLACE = replace(lab.SMALL, n_layer=3, n_ff_exp=256, n_embd=256)
@@ -225,7 +215,7 @@ def faulty(
         monkeypatch.setattr(slots_module, "IN_PLACE_MIN_BYTES", 1)
         opened = in_place
     with packed(opened, slots=4, prefetch="gate", forced=True, read_bytes=1 << 20,
-                faults=lab.faulty.FaultyDisk) as paged:  # fmt: skip
+                faults=FaultyDisk) as paged:  # fmt: skip
         yield opened, paged
 
 

@@ -1,8 +1,6 @@
 """`edgeroute plan` of a model that is not here, and for machines that this one is not."""
 
-import importlib.util
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,14 +15,8 @@ from edgeroute.commands import plan_forecast
 from edgeroute.tools import synth
 from edgeroute.tools.forecast import plan as planning
 from edgeroute.tools.forecast.records import Speeds, StoragePoint
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_hub_server", Path(__file__).parents[1] / "models" / "hub_server.py"
-)
-hub_server = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = hub_server
-_spec.loader.exec_module(hub_server)
-SPEC = hub_server.SPEC
+from tests.models import hub_server
+from tests.models.hub_server import SPEC
 
 SPEEDS = Speeds(
     name="this machine", memory_bytes=8 << 30, available_bytes=6 << 30,

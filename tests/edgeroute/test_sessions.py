@@ -274,8 +274,9 @@ def test_no_nan_gets_into_the_cache(one: Runtime, saved: Generation, folder: str
     rewrite(next(Path(folder).glob("*.session")), data=poisoned)
     answer = ask(one, session="a")
     assert "no numbers" in told(answer)["not_restored"] and same(answer, saved)
-    pool = np.empty(one._loaded.kv.n_cells * one._loaded.kv.shape.bytes_per_cell, np.uint8)
-    one._loaded.kv.read_cells(0, one._loaded.kv.n_cells, pool)
+    kv = one._loaded.kv
+    pool = np.empty(kv.n_clear * kv.shape.bytes_per_cell, np.uint8)
+    kv.read_cells(0, kv.n_clear, pool)
     assert np.isfinite(pool.view(np.float16)).all()
 
 

@@ -1,11 +1,9 @@
 """A Runtime reads experts from the sidecar beside its model, or says why it does not."""
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,15 +18,8 @@ from edgeroute.offload.sidecar import sidecar_path
 from edgeroute.runtime import errors
 from edgeroute.tools import synth
 from edgeroute.tools.convert.pack import pack
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_runtime", Path(__file__).with_name("test_paged_runtime.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-SETTINGS, SPEC, answers, open_paged = lab.SETTINGS, lab.SPEC, lab.answers, lab.open_paged
+from tests.edgeroute import test_paged_runtime as lab
+from tests.edgeroute.test_paged_runtime import SETTINGS, SPEC, answers, open_paged
 
 
 @pytest.fixture(scope="module")

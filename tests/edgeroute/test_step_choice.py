@@ -12,6 +12,7 @@ from edgeroute.runtime.errors import StepsFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.skippers.step_price import PassCost, Workload
 from edgeroute.step_choice import StepChoice
+from edgeroute.step_memory import Marks, StepMemory
 from edgeroute.steps_file import Point, StepsFile, place_steps_file
 from edgeroute.tools import synth
 
@@ -35,7 +36,8 @@ def calibrated(small: str, large: str, costs: dict[Any, PassCost], chosen: str |
 
 
 def choice(costs: dict[Any, PassCost], file: StepsFile | None, default: str = "auto") -> StepChoice:
-    return StepChoice(default=default, file=file, costs=costs)
+    nowhere = StepMemory(None, lambda: Marks("a", "b"))
+    return StepChoice(default=default, file=file, costs=costs, memory=nowhere)
 
 
 @pytest.mark.parametrize(("costs", "on"), [(RESIDENT, False), (STREAMED, True)])

@@ -100,6 +100,25 @@ def test_an_adapter_of_the_large_model_writes_its_steps(
     assert {each.adapter for each in adapted} == {"a"}
 
 
+def test_an_adapter_of_the_small_model_writes_its_steps_beside_streamed_layers(
+    large: Path, small: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "a.gguf", small, rank=8, alpha=64)
+    settings: dict[str, Any] = {"small_adapters": [adapter], "adapter_slots": 1}
+    with open_pair(large, small, **settings) as runtime:
+        need: Any = runtime.stats()["memory_bytes"]
+        plain, expected = answers(runtime), answers(runtime, small_adapter="a")
+    assert expected[0].token_ids == plain[0].token_ids, "the large model has no such adapter"
+    assert expected[1].token_ids != plain[1].token_ids
+    memory = need - large.stat().st_size // 3
+    with open_pair(large, small, memory=memory, **settings) as runtime:
+        assert runtime._loaded.layers is not None, "the budget holds all of it"
+        found = answers(runtime, small_adapter="a")
+        entries: Any = runtime.stats()["memory"]
+        assert sum(entries.values()) <= memory
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+
+
 def test_a_depth_plan_holds_for_the_large_model_s_steps(large: Path, small: Path) -> None:
     run, skip = LayerDepth(), LayerDepth(attn="skip", ffn="skip")
     layers = tuple(skip if il in (2, 3) else run for il in range(N_LAYER))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edgeroute import Runtime
+from edgeroute import Runtime, step_routing
 from edgeroute.runtime.errors import CapacityError, UsageError
 from edgeroute.skippers.step_bounds import StepBounds
 from edgeroute.stats import Generation
@@ -293,18 +293,16 @@ def test_a_small_model_that_runs_out_of_room_leaves_the_rest_to_the_large_one(
     paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strangers = shorten(Runtime(paths["large"], small=paths["other"], **PARAMS))
-    routing = strangers._scheduler.steps
-    assert routing is not None
-    whole = routing._open_other
+    whole = step_routing.open_follower
 
-    def narrow(request: Any) -> Any:
-        follower = whole(request)
+    def narrow(*given: Any, same: bool) -> Any:
+        follower = whole(*given, same=same)
         assert follower is not None
         region = follower.reader.sequence.region
         region.n_cells = len(follower.reader.tokens) + 5
         return follower
 
-    monkeypatch.setattr(routing, "_open_other", narrow)
+    monkeypatch.setattr(step_routing, "open_follower", narrow)
     with strangers:
         found = strangers.generate(PROMPTS[0], max_tokens=N_TOKENS, steps="small", prefix="off")
     parts = found.stats.steps or ()

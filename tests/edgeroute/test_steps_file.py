@@ -110,7 +110,7 @@ WRONG: list[tuple[Change, str]] = [
     (lambda c: c["points"][0].update(other=1), r"points\[0\] .* unknown key 'other'"),
     (lambda c: c["points"][0]["workload"].pop("large_read"), "large_read of workload of points"),
     (lambda c: c["points"][0]["workload"].update(small_read=-1), "small_read of workload .* is -1"),
-    (lambda c: c["points"][0].update(workload=None), "workload of .* is null; an object"),
+    (lambda c: c["points"][0].update(workload=None), "workload of .* is missing; an object"),
     (lambda c: c.update(chosen="glimpse:9"), "chosen of .* is 'glimpse:9'; the spec of one of"),
     (lambda c: c.pop("chosen"), "has no chosen; calibrate the pair again"),
     (lambda c: c.update(target=2), "target of .* is 2"),
@@ -120,7 +120,7 @@ WRONG: list[tuple[Change, str]] = [
     (lambda c: c["costs"].update(medium={}), "unknown key 'medium'"),
     (lambda c: c["costs"]["small"].update(base_s="fast"), "base_s of small of costs .* is 'fast'"),
     (lambda c: c.update(learned=[]), "learned of .* is a list of 0; an object"),
-    (lambda c: c["learned"].update(bias=None), "bias of learned .* is null; a finite number"),
+    (lambda c: c["learned"].update(bias=None), "bias of learned .* is missing; a finite number"),
     (lambda c: c["learned"].update(weights=[[1.0]]), "weights of learned .* a list of 1; a finite"),
     (lambda c: c["learned"].update(weights=[0.0] * 65537), "a list of at most 65536"),
     (lambda c: c["learned"].update(weights=[10**400]), "weights of learned"),
@@ -149,7 +149,7 @@ def test_a_wrong_value_is_refused_by_its_name(
         (b"[]", "must hold one JSON object, not a list of 0"),
         (b"\xff\xfe", "not JSON"),
         (b'{"target": NaN}', "NaN"),
-        (b'{"target": 1, "target": 1}', "a key twice"),
+        (b'{"target": 1, "target": 1}', "the key .target. twice"),
         (b"[" * 100_000, "too deeply"),
         (b" " * (MAX_BYTES + 1), f"more than {MAX_BYTES} bytes"),
         (b'{"version": ' + b"9" * 5000 + b"}", "not JSON"),
@@ -193,7 +193,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     def fail(*_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(steps_file.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UsageError, match="cannot be written: No space left"):
         replace(FILE, target=0.5).write(path)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
@@ -242,7 +242,7 @@ def test_a_folder_that_cannot_be_written_sends_it_to_the_users(
     monkeypatch.setattr(steps_file.platformdirs, "user_data_path", lambda app: tmp_path / "mine")
     large, small = tmp_path / "big.gguf", tmp_path / "little.gguf"
     assert place_steps_file(large, small) == steps_paths(large, small)[0]
-    monkeypatch.setattr(steps_file.os, "access", lambda *_: False)  # which root always may
+    monkeypatch.setattr(os, "access", lambda *_: False)  # which root always may
     place = place_steps_file(large, small)
     assert place == steps_paths(large, small)[1] and place.parent.is_dir()
     (tmp_path / "file").touch()

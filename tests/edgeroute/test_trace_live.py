@@ -1,9 +1,7 @@
 """A live run recorded to a file: a replay of that file counts what the run counted."""
 
-import importlib.util
 import math
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +27,7 @@ from edgeroute.offload.trace import (
 )
 from edgeroute.runtime.errors import CapacityError, UsageError
 from edgeroute.runtime.units import MIB
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab", Path(__file__).parent / "paged_lab.py"
-)
-assert _spec is not None and _spec.loader is not None
-lab_module: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab_module
-_spec.loader.exec_module(lab_module)
+from tests.edgeroute import paged_lab as lab_module
 
 
 @pytest.fixture(scope="module")

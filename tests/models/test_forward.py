@@ -223,6 +223,7 @@ def test_other_sequences_cells_do_not_matter(synthetic: Path) -> None:
     """Whatever stands in cells that are not its own, a sequence's bits stay."""
     with open_bench(synthetic) as bench:
         tokens = bench.tokens(90, 6)
+        bench.kv.take_all()
         clean = bench.prefill(Sequence(list(tokens), Region(256, 256)))
         for start in (0, 512):
             bench.prefill(Sequence(bench.tokens(250, start), Region(start, 256)))

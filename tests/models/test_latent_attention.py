@@ -1,6 +1,5 @@
 """gpt-oss and deepseek: what the cache holds, what is refused, and cells of several sequences."""
 
-import importlib.util
 import json
 import struct
 import subprocess
@@ -9,7 +8,6 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +23,7 @@ from edgeroute.runtime.errors import EdgerouteError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import KvShape
 from edgeroute.tools import synth
+from tests.models import test_hostile_models as helpers
 
 FAMILIES = ("gpt-oss", "deepseek", "deepseek2", "deepseek2-heads")
 Logits = npt.NDArray[np.float32]
@@ -214,37 +213,33 @@ FLOAT_KEYS = ("rope.scaling.factor", "rope.scaling.yarn_log_multiplier", "expert
 FLOATS = (-1.0, 1e-40, 1e38, float("nan"))
 
 
-def helpers() -> ModuleType:
-    path = Path(__file__).with_name("test_hostile_models.py")
-    spec = importlib.util.spec_from_file_location("hostile_models", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("arch", ["gpt-oss", "deepseek2"])
 def test_hostile_headers_are_refused_or_harmless(arch: str, tmp_path: Path) -> None:
     """In a process of its own: any of these numbers may abort C code that trusts it."""
-    h, folder = helpers(), tmp_path / "files"
+    folder = tmp_path / "files"
     folder.mkdir()
     synth.make(arch, tmp_path / "m", n_layer=2)
     data = (tmp_path / "m").read_bytes()
     (folder / "000-good.gguf").write_bytes(data)
-    kinds = [(KEYS, VALUES, h.UINT32, "<I"), (FLOAT_KEYS, FLOATS, h.FLOAT32, "<f")]
+    kinds = [(KEYS, VALUES, helpers.UINT32, "<I"), (FLOAT_KEYS, FLOATS, helpers.FLOAT32, "<f")]
     for keys, values, kind, code in kinds:
         for key in keys:
             for value in values:
-                patched = h.patch_key(data, f"{arch}.{key}", kind, struct.pack(code, value))
+                patched = helpers.patch_key(data, f"{arch}.{key}", kind, struct.pack(code, value))
                 if patched is not None:
                     (folder / f"{key}={value}.gguf").write_bytes(patched)
     for tensor in ("blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight", "blk.0.attn_sinks.weight",
                    "blk.1.ffn_up_exps.bias"):  # fmt: skip
         if tensor.encode() in data:
             for kind in (24, 26, 30, 9, 1):
-                (folder / f"{tensor}-{kind}.gguf").write_bytes(h.patch_type(data, tensor, kind))
+                (folder / f"{tensor}-{kind}.gguf").write_bytes(
+                    helpers.patch_type(data, tensor, kind)
+                )
     done = subprocess.run(
-        [sys.executable, "-c", h.RUNNER, str(folder)], capture_output=True, text=True, timeout=110
+        [sys.executable, "-c", helpers.RUNNER, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=110,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"died on {lines[-1]['name']}: {done.stderr[-2000:]}"

@@ -4,19 +4,18 @@ As in test_hostile_models, whose helpers this uses: each file works or is refuse
 sentence, in a process of its own.
 """
 
-import importlib.util
 import json
 import struct
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.tools.synth import make
+from tests.models import test_hostile_models as helpers
 
 COUNTS = ("expert_count", "expert_used_count", "feed_forward_length",
           "expert_feed_forward_length", "expert_shared_feed_forward_length")  # fmt: skip
@@ -25,19 +24,10 @@ TYPES = (24, 25, 26, 30, 9, 15)
 TENSORS = ("blk.0.ffn_gate_inp.weight", "blk.0.ffn_gate_exps.weight", "blk.1.ffn_down_exps.weight")
 
 
-def helpers() -> ModuleType:
-    path = Path(__file__).with_name("test_hostile_models.py")
-    spec = importlib.util.spec_from_file_location("hostile_models", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_all(folder: Path) -> dict[str, dict[str, str]]:
     """Load and run every file of a folder; what became of each, by name."""
     done = subprocess.run(
-        [sys.executable, "-c", helpers().RUNNER, str(folder)],
+        [sys.executable, "-c", helpers.RUNNER, str(folder)],
         capture_output=True, text=True, timeout=110,
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -49,19 +39,19 @@ def run_all(folder: Path) -> dict[str, dict[str, str]]:
 def test_contradicting_counts_are_refused_or_harmless(spec: str, tmp_path: Path) -> None:
     good = tmp_path / "good.gguf"
     make(spec, good)
-    folder, data, h = tmp_path / "files", good.read_bytes(), helpers()
+    folder, data = tmp_path / "files", good.read_bytes()
     folder.mkdir()
     (folder / "000-good.gguf").write_bytes(data)
     for key in COUNTS:
         for value in VALUES:
-            patched = h.patch_key(
-                data, f"{spec.split('-')[0]}.{key}", h.UINT32, struct.pack("<I", value)
+            patched = helpers.patch_key(
+                data, f"{spec.split('-')[0]}.{key}", helpers.UINT32, struct.pack("<I", value)
             )
             if patched is not None:
                 (folder / f"{key}={value}.gguf").write_bytes(patched)
     for tensor in TENSORS:
         for kind in TYPES:
-            (folder / f"{tensor}-{kind}.gguf").write_bytes(h.patch_type(data, tensor, kind))
+            (folder / f"{tensor}-{kind}.gguf").write_bytes(helpers.patch_type(data, tensor, kind))
     results = run_all(folder)
     assert len(results) == len(list(folder.iterdir())) > 50
     assert results["000-good.gguf"]["error"] == ""

@@ -1,11 +1,9 @@
 """Pruned prompts: what is kept is computed as a masked pass would, what is not passes by."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +21,7 @@ from edgeroute.runtime.token_choice import BY_ATTENTION, MIN_TOKENS, TokenRule
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers import prune
 from edgeroute.tools.synth import make
+from tests.reference import numpy_llama
 
 Array = npt.NDArray[np.float32]
 N = 210
@@ -193,18 +192,9 @@ def changed(bench: Bench, piece: Piece, il: int) -> tuple[Array, npt.NDArray[np.
     return state, np.flatnonzero((forward.residual(n) != state).any(axis=1))
 
 
-def reference() -> ModuleType:
-    found = Path(__file__).parent.parent / "reference" / "numpy_llama.py"
-    spec = importlib.util.spec_from_file_location("numpy_llama", found)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def received(path: Path, il: int, state: Array, n_probe: int) -> Array:
     """What each token receives from the last ones in a layer, from the definition."""
-    model = reference().NumpyModel(path)
+    model = numpy_llama.NumpyModel(path)
     c, n, p = model.config, len(state), f"blk.{il}"
     h = model._norm(f"{p}.attn_norm", state)
     q = model._rotate(model._linear(f"{p}.attn_q", h).reshape(n, c.n_head, -1), False)

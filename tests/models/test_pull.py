@@ -1,7 +1,6 @@
 """Pulling from a hub on loopback: every way to succeed, break off, lie and refuse."""
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,30 +16,9 @@ from edgeroute.models import hub, store
 from edgeroute.models.pull import PullProgress, pull, remove, resolve
 from edgeroute.models.sources import HashMismatchError, OfflineError, SourceError
 from edgeroute.runtime.errors import CapacityError, CatalogueError
+from tests.models.hub_server import BODY, HUB, SHA256, SPEC, Behaviour, add_entry, leftovers
 
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_hub_server", Path(__file__).with_name("hub_server.py")
-)
-hub_server = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = hub_server
-_spec.loader.exec_module(hub_server)
-BODY, HUB, SHA256, SPEC = hub_server.BODY, hub_server.HUB, hub_server.SHA256, hub_server.SPEC
-add_entry, leftovers = hub_server.add_entry, hub_server.leftovers
-Behaviour = hub_server.Behaviour
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with hub_server.isolated(tmp_path, monkeypatch):
-        yield
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch):
-    """A well-behaved hub that the environment points at; tests change its behaviour."""
-    with hub_server.serving(hub_server.Behaviour(body=BODY)) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
-        yield running
+pytestmark = pytest.mark.usefixtures("isolated_hub")
 
 
 # Happy paths

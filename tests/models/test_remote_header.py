@@ -1,8 +1,5 @@
 """A header by ranges: what it describes is what the file describes, and little of it is read."""
 
-import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -14,20 +11,10 @@ from edgeroute.models.remote_header import RemoteHeader, fetch_header, is_remote
 from edgeroute.models.sources import BrokenTransferError, OfflineError, SourceError
 from edgeroute.runtime.errors import CatalogueError, ClosedError, ModelFileError
 from edgeroute.runtime.gguf import GGUFFile
+from tests.models import hub_server
+from tests.models.hub_server import SPEC
 
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_hub_server", Path(__file__).with_name("hub_server.py")
-)
-hub_server = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = hub_server
-_spec.loader.exec_module(hub_server)
-SPEC = hub_server.SPEC
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with hub_server.isolated(tmp_path, monkeypatch):
-        yield
+pytestmark = pytest.mark.usefixtures("isolated_hub")
 
 
 @pytest.fixture

@@ -1,36 +1,14 @@
 """Names of models: which are read, which are refused, and what `resolve` answers."""
 
-import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edgeroute.models.pull import pull, remove, resolve
 from edgeroute.runtime.errors import CatalogueError
+from tests.models.hub_server import BODY, HUB, SPEC, add_entry
 
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_hub_server", Path(__file__).with_name("hub_server.py")
-)
-hub_server = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = hub_server
-_spec.loader.exec_module(hub_server)
-BODY, HUB, SPEC, add_entry = hub_server.BODY, hub_server.HUB, hub_server.SPEC, hub_server.add_entry
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with hub_server.isolated(tmp_path, monkeypatch):
-        yield
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch):
-    """A well-behaved hub that the environment points at; tests change its behaviour."""
-    with hub_server.serving(hub_server.Behaviour(body=BODY)) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
-        yield running
+pytestmark = pytest.mark.usefixtures("isolated_hub")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
 """The adapter library: leases, loads, eviction, what is kept, replaced, broken or closed."""
 
-import importlib.util
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +10,7 @@ import pytest
 from edgeroute.offload.adapter_load import factors_of, load_into, n_blocks, targets_of
 from edgeroute.offload.adapter_store import MAX_SLOTS_PER_TOKEN, AdapterStore
 from edgeroute.runtime.errors import AdapterFileError, CapacityError, UsageError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_adapter_store_lab", Path(__file__).with_name("adapter_store_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-FakePair, FakeSlots, FakeSource, Lab = lab.FakePair, lab.FakeSlots, lab.FakeSource, lab.Lab
-RANK = lab.RANK
-
+from tests.offload.adapter_store_lab import RANK, FakePair, FakeSlots, FakeSource, Lab
 
 # leases and eviction
 

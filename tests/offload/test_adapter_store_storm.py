@@ -1,23 +1,12 @@
 """Random orders of everything an adapter library is asked for, thousands of operations each."""
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
 from edgeroute.offload.adapter_store import Lease
 from edgeroute.runtime.errors import AdapterFileError, CapacityError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_adapter_store_lab", Path(__file__).with_name("adapter_store_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-FakePair, FakeSource, Lab, RANK = lab.FakePair, lab.FakeSource, lab.Lab, lab.RANK
+from tests.offload.adapter_store_lab import RANK, FakePair, FakeSource, Lab
 
 
 class Storm:

@@ -1,8 +1,6 @@
 """Files read by offset: what is read, what a changed or broken file is answered with."""
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,7 @@ from edgeroute.offload import disk as disk_module
 from edgeroute.offload.disk import DiskFile, read_range
 from edgeroute.offload.disk_speed import DEPTHS, READ_BYTES, measure, timed_reads
 from edgeroute.runtime.errors import ClosedError, ModelFileError, UsageError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_faulty_disk", Path(__file__).with_name("faulty_disk.py")
-)
-assert _spec is not None and _spec.loader is not None
-faulty = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(faulty)
-FaultyDisk, write_file = faulty.FaultyDisk, faulty.write_file
+from tests.offload.faulty_disk import FaultyDisk, write_file
 
 N_BYTES = 300_123  # no multiple of any block
 PLACES = [None, *(p for p in ("/dev/shm",) if Path(p).is_dir() and os.access(p, os.W_OK))]

@@ -1,10 +1,7 @@
 """Hit curves: LRU at all sizes as by replay, and the optimum above every policy, always."""
 
-import importlib.util
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,15 +16,7 @@ from edgeroute.offload.segment_oracle import SegmentOracle
 from edgeroute.offload.stack_distance import uses_of
 from edgeroute.offload.trace import Trace, make_step
 from edgeroute.runtime.errors import CapacityError, UsageError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_routing_lab", Path(__file__).with_name("routing_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(lab)
-Draw, any_draw, drawn = lab.Draw, lab.any_draw, lab.drawn
-meta_of, written = lab.meta_of, lab.written
+from tests.offload.routing_lab import Draw, any_draw, drawn, meta_of, written
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -1,9 +1,7 @@
 """A ring of rooms brings what comes next, whatever pass follows, and recovers from any end."""
 
 import contextlib
-import importlib.util
 import mmap
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,14 +17,7 @@ from edgeroute.runtime.gguf import GGMLType, TensorInfo
 from edgeroute.runtime.rooms import Unit, make_unit, room_bytes
 from edgeroute.runtime.tensor import get_bytes
 from edgeroute.runtime.weights import TensorSpec
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_faulty_disk", Path(__file__).with_name("faulty_disk.py")
-)
-assert _spec is not None and _spec.loader is not None
-faulty = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = faulty
-_spec.loader.exec_module(faulty)
+from tests.offload import faulty_disk as faulty
 
 N_UNITS, N_IN = 7, 64
 """Unit j has a matrix of 64 x (8 + j) numbers and one of 64 x 4: no two are of one size."""

@@ -1,11 +1,8 @@
 """SRP and SCH against their definitions, their limits, and each other."""
 
-import importlib.util
 import math
 import random
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,14 +23,7 @@ from edgeroute.offload.routes import Routes, joined, pieces, routes_of
 from edgeroute.offload.segment_cache import SegmentCache, sch_counts
 from edgeroute.offload.trace import Trace, TraceError, make_step
 from edgeroute.runtime.errors import UsageError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_routing_lab", Path(__file__).with_name("routing_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(lab)
-Draw, drawn, meta_of, written = lab.Draw, lab.drawn, lab.meta_of, lab.written
+from tests.offload.routing_lab import Draw, drawn, meta_of, written
 
 
 def text(*layers: Sequence[Sequence[int]], label: str = "") -> Routes:

@@ -1,9 +1,5 @@
 """Leases, victims and prefetches of one pool, by cases and by millions of random operations."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,13 +8,7 @@ from edgeroute.offload.eviction import PoolShape
 from edgeroute.offload.eviction_registry import make_policy
 from edgeroute.offload.page_table import Missing, PageTable
 from edgeroute.runtime.errors import CapacityError, UsageError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_page_table_driver", Path(__file__).with_name("page_table_driver.py")
-)
-assert _spec is not None and _spec.loader is not None
-driver = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(driver)
+from tests.offload import page_table_driver as driver
 
 N_EXPERT = 10
 SHAPE = PoolShape(pages=range(40), n_expert=N_EXPERT, page_bytes=7)

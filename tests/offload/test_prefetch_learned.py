@@ -1,6 +1,5 @@
 """The trained predictor: its arithmetic, its file, what is refused, and the engine with it."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,14 +25,7 @@ from edgeroute.offload.prefetch_learned import (
 )
 from edgeroute.runtime.errors import ModelFileError, UsageError
 from edgeroute.tools import synth
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_paged_lab_learned", Path(__file__).parents[1] / "edgeroute" / "paged_lab.py"
-)
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
+from tests.edgeroute import paged_lab as lab
 
 N_LAYER, N_EXPERT = 7, 10
 
@@ -224,7 +216,7 @@ def test_without_onnxruntime_the_remedy_is_named(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UsageError, match="needs onnxruntime; pip install"):
+    with pytest.raises(UsageError, match=r"needs onnxruntime.*edgeroute\[predict\]"):
         make_predictor(f"learned:{path}", N_LAYER, N_EXPERT)
 
 

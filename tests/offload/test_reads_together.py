@@ -1,8 +1,6 @@
 """Parts that lie side by side are read at once into memories that do not."""
 
-import importlib.util
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -14,16 +12,7 @@ from edgeroute.offload.disk import DiskFile, read_into
 from edgeroute.offload.load_plan import Extent
 from edgeroute.offload.transfer import Transfer
 from edgeroute.runtime.errors import ModelFileError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_faulty_disk", Path(__file__).with_name("faulty_disk.py")
-)
-assert _spec is not None and _spec.loader is not None
-faulty = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(faulty)
-FaultyDisk, MemorySink, job, write_file = (
-    faulty.FaultyDisk, faulty.MemorySink, faulty.job, faulty.write_file,
-)  # fmt: skip
+from tests.offload.faulty_disk import FaultyDisk, MemorySink, job, write_file
 
 BLOCK = 4096
 N_PAGES = 12

@@ -1,9 +1,6 @@
 """The quick replay counts what the live page table counts, for every policy, bit for bit."""
 
-import importlib.util
-import sys
 from collections.abc import Callable, Container, Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,14 +13,7 @@ from edgeroute.offload.page_table import PageTable
 from edgeroute.offload.replay import run_steps
 from edgeroute.offload.replay_table import ReplayTable
 from edgeroute.runtime.errors import CapacityError, UsageError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_replay_oracle", Path(__file__).parent / "replay_oracle.py"
-)
-assert _spec is not None and _spec.loader is not None
-oracle = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = oracle
-_spec.loader.exec_module(oracle)
+from tests.offload import replay_oracle as oracle
 
 N_EXPERT, N_LAYER, MAX_PAGES = 7, 3, 5
 SHAPE = PoolShape(pages=range(N_EXPERT * N_LAYER), n_expert=N_EXPERT, page_bytes=10)

@@ -1,9 +1,6 @@
 """Reuse distances and working sets, against values counted by hand and by brute force."""
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,15 +9,7 @@ from edgeroute.offload.routes import routes_of
 from edgeroute.offload.stack_distance import NONE, pages_between, uses_of
 from edgeroute.offload.trace import Trace, make_step
 from edgeroute.runtime.errors import UsageError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_routing_lab", Path(__file__).with_name("routing_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(lab)
-Draw, any_draw, drawn = lab.Draw, lab.any_draw, lab.drawn
-meta_of, written = lab.meta_of, lab.written
+from tests.offload.routing_lab import Draw, any_draw, drawn, meta_of, written
 
 META = meta_of(1, 8, 1)
 

@@ -1,22 +1,11 @@
 """Skew of loads and overlap of domains, against values computed by hand."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from edgeroute.offload.routes import routes_of
 from edgeroute.offload.skew import domain_overlap, skew
 from edgeroute.runtime.errors import UsageError
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_routing_lab", Path(__file__).with_name("routing_lab.py")
-)
-assert _spec is not None and _spec.loader is not None
-lab = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(lab)
-meta_of, written = lab.meta_of, lab.written
+from tests.offload.routing_lab import meta_of, written
 
 META = meta_of(2, 10, 1)
 

@@ -115,7 +115,7 @@ def test_parquet_holds_what_csv_does(
 def test_parquet_without_pyarrow_names_the_extra(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"edgeroute\[report\]"):
         export_parquet(path, tmp_path / "t.parquet")
     assert not (tmp_path / "t.parquet").exists()

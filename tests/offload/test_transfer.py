@@ -1,10 +1,8 @@
 """Loads by I/O threads: bytes, order, faults; never a hang, a leak or a wrong byte."""
 
 import gc
-import importlib.util
 import os
 import random
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,16 +24,7 @@ from edgeroute.runtime.errors import (
     ModelFileError,
     UsageError,
 )
-
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_faulty_disk", Path(__file__).with_name("faulty_disk.py")
-)
-assert _spec is not None and _spec.loader is not None
-faulty = sys.modules.setdefault(_spec.name, importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(faulty)
-FaultyDisk, MemorySink, job, write_file = (
-    faulty.FaultyDisk, faulty.MemorySink, faulty.job, faulty.write_file,
-)  # fmt: skip
+from tests.offload.faulty_disk import FaultyDisk, MemorySink, job, write_file
 
 N_BYTES = 700_001
 KIB = 1 << 10

@@ -4,29 +4,17 @@ As in numpy_llama, whose reader and norms these use, nothing is shared with the 
 values are unfolded for every head here, whatever form the file's projections have.
 """
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader
 
+from tests.reference import numpy_llama as llama
+
 Array = npt.NDArray[np.float32]
 ALPHA, LIMIT = 1.702, 7.0  # of gpt-oss's activation
-
-
-def _base() -> ModuleType:
-    path = Path(__file__).with_name("numpy_llama.py")
-    spec = importlib.util.spec_from_file_location("numpy_llama", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-llama: Any = _base()
 
 
 class NumpyFamily(llama.NumpyModel):

@@ -1,13 +1,13 @@
 """deepseek and deepseek2: llama.cpp's bits in both forms of latent attention, and the formulas."""
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from edgeroute.tools import synth
+from tests.reference import family_checks as checks
+from tests.reference.numpy_families import NumpyDeepSeek2
 
 DEEPSEEK = synth.ARCHITECTURES["deepseek"]
 ABSORBED = replace(synth.ARCHITECTURES["deepseek2"], n_layer=2)
@@ -25,15 +25,6 @@ LITE_HEADS = replace(
 )
 
 
-def checks() -> ModuleType:
-    path = Path(__file__).with_name("family_checks.py")
-    spec = importlib.util.spec_from_file_location("family_checks", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     "spec",
     [replace(LITE, weight_type="Q4_0"), replace(LITE_HEADS, weight_type="Q8_0")],
@@ -41,7 +32,7 @@ def checks() -> ModuleType:
 )
 def test_lite_models_have_llama_cpps_bits(spec: synth.SynthSpec, tmp_path: Path) -> None:
     """V2-Lite's form: queries projected at once; test_parity has the compressed ones."""
-    checks().check_identical(spec, tmp_path, n_single=12)
+    checks.check_identical(spec, tmp_path, n_single=12)
 
 
 @pytest.mark.parametrize(
@@ -61,25 +52,25 @@ def test_lite_models_have_llama_cpps_bits(spec: synth.SynthSpec, tmp_path: Path)
     ids=str,
 )
 def test_variants_have_llama_cpps_bits(change: dict[str, object], tmp_path: Path) -> None:
-    checks().check_identical(replace(ABSORBED, **change), tmp_path, n_single=30)
+    checks.check_identical(replace(ABSORBED, **change), tmp_path, n_single=30)
 
 
 @pytest.mark.parametrize("change", [{"expert_weights_scale": 2.5}, {"weight_type": "Q8_0"}])
 def test_the_first_generation_has_llama_cpps_bits(
     change: dict[str, object], tmp_path: Path
 ) -> None:
-    checks().check_identical(replace(DEEPSEEK, **change), tmp_path, n_single=30)
+    checks.check_identical(replace(DEEPSEEK, **change), tmp_path, n_single=30)
 
 
 @pytest.mark.parametrize("spec", [ABSORBED, HEADS, DEEPSEEK], ids=["absorbed", "heads", "first"])
 def test_q8_0_cache_has_llama_cpps_bits(spec: synth.SynthSpec, tmp_path: Path) -> None:
     """Latents are not turned before they are quantised; keys and values of heads are."""
-    checks().check_identical(replace(spec, weight_type="Q4_0"), tmp_path, kv_type="q8_0")
+    checks.check_identical(replace(spec, weight_type="Q4_0"), tmp_path, kv_type="q8_0")
 
 
 @pytest.mark.parametrize("spec", [ABSORBED, HEADS], ids=["absorbed", "heads"])
 def test_a_long_context_has_llama_cpps_bits(spec: synth.SynthSpec, tmp_path: Path) -> None:
-    checks().check_long_context(replace(spec, weight_type="Q8_0"), tmp_path)
+    checks.check_long_context(replace(spec, weight_type="Q8_0"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -90,4 +81,4 @@ def test_a_long_context_has_llama_cpps_bits(spec: synth.SynthSpec, tmp_path: Pat
 def test_numpy_agrees(spec: synth.SynthSpec, tmp_path: Path) -> None:
     """Unfolded keys and values of every head, whatever form the file has."""
     one = replace(spec, n_layer=1, n_layer_dense_lead=0)
-    checks().check_formulas(one, "NumpyDeepSeek2", tmp_path)
+    checks.check_formulas(one, NumpyDeepSeek2, tmp_path)

@@ -1,31 +1,22 @@
 """gpt-oss: llama.cpp's bits with the types its files have, and the formulas of its model card."""
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from edgeroute.tools import synth
+from tests.reference import family_checks as checks
+from tests.reference.numpy_families import NumpyGptOss
 
 SPEC = synth.ARCHITECTURES["gpt-oss"]
 REAL = replace(SPEC, weight_type="Q8_0", expert_type="MXFP4")
 
 
-def checks() -> ModuleType:
-    path = Path(__file__).with_name("family_checks.py")
-    spec = importlib.util.spec_from_file_location("family_checks", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("weight_type", ["F32", "Q8_0", "Q4_0"])
 def test_mxfp4_experts_have_llama_cpps_bits(weight_type: str, tmp_path: Path) -> None:
     """test_parity has the same with experts of the other types."""
-    checks().check_identical(replace(REAL, weight_type=weight_type), tmp_path)
+    checks.check_identical(replace(REAL, weight_type=weight_type), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -42,19 +33,19 @@ def test_mxfp4_experts_have_llama_cpps_bits(weight_type: str, tmp_path: Path) ->
     ids=str,
 )
 def test_variants_have_llama_cpps_bits(change: dict[str, object], tmp_path: Path) -> None:
-    checks().check_identical(replace(SPEC, weight_type="F32", **change), tmp_path, n_single=40)
+    checks.check_identical(replace(SPEC, weight_type="F32", **change), tmp_path, n_single=40)
 
 
 def test_q8_0_cache_has_llama_cpps_bits(tmp_path: Path) -> None:
-    checks().check_identical(REAL, tmp_path, kv_type="q8_0")
+    checks.check_identical(REAL, tmp_path, kv_type="q8_0")
 
 
 def test_a_long_context_has_llama_cpps_bits(tmp_path: Path) -> None:
-    checks().check_long_context(REAL, tmp_path)
+    checks.check_long_context(REAL, tmp_path)
 
 
 @pytest.mark.parametrize("rope_factor", [4.0, 32.0])
 def test_numpy_agrees(rope_factor: float, tmp_path: Path) -> None:
     """Sinks, windows, the clamped activation and every bias, from other code."""
     spec = replace(SPEC, n_layer=1, rope_factor=rope_factor)
-    checks().check_formulas(spec, "NumpyGptOss", tmp_path)
+    checks.check_formulas(spec, NumpyGptOss, tmp_path)

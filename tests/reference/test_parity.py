@@ -1,8 +1,6 @@
 """The same numbers as llama.cpp, bit for bit, and as an independent float32 reference."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,6 +10,8 @@ from edgeroute.runtime.tokenizer import Tokenizer
 from edgeroute.tools import synth
 from edgeroute.tools.bench import parity
 from edgeroute.tools.bench.text import PROMPTS, TEXT, text_tokens
+from tests.reference import numpy_llama
+from tests.reference.family_checks import check_clear_routes, random_tokens
 
 TYPES = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K")
 CASES = [(arch, weight_type) for arch in synth.ARCHITECTURES for weight_type in TYPES]
@@ -22,14 +22,9 @@ N_BATCHED, N_SINGLE = 275, 90
 
 # F32 leaves only the half-precision keys and values; quantised types multiply by activations
 # rounded to 8 bits. About four times what is seen.
-MIN_MARGIN = 0.01  # of a score of unit power; half-precision keys move one by 1e-3
 NMSE_LIMITS = {"F32": 1e-6, "Q8_0": 2e-3}
 DENSE = [arch for arch, spec in synth.ARCHITECTURES.items() if not spec.n_expert]
 MOE = ("llama-moe", "llama-moe-one", "qwen2moe", "qwen3moe", "olmoe")
-
-
-def random_tokens(n_tokens: int, n_vocab: int = 384) -> list[int]:
-    return [int(t) for t in np.random.default_rng(3).integers(4, n_vocab, n_tokens)]
 
 
 def check_identical(found: parity.Comparison) -> None:
@@ -120,7 +115,7 @@ def test_numpy_reference_agrees(arch: str, weight_type: str, tmp_path: Path) -> 
     path = tmp_path / "model.gguf"
     synth.make(arch, path, weight_type=weight_type)
     tokens = random_tokens(96)
-    reference = numpy_llama().NumpyModel(path).logits(tokens)
+    reference = numpy_llama.NumpyModel(path).logits(tokens)
     engine = parity.Engine(path, 256, 1, "f16")
     try:
         seen = parity.Deviation()
@@ -132,29 +127,7 @@ def test_numpy_reference_agrees(arch: str, weight_type: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("arch", MOE)
 def test_numpy_reference_agrees_where_routes_are_clear(arch: str, tmp_path: Path) -> None:
-    """Rounding flips near-tied experts, and later layers see it: one layer, clear choices."""
+    """Those of one layer: rounding flips near-tied experts, and later layers see it."""
     path = tmp_path / "model.gguf"
     synth.make(arch, path, n_layer=1)
-    tokens = random_tokens(96)
-    model = numpy_llama().NumpyModel(path)
-    reference = model.logits(tokens)
-    clear = model.margins[0] > MIN_MARGIN
-    engine = parity.Engine(path, 256, 1, "f16")
-    try:
-        found = engine.run(tokens, 0)
-    finally:
-        engine.close()
-    seen = parity.Deviation()
-    seen.add(found[clear], reference[clear])
-    assert len(model.margins) == 1 and np.count_nonzero(clear) > 64
-    assert seen.nmse < NMSE_LIMITS["F32"]
-
-
-def numpy_llama() -> ModuleType:
-    """Load the reference that lies beside this file; importlib mode puts no folder on the path."""
-    path = Path(__file__).with_name("numpy_llama.py")
-    spec = importlib.util.spec_from_file_location("numpy_llama", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    check_clear_routes(path, numpy_llama.NumpyModel(path), n_clear=64)

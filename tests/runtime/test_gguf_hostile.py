@@ -1,6 +1,5 @@
 """Malformed model files are refused with a sentence: no crash, hang or large allocation."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,15 +16,9 @@ from edgeroute.runtime.errors import EdgerouteError, ModelFileError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.gguf_header import parse_header
 from edgeroute.runtime.vocab_check import check_vocab_metadata
+from tests.runtime import hostile_files as hostile
 
 RUNNER = Path(__file__).with_name("hostile_runner.py")
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_hostile_files", Path(__file__).with_name("hostile_files.py")
-)
-assert _spec is not None and _spec.loader is not None
-hostile = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = hostile
-_spec.loader.exec_module(hostile)
 
 CASES = {case.name: case for case in hostile.all_cases()}
 VALID = hostile.valid_files()

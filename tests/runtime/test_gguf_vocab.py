@@ -1,6 +1,5 @@
 """Whatever vocabulary passes the check, llama.cpp loads and uses without aborting."""
 
-import importlib.util
 import os
 import random
 import struct
@@ -11,15 +10,9 @@ from pathlib import Path
 from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.vocab_check import check_vocab
+from tests.runtime import hostile_files as hostile
 
 ORACLE = Path(__file__).with_name("vocab_oracle.py")
-_spec = importlib.util.spec_from_file_location(
-    "edgeroute_test_hostile_files", Path(__file__).with_name("hostile_files.py")
-)
-assert _spec is not None and _spec.loader is not None
-hostile = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = hostile
-_spec.loader.exec_module(hostile)
 
 N_FILES = 300
 MEANINGFUL = (

@@ -16,7 +16,8 @@ from edgeroute.runtime import gbnf, gbnf_check
 from edgeroute.runtime.errors import GrammarError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.grammar import Grammar
-from edgeroute.runtime.json_schema import KNOWN, to_gbnf
+from edgeroute.runtime.json_keywords import KNOWN
+from edgeroute.runtime.json_schema import to_gbnf
 from edgeroute.runtime.records import SamplingParams
 from edgeroute.runtime.sampler import Sampler
 from edgeroute.runtime.tokenizer import Tokenizer

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from edgeroute.runtime import gbnf
 from edgeroute.runtime.errors import GrammarError
+from edgeroute.runtime.json_keywords import KNOWN
 from edgeroute.runtime.json_loose import loosen
-from edgeroute.runtime.json_schema import KNOWN, to_gbnf
+from edgeroute.runtime.json_schema import to_gbnf
 
 TEXT, OBJECT = {"type": "string"}, {"type": "object"}
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.kv_cache import KvCache, KvShape, Region, round_cells
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import (
@@ -81,6 +82,29 @@ def test_bytes_are_the_planned_ones(kv: KvCache) -> None:
         KvShape(n_layer=1, n_embd_k_gqa=1, n_embd_v_gqa=1, n_embd_head=1, kv_type="f64")
     with pytest.raises(UsageError, match="multiple of 32"):
         KvShape(n_layer=1, n_embd_k_gqa=40, n_embd_v_gqa=40, n_embd_head=40, kv_type="q8_0")
+
+
+def test_cells_are_clear_once_they_are_given_away(device: Device) -> None:
+    """Masked cells meet a weight of zero, which makes no zero of what is no number."""
+    shape = KvShape(n_layer=2, n_embd_k_gqa=64, n_embd_v_gqa=32, n_embd_head=32)
+    kv = KvCache(device, shape, 1024)
+    for tensor in (*kv.k, *kv.v):
+        ggml().ggml_backend_tensor_memset(tensor, 0xFF, 0, ggml().ggml_nbytes(tensor))
+
+    def cells(first: int, n: int) -> set[int]:
+        found = np.empty(n * shape.bytes_per_cell, np.uint8)
+        kv.read_cells(first, n, found)
+        return set(found.tolist())
+
+    region = kv.allocate(200)
+    assert region is not None and cells(0, 256) == {0} and cells(256, 768) == {0xFF}
+    kv.write_cells(0, 256, np.full(256 * shape.bytes_per_cell, 7, np.uint8))
+    assert kv.grow(region, 700) and cells(256, 512) == {0} and cells(768, 256) == {0xFF}
+    kv.release(region)
+    assert kv.take_all().n_cells == 1024 and cells(768, 256) == {0} and cells(0, 256) == {7}
+    with pytest.raises(ValueError, match="owner"):
+        kv.take_all()
+    kv.close()
 
 
 def filled(kv: KvCache, prefix: PrefixCache, tokens: list[int], n_cells: int) -> Sequence:

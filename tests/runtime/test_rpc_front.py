@@ -1,13 +1,11 @@
 """What lends a device to a network: exact limits, one client at a time, and none ends it."""
 
-import importlib.util
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,13 +16,8 @@ from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.rpc_engine import EngineParams, RpcEngine
 from edgeroute.runtime.rpc_front import Lent, RpcFront
 from edgeroute.runtime.rpc_link import RpcLink
-
-_spec = importlib.util.spec_from_file_location("rpc_lab", Path(__file__).parent / "rpc_lab.py")
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-Client, until = lab.Client, lab.until
+from tests.runtime import rpc_lab as lab
+from tests.runtime.rpc_lab import Client, until
 
 LIMIT = 1 << 20
 pytestmark = pytest.mark.skipif(

@@ -1,11 +1,9 @@
 """The relay between ggml's RPC client and a server: whatever that does, ggml is answered."""
 
-import importlib.util
 import socket
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +13,8 @@ from edgeroute.runtime.errors import DeviceLostError, UsageError
 from edgeroute.runtime.rpc_link import RpcLink
 from edgeroute.runtime.rpc_throttle import Bucket
 from edgeroute.runtime.rpc_wire import Wire, WireLostError, parse_silence
-
-_spec = importlib.util.spec_from_file_location("rpc_lab", Path(__file__).parent / "rpc_lab.py")
-assert _spec is not None and _spec.loader is not None
-lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = lab
-_spec.loader.exec_module(lab)
-Client, fake_server, until = lab.Client, lab.fake_server, lab.until
+from tests.runtime import rpc_lab as lab
+from tests.runtime.rpc_lab import Client, fake_server, until
 
 ASKED = {
     frames.ALLOC_BUFFER: frames.ALLOC.pack(0, 4096),

@@ -110,8 +110,8 @@ def forge(path: Path, *, facts: bytes | None = None, classes: bytes | None = Non
     text = json.dumps(asdict(FACTS)).encode() if facts is None else facts
     parts = [DATA[i : i + 5 * CELL_BYTES] for i in range(0, len(DATA), 5 * CELL_BYTES)]
     head = b"".join((
-        FIXED.pack(session_file.MAGIC, 1, len(text), N_CELLS, CELL_BYTES, 0), text,
-        TOKENS.tobytes(), CLASSES.tobytes() if classes is None else classes,
+        FIXED.pack(session_file.MAGIC, session_file.VERSION, len(text), N_CELLS, CELL_BYTES, 0),
+        text, TOKENS.tobytes(), CLASSES.tobytes() if classes is None else classes,
         *(digest(part.data) for part in parts),
     ))  # fmt: skip
     path.write_bytes(head + digest(head) + DATA.tobytes())
@@ -138,7 +138,7 @@ def test_an_unknown_kind_of_cell_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("offset", "value", "told"), [
-    (8, 2, "version 2"), (8, 0, "version 0"), (12, 0, "other sizes"), (12, 1 << 31, "other sizes"),
+    (8, 1, "version 1"), (8, 0, "version 0"), (12, 0, "other sizes"), (12, 1 << 31, "other sizes"),
     (16, 0, "0 cells"), (16, (1 << 32) - 1, "cells, this cache"), (20, 0, "other sizes"),
     (20, (1 << 32) - 1, "other sizes"), (16, 1 << 22, "bytes"), (20, 1, "bytes"),
 ])  # fmt: skip
@@ -297,6 +297,7 @@ def make(device: Device) -> Iterator[Callable[[str], KvCache]]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_cells_go_out_and_in_where_they_were(make: Callable[[str], KvCache], name: str) -> None:
     kv = make(name)
+    kv.take_all()
     size = kv.shape.bytes_per_cell
     data = np.random.default_rng(2).integers(0, 256, 40 * size, np.uint8)
     kv.write_cells(300, 40, data)

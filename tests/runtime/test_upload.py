@@ -1,11 +1,8 @@
 """Uploads: what was sent is there before a graph reads it, however late the device copies."""
 
 import contextlib
-import importlib.util
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,14 +13,8 @@ from edgeroute.runtime.errors import DeviceLostError
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.tensor import F32, Descriptors, get_bytes, new_tensor, place_all
 from edgeroute.runtime.upload import Uploader
-
-_path = Path(__file__).parents[1] / "device" / "fake_backend.py"
-_spec = importlib.util.spec_from_file_location("edgeroute_test_fake_backend", _path)
-assert _spec is not None and _spec.loader is not None
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = fakes
-_spec.loader.exec_module(fakes)
-Fake = fakes.Fake
+from tests.device import fake_backend as fakes
+from tests.device.fake_backend import Fake
 
 N = 1 << 18  # values of the tensor, 1 MiB
 STAGING = 4 << 16  # four buffers of the least size: the tensor goes round the ring four times

@@ -31,7 +31,7 @@ AXE = os.environ.get("AXE")
 SHOTS = os.environ.get("SHOTS")
 SOAK_S = float(os.environ.get("SOAK_S", "0"))
 SIZES = {"light": (1400, 900), "dark": (1400, 900), "phone": (360, 780)}
-DEMO = Path(__file__).with_name("dashboard_demo.py")
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,8 +45,10 @@ pytestmark = [
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """Address and process id of a server with something to show."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(DEMO), str(folder), "--pause", os.environ.get("PAUSE_S", "2")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-m", "tests.server.dashboard_demo", str(folder),
+               "--pause", os.environ.get("PAUSE_S", "2")]  # fmt: skip
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
             yield process.stdout.readline().decode().strip(), process.pid

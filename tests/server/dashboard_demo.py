@@ -1,13 +1,12 @@
 """A server whose dashboard has something to show: a paged mixture of experts, and adapters.
 
-    python tests/server/dashboard_demo.py FOLDER [--pair LARGE.gguf SMALL.gguf]
+    python -m tests.server.dashboard_demo FOLDER [--pair LARGE.gguf SMALL.gguf]
 
 Synthetic models are written into FOLDER. Prints its address; ends with its standard input.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import random
 import sys
@@ -15,7 +14,6 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx2
@@ -35,6 +33,7 @@ from edgeroute.server.guard import guards
 from edgeroute.server.records import ModelFacts, ServerParams, Services
 from edgeroute.tools import synth
 from edgeroute.tools.synth_adapter import AdapterSpec, make_gguf
+from tests.server import lab
 
 MOE = replace(
     synth.ARCHITECTURES["qwen3moe"], n_layer=24, n_embd=128, n_ff=128, n_ff_exp=64, n_head=2,
@@ -45,15 +44,6 @@ SPARE = 40 * MIB
 N_WARM = 60
 """Requests until caches are full, and memory stays as it is."""
 WORDS = "sky blue robot arm grip path torque sensor door cup light why how when write a of the"
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"edgeroute_test_server_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Several:
@@ -171,7 +161,7 @@ def demo(folder: Path, *, pair: Sequence[str] = (), pause_s: float = 1.0) -> Ite
         watch = live.Live(models)
         services = Services(params=params, models=models, observers=(watch,))
         routes = [*api.routes(services), *live.routes(services), *dashboard.routes(services)]
-        base = own.enter_context(_load("lab").serving(services, routes, guards(params)))
+        base = own.enter_context(lab.serving(services, routes, guards(params)))
         over = threading.Event()
         worker = threading.Thread(target=work, args=(base, asked, pause_s, over))
         worker.start()

@@ -1,15 +1,11 @@
 """The stream of snapshots: one sampler for all, bounded, nothing queued, nothing left behind."""
 
 import asyncio
-import importlib.util
 import json
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx2
@@ -20,6 +16,7 @@ from edgeroute.server import live as live_module
 from edgeroute.server.errors import ApiError
 from edgeroute.server.live import Live, LiveResponse, routes
 from edgeroute.server.records import ServerParams, Services
+from tests.server import lab
 
 STALL_S = 30.0
 PLAIN: dict[str, Any] = {
@@ -28,18 +25,6 @@ PLAIN: dict[str, Any] = {
     "waiting": 0, "finished": 0, "decode_steps": 0, "mean_batch": 0.0, "threads": 1,
     "threads_max": 2,
 }  # fmt: skip
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"edgeroute_test_server_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lab = _load("lab")
 
 
 class FakeRuntime:

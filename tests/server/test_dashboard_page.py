@@ -1,13 +1,10 @@
 """The page's files: whole, served by fixed names, and without anything from elsewhere."""
 
-import importlib.util
 import re
-import sys
 import tomllib
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
-from types import ModuleType
 
 import httpx2
 import pytest
@@ -15,18 +12,7 @@ import pytest
 from edgeroute.server import dashboard
 from edgeroute.server.dashboard import FILES, StaticFile, routes
 from edgeroute.server.records import ServerParams, Services
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"edgeroute_test_server_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lab = _load("lab")
+from tests.server import lab
 
 STATIC = resources.files("edgeroute.server") / "static"
 TEXTS = {name: (STATIC / name).read_text("utf-8") for name in FILES}

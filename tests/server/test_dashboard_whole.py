@@ -1,12 +1,9 @@
 """The stream over a real model: requests show up as figures, and a pair's writers by name."""
 
-import importlib.util
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx2
@@ -15,18 +12,7 @@ import pytest
 from edgeroute import Runtime
 from edgeroute.server import api, dashboard, live
 from edgeroute.server.records import ServerParams, Services
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"edgeroute_test_server_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lab = _load("lab")
+from tests.server import lab
 
 
 @pytest.fixture(scope="module")

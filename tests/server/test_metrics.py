@@ -92,6 +92,7 @@ def told(metrics: Metrics) -> Callable[..., float | None]:
     metrics.engines.refresh()
 
     def value(name: str, **labels: str) -> float | None:
+        metrics.settle()
         return metrics.registry.get_sample_value(name, labels)
 
     return value

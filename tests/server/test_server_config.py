@@ -37,7 +37,9 @@ dashboard = false
 [models.coder]
 model = "big.gguf"
 small = "tiny"
+small_adapters = ["loras", "more"]
 steps = "random:0.3"
+steps_state = "learned.json"
 n_ctx = 512
 
 [models.tiny]
@@ -75,6 +77,8 @@ def test_a_file_is_read_and_its_paths_are_relative_to_it(folder: Path) -> None:
     assert (coder.name, coder.path, coder.memory) == ("coder", folder / "big.gguf", None)
     assert coder.params.small == str(folder / "small.gguf")
     assert (coder.params.n_ctx, coder.params.steps) == (512, "random:0.3")
+    assert coder.params.small_adapters == (str(folder / "loras"), str(folder / "more"))
+    assert coder.params.steps_state == str(folder / "learned.json")
     assert (tiny.name, tiny.memory) == ("tiny", GIB)
     assert tiny.params.adapters == (str(folder / "adapters"),)
 

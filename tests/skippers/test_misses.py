@@ -105,3 +105,18 @@ def test_levers_count_by_layer() -> None:
     levers.count(3, replaced=1, dropped=2, saved=2)
     levers.count(3, replaced=0, dropped=1, saved=0)
     assert (levers.replaced, levers.dropped, dict(levers.saved)) == (1, 3, {3: 2})
+
+
+def test_copies_stand_for_what_is_not_dropped() -> None:
+    """HOBBIT's T1 = 0.6 and T2 = 0.9: in full up to the first, left out from the second on."""
+    levers = MissLevers(drop_misses=0.1, degrade_misses=0.4)
+    weights = np.array([[0.5, 0.25, 0.2, 0.05]], np.float32)
+    here = np.zeros((1, 4), np.bool_)
+    assert levers.drop(weights, here).tolist() == [[False, False, False, True]]
+    assert levers.degrade(weights, here).tolist() == [[False, False, True, True]]
+    here[0, 2:] = True
+    assert not levers.degrade(weights, here).any()
+    assert not MissLevers().degrade(weights, ~here).any()
+    levers.count(3, degraded=2)
+    levers.count(4, degraded=1)
+    assert (levers.degraded, levers.dropped, dict(levers.saved)) == (3, 0, {3: 0, 4: 0})

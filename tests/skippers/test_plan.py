@@ -8,14 +8,8 @@ import pytest
 
 from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.errors import DepthFileError
-from edgeroute.skippers.plan import (
-    MAX_CHARS,
-    MAX_PLANS,
-    DepthPlan,
-    LayerDepth,
-    plans_from_json,
-    plans_to_json,
-)
+from edgeroute.skippers.plan import DepthPlan, LayerDepth
+from edgeroute.skippers.plan_json import MAX_CHARS, MAX_PLANS, plans_from_json, plans_to_json
 
 RUN = {"attn": "run", "ffn": "run"}
 
@@ -103,18 +97,20 @@ def layer(**changes: Any) -> dict[str, Any]:
 def test_what_is_no_plan_is_refused_with_a_sentence(source: object, says: str) -> None:
     """A plan that passed unchecked would crash ggml or skip the whole model."""
     with pytest.raises(DepthFileError) as caught:
-        DepthPlan.from_json(source, 3)
+        plans_from_json(source if isinstance(source, str | bytes) else [source], 3)
     assert says in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
 def test_a_plan_survives_its_json() -> None:
-    plans = (
-        DepthPlan.from_json(plain(), 3),
-        DepthPlan.from_json(json.dumps(plain(name="b", kl=None, speed=None, kl_error=None)), 3),
-        DepthPlan.from_json(layer(experts={"rule": "mass", "value": 0.25}) | {"name": "c"}, 3),
-        DepthPlan.from_json(layer(attn="repeat") | {"name": "d"}, 3),
-    )
+    given = [
+        plain(),
+        plain(name="b", kl=None, speed=None, kl_error=None),
+        layer(experts={"rule": "mass", "value": 0.25}) | {"name": "c"},
+        layer(attn="repeat") | {"name": "d"},
+    ]
+    plans = plans_from_json(given, 3)
+    assert plans_from_json(json.dumps(given), 3) == plans
     assert plans_from_json(plans_to_json(plans), 3) == plans
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from edgeroute.skippers.speculate import (
     CONTROL_EVERY,
+    JUDGED_ENOUGH,
     LENGTHS,
     PLAIN,
     Acceptance,
@@ -219,3 +220,30 @@ def test_counts_are_read_while_sources_come() -> None:
     policy._sources["first"] = Reading()  # type: ignore[assignment]
     assert policy.stats() == {}
     assert len(policy._sources) == 2
+
+
+@pytest.mark.parametrize(("right", "drafts"), [(0, False), (7, True)])
+def test_a_judged_source_drafts_by_what_was_judged_and_is_never_tried(
+    right: int, drafts: bool
+) -> None:
+    policy = Speculator(LONGEST)
+    for _ in range(5):
+        policy.observe_pass(1, 0.6, 0.05)
+    for _ in range(JUDGED_ENOUGH):
+        assert not policy.judged("lookup.2")
+        policy.observe_guess("lookup.2", min(8, right + 1), right)
+    assert policy.judged("lookup.2")
+    choice = policy.choose({"lookup.2": LONGEST})
+    assert (choice.source == "lookup.2") == drafts
+    assert policy.on == drafts
+
+
+def test_a_judged_source_gives_way_to_a_better_one() -> None:
+    """A cheap guess that is often wrong does not displace a draft that is mostly right."""
+    world = World(streamed, 0.9, {"self": (0.8, 0.02, 1.0)})
+    policy = Speculator(LONGEST)
+    world.play(policy, 300)
+    for _ in range(20):
+        policy.observe_guess("lookup.1", 2, 1)
+    chosen = [policy.choose({"lookup.1": LONGEST, "self": LONGEST}).source for _ in range(5)]
+    assert "lookup.1" not in chosen and "self" in chosen

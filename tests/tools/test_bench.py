@@ -297,7 +297,7 @@ def test_load_says_what_went_wrong(params: BenchParams, tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUFnot really")
     bad = dataclasses.replace(params, path=tmp_path / "bad.gguf")
     with pytest.raises(EdgerouteError, match="status 1"):
-        load.start("edgeroute", bad)
+        load.start("edgeroute", bad, str(tmp_path / "compiled"))
 
 
 def test_peak_memory_is_this_processs_own() -> None:

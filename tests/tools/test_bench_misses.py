@@ -13,9 +13,12 @@ from click.testing import CliRunner
 from edgeroute import paging
 from edgeroute.commands.bench_lossy import misses as command
 from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.gguf_types import GGMLType
 from edgeroute.tools import synth
 from edgeroute.tools.bench import misses as bench
+from edgeroute.tools.bench.misses import Setting
 from edgeroute.tools.bench.report import BenchParams
+from edgeroute.tools.convert.copies import write_copies
 
 SPEC = replace(
     synth.ARCHITECTURES["qwen3moe"], n_layer=4, n_vocab=384, n_embd=128, n_ff=128, n_ff_exp=128,
@@ -49,8 +52,9 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchParams:
 
 
 def test_one_run_tells_quality_and_cost(model: BenchParams) -> None:
-    wanted = bench.MissesParams(memory="26MiB", settings=((0.5, 0.0), (0.0, 1.0), (0.0, 0.0)),
-                                n_windows=1, n_window=40, n_prompt=8)  # fmt: skip
+    settings = (Setting(0.5), Setting(0.0, 1.0), Setting())
+    wanted = bench.MissesParams(memory="26MiB", settings=settings, n_windows=1, n_window=40,
+                                n_prompt=8)  # fmt: skip
     report = bench.run(model, lambda line: None, wanted)
     rows: list[Any] = list(report.results)
     assert [row["setting"] for row in rows] == ["off", "drop 0.5", "prefer 1"]
@@ -65,11 +69,26 @@ def test_one_run_tells_quality_and_cost(model: BenchParams) -> None:
 
 
 def test_a_model_that_fits_is_refused(model: BenchParams) -> None:
-    wanted = bench.MissesParams(memory="1GiB", settings=((0.5, 0.0),), n_windows=1)
+    wanted = bench.MissesParams(memory="1GiB", settings=(Setting(0.5),), n_windows=1)
     with pytest.raises(UsageError, match="lower --memory"):
         bench.run(model, lambda line: None, wanted)
 
 
-def test_a_malformed_setting_is_refused() -> None:
-    found = CliRunner().invoke(command, ["--memory", "1GiB", "--setting", "0.1"])
+def test_copies_are_tried_where_there_are_some(model: BenchParams) -> None:
+    asked = (Setting(0.5),)
+    assert bench.with_copies(model.path, asked) == asked
+    write_copies(model.path, kind=GGMLType.Q8_0)
+    assert bench.with_copies(model.path, asked) == (*asked, *bench.COPIED)
+    wanted = bench.MissesParams(memory="26MiB", settings=(Setting(degrade=0.6),), n_windows=1,
+                                n_window=40, n_prompt=8)  # fmt: skip
+    report = bench.run(model, lambda line: None, wanted)
+    off, degraded = report.results
+    assert [off["degraded"], degraded["dropped"]] == [0, 0] and degraded["degraded"] > 0
+    assert degraded["kl_nats"] > 0 and degraded["moved_bytes"] > 0
+    assert degraded["setting"] == "degrade 0.6"
+
+
+@pytest.mark.parametrize("setting", ["0.1", "0.1:x", "0.1:0:0:1"])
+def test_a_malformed_setting_is_refused(setting: str) -> None:
+    found = CliRunner().invoke(command, ["--memory", "1GiB", "--setting", setting])
     assert found.exit_code == 2 and "write SHARE:NATS" in found.output

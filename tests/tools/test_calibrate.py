@@ -18,7 +18,8 @@ from edgeroute.runtime.depth import all_run
 from edgeroute.runtime.errors import DepthFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.sampler import log_softmax
-from edgeroute.skippers.plan import SUB_BLOCKS, DepthPlan, LayerDepth, plans_from_json
+from edgeroute.skippers.plan import SUB_BLOCKS, DepthPlan, LayerDepth
+from edgeroute.skippers.plan_json import plans_from_json
 from edgeroute.skippers.static import Unit, leave_out
 from edgeroute.tools.calibrate import CalibrateParams, calibrate
 from edgeroute.tools.calibrate_report import CalibrateReport, Measured

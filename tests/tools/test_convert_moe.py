@@ -2,10 +2,8 @@
 
 import contextlib
 import errno
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from edgeroute.tools.convert.moe_cluster import arrange, assign, balanced_kmeans
 from edgeroute.tools.convert.moe_gate import SCORE_SCALE, choose, contributions, fit_gate
 from edgeroute.tools.convert.moe_refit import refit
 from edgeroute.tools.convert.moe_text import TextParams, default_windows, file_windows
+from tests.reference import numpy_llama
 
 SMALL = moe.MoeParams(n_expert=7, n_shared=64, n_used=3, n_tokens=1024, weight_type="f32")
 
@@ -67,7 +66,7 @@ def test_with_all_experts_on_it_is_the_dense_model(dense: Path, tmp_path: Path) 
     report = convert(dense, out, n_used=7)
     assert report.quality.nats_moe == pytest.approx(report.quality.nats_dense, abs=1e-5)
     tokens = random_tokens(40)
-    reference = numpy_llama().NumpyModel(dense).logits(tokens)
+    reference = numpy_llama.NumpyModel(dense).logits(tokens)
     assert nmse(numpy_moe(out, tokens), reference) < 1e-6
     theirs = llama_cpp_logits(out, tokens)
     assert nmse(theirs, llama_cpp_logits(dense, tokens)) < 1e-6
@@ -363,7 +362,7 @@ def rewrite(source: Path, out: Path, *, without: str) -> None:
 
 def numpy_moe(path: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
     """Run a refactored file in numpy from the formulas of qwen2moe."""
-    model = numpy_llama().NumpyModel(path)
+    model = numpy_llama.NumpyModel(path)
     w, config = model.weights, model.config
     n_used = GGUFReader(path).fields["qwen2moe.expert_used_count"].contents()
 
@@ -385,13 +384,3 @@ def numpy_moe(path: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
         for e in range(probs.shape[1]):
             x = x + probs[:, e : e + 1] * feed_forward(p, h, "exps", e)
     return model._norm("output_norm", x.astype(np.float32)) @ w["output.weight"].T
-
-
-def numpy_llama() -> ModuleType:
-    """Load the reference model of tests/reference."""
-    path = Path(__file__).parents[1] / "reference" / "numpy_llama.py"
-    spec = importlib.util.spec_from_file_location("numpy_llama", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

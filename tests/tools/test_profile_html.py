@@ -2,14 +2,12 @@
 
 import base64
 import hashlib
-import importlib.util
 import json
 import math
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -35,13 +33,7 @@ from edgeroute.tools.profile.scales import (
 )
 from edgeroute.tools.profile.style import DARK, LIGHT, N_HEAT, N_TONE, contrast
 from edgeroute.tools.profile.view import View, view_of
-
-_SPEC = importlib.util.spec_from_file_location(
-    "edgeroute_test_profile_lab", Path(__file__).with_name("profile_lab.py")
-)
-assert _SPEC is not None and _SPEC.loader is not None
-lab = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(lab)
+from tests.tools import profile_lab as lab
 
 HOSTILE = '<script>alert(1)</script>"\' onload="x" &amp; \x00\ud800\u202e ]]> {{7*7}}'
 SECTIONS = ("live", "hits", "reuse", "locality", "skew", "predictors", "advice", "forecasts",

@@ -1,6 +1,5 @@
 """The report's plots as PNG: whole files, and no label missing where there is no font."""
 
-import importlib.util
 import re
 import struct
 import sys
@@ -20,15 +19,9 @@ from edgeroute.tools.profile.png import image, write_png
 from edgeroute.tools.profile.strokes import outline
 from edgeroute.tools.profile.style import LIGHT
 from edgeroute.tools.profile.view import view_of
+from tests.tools import profile_lab as lab
 
 resvg_py = pytest.importorskip("resvg_py", reason="the extra `report` is not installed")
-
-_SPEC = importlib.util.spec_from_file_location(
-    "edgeroute_test_profile_lab_png", Path(__file__).with_name("profile_lab.py")
-)
-assert _SPEC is not None and _SPEC.loader is not None
-lab = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(lab)
 
 
 def figures(profile: dict[str, Any]) -> dict[str, Figure]:

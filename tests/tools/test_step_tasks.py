@@ -39,7 +39,7 @@ def test_our_own_tasks_are_reasoned_questions() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("[]", "line 1 of tasks.jsonl is no JSON object"),
+        ("[]", "a list of 0, but a JSON object is wanted"),
         ("{", "is not JSON"),
         ('{"prompt": "a", "answer": "b", "more": 1}', "unknown key 'more'"),
         ('{"answer": "b"}', "has neither of messages and prompt"),

@@ -20,7 +20,8 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models.depth_file import DepthFile, find_depth_file
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.weights import ResidentWeights
-from edgeroute.skippers.plan import DepthPlan, plans_from_json
+from edgeroute.skippers.plan import DepthPlan
+from edgeroute.skippers.plan_json import plans_from_json
 from edgeroute.skippers.static import (
     Costs,
     Protect,

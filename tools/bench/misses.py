@@ -13,7 +13,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Final
+from pathlib import Path
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ import numpy.typing as npt
 from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.offload import expert_stats
+from edgeroute.offload.expert_store import ExpertStore
+from edgeroute.offload.sidecar import COPIES, sidecar_path
 from edgeroute.runtime.errors import ComputeError, UsageError
 from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.runtime.sampler import log_softmax
@@ -33,9 +37,26 @@ from edgeroute.tools.perplexity import held_out_texts, windows
 Logs = npt.NDArray[np.float32]
 """Logarithms of probabilities, (n_tokens, n_vocab)."""
 
+
+class Setting(NamedTuple):
+    """`drop_misses`, `prefer_resident` and `degrade_misses` of a run."""
+
+    drop: float = 0.0
+    prefer: float = 0.0
+    degrade: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As it is shown."""
+        parts = [f"{name} {value:g}" for name, value in self._asdict().items() if value]
+        return ", ".join(parts) or OFF
+
+
+OFF: Final = "off"
+COPIED: Final = (Setting(degrade=0.4), Setting(degrade=1.0), Setting(0.1, 0.0, 0.4))
+"""What is tried too where there are copies. The last is HOBBIT's."""
 TARGET_TIME: Final = 1.0
 """Seconds per token over those with all experts computed, at most."""
-OFF: Final = "off"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +65,13 @@ class MissesParams:
 
     Attributes:
         memory: the budget, bytes or text; all experts must not fit it.
-        settings: pairs of `drop_misses` and `prefer_resident`.
+        settings: what is tried beside `off`.
         n_windows: windows of prose, and as many of code, to judge on.
         n_window: tokens of a window; of those `n_prompt` are read at once.
     """
 
     memory: str
-    settings: tuple[tuple[float, float], ...]
+    settings: tuple[Setting, ...]
     n_windows: int = 3
     n_window: int = 192
     n_prompt: int = 32
@@ -63,9 +84,9 @@ class Passed:
     Attributes:
         n_tokens: as many.
         seconds: they took.
-        moved_bytes: read from the disk.
-        hit_ratio: of the experts asked for, those found in memory.
-        dropped, replaced: experts done without, or taken for others.
+        moved_bytes: read from the disk, copies included.
+        hit_ratio: of the experts asked for in full, those found in memory.
+        dropped, replaced, degraded: experts done without, taken for others, or for their copies.
     """
 
     n_tokens: int
@@ -74,6 +95,7 @@ class Passed:
     hit_ratio: float
     dropped: int
     replaced: int
+    degraded: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +129,12 @@ def score(reference: Logs, found: Logs, window: Sequence[int], first: int) -> Sc
 class Reader:
     """A paged model that reads windows. Lifetime: close it."""
 
-    def __init__(self, params: BenchParams, wanted: MissesParams, drop: float, prefer: float):
+    def __init__(self, params: BenchParams, wanted: MissesParams, setting: Setting) -> None:
         n_ctx = round_cells(wanted.n_window)
         run = RunParams(
             memory=wanted.memory, threads=params.threads, n_ctx=n_ctx, n_ubatch=64, levers="asked",
-            prefetch="off", overlap="off", policy="lfru", drop_misses=drop, prefer_resident=prefer,
+            prefetch="off", overlap="off", policy="lfru", drop_misses=setting.drop,
+            prefer_resident=setting.prefer, degrade_misses=setting.degrade,
         )  # fmt: skip
         with contextlib.ExitStack() as own:
             self._loaded = own.enter_context(contextlib.closing(LoadedModel(params.path, run)))
@@ -139,23 +162,28 @@ class Reader:
         )
         seconds = 0.0
         _run(forward, Piece(window[:n_prompt], 0, region))
-        before, done = self._store.spent(), self._done()
+        before, copied, done = self._store.spent(), self._copied_bytes(), self._done()
         for at in range(n_prompt, len(window) - 1):
             began = time.perf_counter()
             logits = _run(forward, Piece(window[at : at + 1], at, region))
             seconds += time.perf_counter() - began
             rows[at - n_prompt] = log_softmax(logits[0].astype(np.float64))
         spent = self._store.spent().since(before)
-        dropped, replaced = (b - a for a, b in zip(done, self._done(), strict=True))
+        dropped, replaced, degraded = (b - a for a, b in zip(done, self._done(), strict=True))
         kv.release(region)
         return Passed(
             n_tokens=len(rows), seconds=seconds, hit_ratio=spent.hit_ratio, dropped=dropped,
-            moved_bytes=spent.demand_bytes + spent.prefetch_bytes, replaced=replaced,
+            moved_bytes=spent.demand_bytes + spent.prefetch_bytes + self._copied_bytes() - copied,
+            replaced=replaced, degraded=degraded,
         ), rows  # fmt: skip
 
-    def _done(self) -> tuple[int, int]:
+    def _copied_bytes(self) -> int:
+        copies = self._store.copies if isinstance(self._store, ExpertStore) else None
+        return 0 if copies is None else expert_stats.spent(copies.pools).demand_bytes
+
+    def _done(self) -> tuple[int, int, int]:
         levers = self._loaded.misses
-        return (0, 0) if levers is None else (levers.dropped, levers.replaced)
+        return (0, 0, 0) if levers is None else (levers.dropped, levers.replaced, levers.degraded)
 
     def close(self) -> None:
         """Free everything."""
@@ -181,9 +209,7 @@ class _Bench:
         ]  # fmt: skip
         if not self._windows:
             raise UsageError(f"no held-out text has windows of {wanted.n_window} tokens")
-        self.settings = {OFF: (0.0, 0.0)} | {
-            name_of(*each): each for each in wanted.settings if each != (0.0, 0.0)
-        }
+        self.settings = {each.name: each for each in (Setting(), *wanted.settings)}
         self.passed: dict[str, list[Passed]] = {name: [] for name in self.settings}
         self.scores: dict[str, list[Score]] = {name: [] for name in self.settings}
         self._reference: list[Logs] = []
@@ -202,7 +228,7 @@ class _Bench:
 
     def _open(self, name: str) -> Reader:
         self.note = drop_page_cache(self._params.path).note
-        return Reader(self._params, self._wanted, *self.settings[name])
+        return Reader(self._params, self._wanted, self.settings[name])
 
     def _read(self, reader: Reader, window: Sequence[int]) -> tuple[Passed, Logs]:
         return reader.read(window, self._wanted.n_prompt)
@@ -220,18 +246,13 @@ class _Bench:
         self._progress(f"{name}: KL {point.kl_nats:.4f}, perplexity {point.ppl:.2f}, "
                        f"{format_bytes(point.moved_bytes)} and {point.seconds:.4f} s per token, "
                        f"{point.hit_ratio:.1%} hits, {point.top1_ratio:.1%} same top, "
-                       f"{point.dropped:.2f} dropped, {point.replaced:.2f} replaced")  # fmt: skip
+                       f"{point.dropped:.2f} dropped, {point.replaced:.2f} replaced, "
+                       f"{point.degraded:.2f} from copies")  # fmt: skip
         return statistics.median(seconds)
 
     def point(self, name: str) -> "Point":
         """Sum up what was measured of a setting so far."""
         return Point.of(name, self.passed[name], self.scores[name])
-
-
-def name_of(drop: float, prefer: float) -> str:
-    """Name a setting."""
-    parts = [f"drop {drop:g}"] * bool(drop) + [f"prefer {prefer:g}"] * bool(prefer)
-    return ", ".join(parts) or OFF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +264,7 @@ class Point:
         ppl, ppl_ratio: perplexity, and over that with all experts.
         top1_ratio: share of tokens with the same likeliest next token.
         hit_ratio: of the experts asked for, those in memory.
-        moved_bytes, dropped, replaced, seconds: per token.
+        moved_bytes, dropped, replaced, degraded, seconds: per token.
     """
 
     setting: str
@@ -256,6 +277,7 @@ class Point:
     moved_bytes: float
     dropped: float
     replaced: float
+    degraded: float
     seconds: float
 
     @classmethod
@@ -274,8 +296,14 @@ class Point:
             moved_bytes=sum(each.moved_bytes for each in passed) / n,
             dropped=sum(each.dropped for each in passed) / n,
             replaced=sum(each.replaced for each in passed) / n,
+            degraded=sum(each.degraded for each in passed) / n,
             seconds=statistics.median(each.seconds / each.n_tokens for each in passed),
         )  # fmt: skip
+
+
+def with_copies(path: Path, settings: Sequence[Setting]) -> tuple[Setting, ...]:
+    """Return settings, and those that take copies if there are some beside the model."""
+    return (*settings, *(COPIED if sidecar_path(path, COPIES).exists() else ()))
 
 
 def run(params: BenchParams, progress: pairs.Progress, wanted: MissesParams) -> Report:
@@ -297,12 +325,14 @@ def run(params: BenchParams, progress: pairs.Progress, wanted: MissesParams) -> 
     notes = (
         f"budget {format_bytes(budget)}, {bench.resident_ratio:.0%} of the experts in memory; "
         f"prefetch and overlap off, policy lfru; {bench.note}",
-        "hits are those of the experts asked for: what is dropped is not asked for",
+        "hits are those of the experts asked for in full: what is dropped is not asked for; "
+        "what copies take of the budget is missing for experts",
     )
     return Report(
         bench="misses", params=params, rows=rows, notes=notes,
         columns=("setting", "KL, nats", "perplexity", "over full", "same top", "hits",
-                 "read per token", "bytes/full", "dropped", "replaced", "s per token", "time/full"),
+                 "read per token", "bytes/full", "dropped", "replaced", "copies", "s per token",
+                 "time/full"),
         results=[asdict(point) | {"series": measured[point.setting].to_dict()} for point in points],
         criteria=tuple(
             Criterion(what=f"{point.setting}: time per token over that with all experts",
@@ -317,6 +347,6 @@ def _row(point: Point, full: Point, shown: str) -> tuple[str, ...]:
         point.setting, f"{point.kl_nats:.4f} ± {point.kl_error:.4f}", f"{point.ppl:.2f}",
         f"{point.ppl_ratio:.3f}", f"{point.top1_ratio:.1%}", f"{point.hit_ratio:.1%}",
         format_bytes(point.moved_bytes), f"{point.moved_bytes / max(full.moved_bytes, 1):.2f}",
-        f"{point.dropped:.2f}", f"{point.replaced:.2f}", shown,
+        f"{point.dropped:.2f}", f"{point.replaced:.2f}", f"{point.degraded:.2f}", shown,
         f"{point.seconds / full.seconds:.2f}",
     )  # fmt: skip

@@ -173,7 +173,7 @@ class _Bench:
     def _settings(self, name: str) -> dict[str, object]:
         settings: dict[str, object] = {
             "n_ctx": N_CTX, "n_ubatch": N_UBATCH, "threads": self.params.threads,
-            "memory": self.memory, "speculate": "off",
+            "memory": self.memory, "speculate": "off", "steps_state": "off",
         }  # fmt: skip
         if self.limit_bytes is not None:  # the kernels of what streams, also where all fits
             settings["repack_experts"] = False

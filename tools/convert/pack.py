@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import BinaryIO, Final
 from edgeroute.offload.disk import DiskFile, read_range
 from edgeroute.offload.sidecar import (
     ALIGNMENT,
+    PAGES,
+    Kind,
     Part,
     SidecarHeader,
     encode_header,
@@ -30,6 +32,10 @@ from edgeroute.runtime.units import format_bytes
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all."""
+Slice = tuple[str, int]
+"""The type of an expert's part, and its bytes."""
+Read = Callable[[Part, int], bytes | memoryview]
+"""Returns the bytes of a part of an expert."""
 
 _SLICES: Final = re.compile(r"blk\.([0-9]{1,4})\.ffn_(gate|up|gate_up|down)_exps\.weight")
 _IN_TURN: Final = ("gate", "gate_up", "up", "down")
@@ -74,19 +80,78 @@ def pack(
             exists.
         CapacityError: the disk has no room.
     """
-    began, out = time.monotonic(), sidecar_path(model)
+    with opened(model) as (disk, file):
+        layout = packed_layout(file, order)
+
+        def read(part: Part, expert: int) -> memoryview:
+            info = file.tensors[part.tensor]
+            return read_range(disk, info.offset + expert * part.nbytes, part.nbytes)
+
+        return write_sidecar((disk, file), layout, read, replace=replace, progress=progress)
+
+
+@contextlib.contextmanager
+def opened(model: Path) -> Iterator[tuple[DiskFile, GGUFFile]]:
+    """Open a model for reads of its weights, and its header.
+
+    Raises:
+        ModelFileError: it cannot be read.
+    """
+    with DiskFile.open(model) as disk, GGUFFile.open(model) as file:
+        yield disk, file
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which sidecar is written: of these layers' tensors, in slices of these types and lengths."""
+
+    kind: Kind
+    layers: Mapping[int, Sequence[TensorInfo]]
+    slice_of: Callable[[TensorInfo, int], Slice]
+    order: Sequence[int] = ()
+
+
+def packed_layout(file: GGUFFile, order: Sequence[int] = ()) -> Layout:
+    """Say what `pack` writes of a model.
+
+    Raises:
+        ModelFileError, UsageError: as in `pack`.
+    """
+    return Layout(PAGES, expert_layers(file), _own_slice, order)
+
+
+def _own_slice(info: TensorInfo, n_expert: int) -> Slice:
+    return info.type.name, info.nbytes // n_expert
+
+
+def write_sidecar(
+    model: tuple[DiskFile, GGUFFile], layout: Layout, read: Read, *, replace: bool,
+    progress: Progress | None,
+) -> PackReport:  # fmt: skip
+    """Write a sidecar as `pack` says.
+
+    Args:
+        model: open.
+        layout: what is written.
+        read: gives its bytes.
+        replace, progress: as in `pack`.
+
+    Raises:
+        ModelFileError, UsageError, CapacityError: as in `pack`.
+    """
+    began, (disk, file) = time.monotonic(), model
+    out = sidecar_path(disk.path, layout.kind)
     if out.exists() and not replace:
         raise UsageError(f"{out} exists; replace it with --force")
-    with DiskFile.open(model) as disk, GGUFFile.open(model) as file:
-        header = _plan(file, disk, order)
-        _check_room(out.parent, header.size_bytes)
-        with _replacing(out, header.size_bytes) as (temporary, target):
-            _write(target, header, (file, disk), progress or _ignore)
-            _sync(target)
-            if not disk.unchanged():
-                raise ModelFileError(f"{model} was changed while it was packed; pack it again")
-            with DiskFile.open(temporary) as written:
-                read_sidecar(written, disk, file)
+    header = lay_out(file, disk, layout)
+    _check_room(out.parent, header.size_bytes)
+    with _replacing(out, header.size_bytes) as (temporary, target):
+        _write(target, encode_header(header, layout.kind), (header, read), progress or _ignore)
+        _sync(target)
+        if not disk.unchanged():
+            raise ModelFileError(f"{disk.path} was changed while it was packed; pack it again")
+        with DiskFile.open(temporary) as written:
+            read_sidecar(written, disk, file, layout.kind)
     return PackReport(
         path=out, n_layer=len(header.layers), n_expert=header.n_expert, n_bytes=header.size_bytes,
         page_bytes=tuple(sorted({page_bytes(parts) for parts in header.layers.values()})),
@@ -94,11 +159,15 @@ def pack(
     )  # fmt: skip
 
 
-def _plan(file: GGUFFile, disk: DiskFile, order: Sequence[int]) -> SidecarHeader:
-    """Lay the pages out."""
-    layers = _layers(file)
+def lay_out(file: GGUFFile, disk: DiskFile, layout: Layout) -> SidecarHeader:
+    """Say where everything of a sidecar lies.
+
+    Raises:
+        ModelFileError, UsageError: as in `pack`.
+    """
+    layers, order = layout.layers, layout.order
     [n_expert] = {info.ne[2] for infos in layers.values() for info in infos}
-    parts = {il: _parts(infos, n_expert) for il, infos in layers.items()}
+    parts = {il: _parts(infos, n_expert, layout) for il, infos in layers.items()}
     natural = [il * n_expert + e for il in layers for e in range(n_expert)]
     pages = dict.fromkeys(chain(order, natural), 0)
     if len(pages) != len(natural) or len(set(order)) != len(order):
@@ -121,13 +190,13 @@ def _plan(file: GGUFFile, disk: DiskFile, order: Sequence[int]) -> SidecarHeader
             model_bytes=header.model_bytes, fingerprint=header.fingerprint,
             n_expert=n_expert, layers=parts, pages=pages, size_bytes=at,
         )  # fmt: skip
-        length = len(encode_header(header))
+        length = len(encode_header(header, layout.kind))
         if length <= start:
             return header
         start = length
 
 
-def _layers(file: GGUFFile) -> dict[int, list[TensorInfo]]:
+def expert_layers(file: GGUFFile) -> dict[int, list[TensorInfo]]:
     """The expert tensors of each layer, in the order of the parts of a page.
 
     Raises:
@@ -154,28 +223,26 @@ def _layers(file: GGUFFile) -> dict[int, list[TensorInfo]]:
     return layers
 
 
-def _parts(infos: Sequence[TensorInfo], n_expert: int) -> tuple[Part, ...]:
+def _parts(infos: Sequence[TensorInfo], n_expert: int, layout: Layout) -> tuple[Part, ...]:
     parts, at = [], 0
     for info in infos:
-        nbytes = info.nbytes // n_expert
-        parts.append(Part(info.name, info.type.name, nbytes, at))
+        kind, nbytes = layout.slice_of(info, n_expert)
+        parts.append(Part(info.name, kind, nbytes, at))
         at = padded(at + nbytes)
     return tuple(parts)
 
 
 def _write(
-    target: BinaryIO, header: SidecarHeader, source: tuple[GGUFFile, DiskFile], report: Progress
+    target: BinaryIO, start: bytes, content: tuple[SidecarHeader, Read], report: Progress
 ) -> None:
-    file, disk = source
+    header, read = content
     first = next(iter(header.pages.values()))
-    target.write(encode_header(header).ljust(first, b"\0"))
+    target.write(start.ljust(first, b"\0"))
     unsynced = 0
     for page, offset in header.pages.items():
         il, expert = divmod(page, header.n_expert)
         for part in header.layers[il]:
-            info = file.tensors[part.tensor]
-            data = read_range(disk, info.offset + expert * part.nbytes, part.nbytes)
-            target.write(data)
+            target.write(read(part, expert))
             target.write(bytes(-part.nbytes % ALIGNMENT))
             unsynced += part.nbytes
         if unsynced >= _SYNC_BYTES:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from edgeroute.bridges import DRAFTING
 from edgeroute.config import RunParams
 from edgeroute.loaded import MemoryPlan, budget_bytes, plan_memory
 from edgeroute.models.base import Model
 from edgeroute.models.registry import describe
 from edgeroute.offload.expert_pool import share_slots
 from edgeroute.paging import moe_source, plan_paged
-from edgeroute.paging_layers import DRAFTING, FIRST_KEPT, LayerSource, plan_layers
+from edgeroute.paging_layers import FIRST_KEPT, LayerSource, plan_layers
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile

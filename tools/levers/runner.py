@@ -14,7 +14,7 @@ from edgeroute.models.depth_file import DepthFile, find_depth_file
 from edgeroute.models.forward import Piece
 from edgeroute.runtime import machine
 from edgeroute.runtime.errors import ComputeError, UsageError
-from edgeroute.skippers.plan import plans_from_json
+from edgeroute.skippers.plan_json import plans_from_json
 from edgeroute.stats import Generation
 from edgeroute.steps_file import find_steps_file
 from edgeroute.tools.bench.text import PROMPTS, TEXT

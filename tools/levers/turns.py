@@ -137,9 +137,9 @@ class Lives:
         lives: dict[str, Life] = {}
         turns: dict[str, list[Turn]] = {name: [] for name in settings}
         try:
-            for name, each in settings.items():
-                with _noting(name, heat):
-                    lives[name] = Life(self._bench, each)
+            for name in self._rng.sample(list(settings), len(settings)):
+                with _noting(name, heat):  # who opens first gets the best of free memory
+                    lives[name] = Life(self._bench, settings[name])
                     self._begin(lives[name])
             for _ in range(LIFE):
                 names = [name for name in lives if name not in heat.errors]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.extras import check_extra
 from edgeroute.tools.profile.figures import Figure
 from edgeroute.tools.profile.html import figures_of
 from edgeroute.tools.profile.markup import Markup, join, tag
@@ -90,12 +91,9 @@ def _wrap(text: str, width: float, px: float) -> list[str]:
 
 
 def _renderer() -> Callable[[str], bytes]:
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise UsageError(
-            "PNG files need the extra `report`; install it with: pip install 'edgeroute[report]'"
-        ) from error
+    check_extra("a PNG file", "resvg_py")
+    import resvg_py
+
     return lambda svg: resvg_py.svg_to_bytes(svg_string=svg, zoom=_ZOOM)
 
 

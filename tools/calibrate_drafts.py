@@ -1,0 +1,383 @@
+"""Calibrates drafts: bridges over the layers that stream, for those that stay to draft with.
+
+A bridge is one map of low rank, in closed form, from the stream before a block of layers, and
+the stream behind it at the token before, to what the block adds. One is fitted for every block
+that memory may leave out, and judged by drafting on text that was kept apart: how often the
+first guess is the full model's own. Writes them as a drafts file, which `edgeroute.bridges` reads.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from edgeroute.bridges import SUFFIX, Bridge, BridgeFile, bridge_layers
+from edgeroute.config import RunParams
+from edgeroute.loaded import LoadedModel
+from edgeroute.models.base import Hparams
+from edgeroute.models.depth_file import depth_paths, fingerprint, first_writable
+from edgeroute.models.forward import Piece
+from edgeroute.models.standins import fill_before, tensor_name
+from edgeroute.paging_layers import FIRST_KEPT
+from edgeroute.runtime.errors import ComputeError, UsageError
+from edgeroute.runtime.graph import BatchShape, Graph
+from edgeroute.runtime.kv_cache import Region, round_cells
+from edgeroute.skippers.plan import DepthPlan
+from edgeroute.tools.depth_file import DepthContent, write_depth_file
+from edgeroute.tools.depth_probe import Floats, Probe, Window, costs_of
+from edgeroute.tools.depth_texts import N_CHECK, calibration_texts
+from edgeroute.tools.draft_openings import OPENINGS
+from edgeroute.tools.standin_fit import Ridge, Sample, error_ratio, token_weights
+from edgeroute.tools.standin_records import STRENGTHS, StandInTensor, unit_power
+
+Progress = Callable[[str, int, int], None]
+"""Takes a phase, how much of it is done, and of how much."""
+
+RANK: Final = 1024
+N_FIT: Final = 40
+"""Windows to fit to, at most."""
+N_JUDGING, GUESSES, N_JUDGED = 6, 32, 4
+"""Windows to judge by, guesses in each, and bridges that are judged by guesses."""
+LEAST_SHARE: Final = 0.25
+"""Of the layers, in the shortest block: where less streams, a pass over k tokens costs k."""
+SIDE_BY_SIDE: Final = 4
+"""Texts that the model goes on with in one window."""
+N_WRITTEN: Final = 3 * len(OPENINGS) // SIDE_BY_SIDE
+"""Windows that it writes: each text is gone on with in three ways."""
+N_RANKED: Final = 8
+"""Likeliest tokens, of which the first that ends no text is taken."""
+READ_PART: Final = 0.5
+"""Of the time, what computing the text may take."""
+CHECKED_ONE_IN: Final = 8
+"""Of the windows to fit to, those that choose the strength."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftsParams:
+    """What to calibrate.
+
+    Attributes:
+        files: text to fit to; none for what comes with Python.
+        budget_minutes: about how long it may take.
+        threads: compute threads.
+        out: the drafts file; None is beside the model or in the user's folder.
+        n_window: tokens of a window.
+        rank: of the maps; no more than the model's width.
+    """
+
+    files: tuple[Path, ...] = ()
+    budget_minutes: float = 20.0
+    threads: int = 1
+    out: Path | None = None
+    n_window: int = 256
+    rank: int = RANK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A bridge over layers `first` to `end`.
+
+    Attributes:
+        plan: what a draft computes.
+        tensors: its stand-in's, by their names in the file.
+        error: what the map leaves unexplained of what the block adds, on text kept apart.
+    """
+
+    first: int
+    end: int
+    plan: DepthPlan
+    tensors: Mapping[str, StandInTensor]
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """How often the first guess of a draft was the full model's, with a bridge and without."""
+
+    first: int
+    end: int
+    error: float
+    right: float | None = None
+    right_without: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftsReport:
+    """What was found; `n_guesses` each judged bridge was judged by."""
+
+    path: Path
+    model: str
+    bridges: tuple[Judged, ...]
+    n_fitted: int
+    n_guesses: int
+    n_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Return all figures as plain JSON types."""
+        return asdict(self) | {"path": str(self.path), "seconds": round(self.seconds, 1)}
+
+
+class DraftProbe(Probe):
+    """A probe that can cross bridges."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded)
+        self._before: Floats = np.zeros(loaded.model.hparams.n_embd, np.float32)
+
+    def states(self, tokens: Sequence[int], layers: Sequence[int]) -> dict[int, Floats]:
+        """Run the full model over a text; return the streams before some of its layers."""
+        found: dict[int, Floats] = {}
+        for span in self.by_layer()[:-1]:
+            il = span.steps[0].il if span.steps else -1
+            if il in layers:
+                found[il] = self.residual(len(tokens))
+            self._compute(tokens, span)
+        last = self.n_layer - 1
+        return found | ({last: self.residual(len(tokens))} if last in layers else {})
+
+    def write(self, openings: Sequence[str], n_tokens: int, place: int = 0) -> list[int]:
+        """Have the model go on with some texts, side by side, and put them behind each other.
+
+        Each becomes an equal part of `n_tokens`, likeliest token by likeliest token; what would
+        end it is passed over.
+
+        Args:
+            openings: the texts.
+            n_tokens: of all of them together.
+            place: of the first token among the likeliest, so that a text goes on in several ways.
+        """
+        n, width = len(openings), self.region.n_cells // len(openings)
+        regions = [Region(self.region.start + i * width, width) for i in range(n)]
+        lengths = [n_tokens * (i + 1) // n - n_tokens * i // n for i in range(n)]
+        texts = [self.encode(text, True)[: length - 1]
+                 for text, length in zip(openings, lengths, strict=True)]  # fmt: skip
+        n_read, places = [0] * n, [place] * n
+        while left := [i for i in range(n) if len(texts[i]) < lengths[i]]:
+            pieces = [Piece(tokens=texts[i][n_read[i] :], pos=n_read[i], region=regions[i])
+                      for i in left]  # fmt: skip
+            logits = self.run(pieces)
+            if logits is None:
+                raise ComputeError("the computation was stopped")
+            for i, row in zip(left, logits, strict=True):
+                n_read[i] = len(texts[i])
+                ranked = np.argpartition(row, -N_RANKED)[-N_RANKED:].tolist()
+                best = [token for token in sorted(ranked, key=lambda token: -float(row[token]))
+                        if not self._tokenizer.is_eog(token)] or ranked  # fmt: skip
+                texts[i].append(best[min(places[i], len(best) - 1)])
+                places[i] = 0
+        return [token for text in texts for token in text]
+
+    def guess(self, window: Window, bridge: Bridge, *, crosses: bool) -> list[bool]:
+        """Draft one token at some places of the text that was run last; tell which were right.
+
+        What a draft writes over, the full model writes again.
+
+        Args:
+            window: the text.
+            bridge: to cross, or else to leave its block out.
+            crosses: which of the two.
+        """
+        n, spans = len(window.tokens), bridge.spans
+        if not crosses:
+            spans = self.spans([step for span in spans for step in span.steps if step.reads])
+        found: list[bool] = []
+        for pos in np.linspace(n // 8, n - 2, min(GUESSES, n // 2)).astype(int).tolist():
+            self._before = window.states[bridge.end, pos - 1]
+            piece = Piece(tokens=window.tokens[pos : pos + 1], pos=pos, region=self.region)
+            logits = self.run([piece], spans, borrow=True)
+            if logits is not None:
+                found.append(bool(logits[0].argmax() == window.logs[pos].argmax()))
+            if logits is None or self.run([piece], borrow=True) is None:
+                raise ComputeError("the computation was stopped")
+        return found
+
+    def _fill(self, graph: Graph, pieces: Sequence[Piece], shape: BatchShape) -> None:
+        super()._fill(graph, pieces, shape)
+        fill_before(graph.inputs, self._before, shape.n_tokens)
+
+
+class Streams:
+    """What the full model's residual stream was before some layers, over all text to fit to.
+
+    Args:
+        n_window: tokens of a window.
+        layers: the layers.
+    """
+
+    def __init__(self, n_window: int, layers: Sequence[int]) -> None:
+        self._n_window, self.layers = n_window, layers
+        self._strengths: tuple[float, ...] = STRENGTHS
+        self._parts: dict[int, list[npt.NDArray[np.float16]]] = {il: [] for il in layers}
+
+    @property
+    def n_windows(self) -> int:
+        """Windows that were read."""
+        return len(self._parts[self.layers[0]])
+
+    def read(self, probe: DraftProbe, text: Sequence[int]) -> None:
+        """Add a window, at half precision: what a fit needs, at half the memory."""
+        most = np.finfo(np.float16).max
+        for il, stream in probe.states(text, self.layers).items():
+            self._parts[il].append(np.clip(stream, -most, most).astype(np.float16))
+
+    def stream(self, il: int) -> Floats:
+        """Return the stream before a layer: F32 (n_tokens, n_embd)."""
+        return np.concatenate(self._parts[il]).astype(np.float32)
+
+    def fit(self, first: int, end: int, rank: int, eps: float) -> tuple[Floats, Floats, float]:
+        """Fit the map of a bridge. The strength that is best for the first serves all.
+
+        Returns:
+            The map in two halves, a (2 n_embd + 1, rank), of which the last row takes a 1, and b
+            (rank, n_embd); and the error on windows kept apart.
+        """
+        near, far = self.stream(first), self.stream(end)
+        before = np.zeros_like(far)
+        before[1:] = far[:-1]  # position 0 has none, and no weight
+        ones = np.ones((len(near), 1), np.float32)
+        whole = Sample(
+            inputs=np.concatenate([unit_power(near, eps), unit_power(before, eps), ones], axis=1),
+            targets=far - near, weights=token_weights(far, self._n_window),
+        )  # fmt: skip
+        n_fit = (self.n_windows - max(1, self.n_windows // CHECKED_ONE_IN)) * self._n_window
+        fit, check = (
+            Sample(inputs=whole.inputs[at], targets=whole.targets[at], weights=whole.weights[at])
+            for at in (np.s_[:n_fit], np.s_[n_fit:])
+        )
+        ridge = Ridge(fit, np.zeros((fit.inputs.shape[1], fit.targets.shape[1]), np.float32))
+        linear, strength = ridge.best(check, self._strengths)
+        self._strengths = (strength,)
+        a, b = ridge.split(linear, rank)
+        return a, b, error_ratio(check, (check.inputs @ a @ b).astype(np.float32))
+
+
+def calibrate_drafts(model: Path, params: DraftsParams, progress: Progress) -> DraftsReport:
+    """Fit a model's bridges, judge some, and write its drafts file.
+
+    Raises:
+        UsageError: no layers of this model could be bridged, there is too little text, or
+            nowhere to write.
+        CapacityError: the model does not fit memory as a whole.
+        ModelFileError, UnsupportedModelError: the model cannot be loaded.
+    """
+    began = time.monotonic()
+    n_cells = round_cells(params.n_window)
+    settings = RunParams(n_ctx=n_cells, n_ubatch=n_cells, n_kv=SIDE_BY_SIDE * n_cells,
+                         threads=params.threads, speculate="off")  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        loaded = stack.enter_context(contextlib.closing(LoadedModel(model, settings)))
+        ends = block_ends(loaded.model.hparams, loaded.file.path.name)
+        loaded.device.set_threads(params.threads)
+        probe = stack.enter_context(contextlib.closing(DraftProbe(loaded)))
+        texts = calibration_texts(probe.encode, params.files, params.n_window, N_FIT + N_CHECK)
+        streams = Streams(params.n_window, (FIRST_KEPT, *ends))
+        until = began + 60 * params.budget_minutes * READ_PART
+        n_texts = len(texts.fit) + min(len(texts.fit), N_WRITTEN)
+        for i, text in enumerate(_texts(probe, texts.fit)):
+            streams.read(probe, text)
+            progress("text", i + 1, n_texts)
+            if i >= CHECKED_ONE_IN and time.monotonic() > until:
+                break
+        fitted = []
+        for i, end in enumerate(ends):
+            fitted.append(_fit(loaded, streams, end, params.rank))
+            progress("bridges", i + 1, len(ends))
+        out = params.out or first_writable(*depth_paths(loaded.file, SUFFIX))
+        write_depth_file(out, DepthContent(
+            model=fingerprint(loaded.file), data=texts.digest,
+            plans=[each.plan for each in fitted],
+            tensors={name: tensor for each in fitted for name, tensor in each.tensors.items()},
+        ))  # fmt: skip
+        check = [text.tolist() for text in texts.check[:N_JUDGING]]
+        judged = _judge(loaded, probe, (out, fitted), check, progress)
+        return DraftsReport(
+            path=out, model=loaded.file.path.name, bridges=judged,
+            n_fitted=streams.n_windows * params.n_window, n_bytes=out.stat().st_size,
+            n_guesses=len(check) * min(GUESSES, params.n_window // 2),
+            seconds=time.monotonic() - began,
+        )  # fmt: skip
+
+
+def _texts(probe: DraftProbe, given: npt.NDArray[np.int32]) -> Iterator[list[int]]:
+    """Give the windows of a text, and by turns what the model writes itself."""
+    groups = [OPENINGS[at : at + SIDE_BY_SIDE] for at in range(0, len(OPENINGS), SIDE_BY_SIDE)]
+    for i, text in enumerate(given):
+        if i < N_WRITTEN:
+            place, group = divmod(i, len(groups))
+            yield probe.write(groups[group], len(text), place)
+        yield text.tolist()
+
+
+def block_ends(hparams: Hparams, model: str) -> list[int]:
+    """List where blocks behind the first layers may end; none reaches the last layer's end.
+
+    Raises:
+        UsageError: nowhere.
+    """
+    least = FIRST_KEPT + max(1, round(LEAST_SHARE * hparams.n_layer))
+    ends = list(range(least, hparams.n_layer))
+    if hparams.moe is not None or not ends:
+        what = "has experts, and does not draft" if hparams.moe else "has too few layers"
+        raise UsageError(f"{model} {what}: there is nothing to calibrate its drafts for")
+    return ends
+
+
+def _fit(loaded: LoadedModel, streams: Streams, end: int, rank: int) -> Fitted:
+    hparams, first = loaded.model.hparams, FIRST_KEPT
+    n_embd = hparams.n_embd
+    a, b, error = streams.fit(first, end, min(rank, n_embd), hparams.norm_rms_eps)
+    name, kind = f"bridge-{first}-{end}", GGMLQuantizationType.Q8_0
+    layers = bridge_layers(first, end, hparams.n_layer)
+    ones = np.ones(n_embd, np.float32)
+    parts = {
+        "norm": StandInTensor.vector(ones), "before": StandInTensor.vector(ones),
+        "bias": StandInTensor.vector(a[-1] @ b),
+        "a": StandInTensor.matrix(np.ascontiguousarray(a[:-1].T), kind),
+        "b": StandInTensor.matrix(np.ascontiguousarray(b.T), kind),
+    }  # fmt: skip
+    n_weights = parts["a"].n_values + parts["b"].n_values
+    compute = costs_of(loaded).compute(layers, n_standins=n_weights)
+    return Fitted(
+        first=first, end=end, error=error,
+        plan=DepthPlan(name=name, layers=layers, compute=round(compute, 4)),
+        tensors={tensor_name(name, first, "layer", part): tensor
+                 for part, tensor in parts.items()},
+    )  # fmt: skip
+
+
+def _judge(
+    loaded: LoadedModel, probe: DraftProbe, made: tuple[Path, Sequence[Fitted]],
+    texts: Sequence[Sequence[int]], progress: Progress,
+) -> tuple[Judged, ...]:  # fmt: skip
+    """Draft with some of the bridges, as the engine reads them from the file."""
+    out, fitted = made
+    some = {fitted[i].end for i in np.linspace(0, len(fitted) - 1, N_JUDGED).astype(int)}
+    right: dict[tuple[int, bool], list[bool]] = {}
+    with BridgeFile(out, loaded.file, loaded.model.hparams) as bridges:
+        for i, text in enumerate(texts):
+            window = probe.window(text)
+            for end in some:
+                bridge = bridges.find(range(FIRST_KEPT, end))
+                assert bridge is not None  # it was just written
+                with contextlib.closing(bridges.weights(bridge, loaded.device)) as weights:
+                    weights.load()
+                    probe.standins = weights
+                    for crosses in (False, True):
+                        found = probe.guess(window, bridge, crosses=crosses)
+                        right.setdefault((end, crosses), []).extend(found)
+                    probe.graphs.clear()
+                    probe.standins = None
+            progress("guesses", i + 1, len(texts))
+    share = {key: sum(found) / len(found) for key, found in right.items()}
+    return tuple(
+        Judged(first=each.first, end=each.end, error=round(each.error, 4),
+               right=share.get((each.end, True)), right_without=share.get((each.end, False)))
+        for each in fitted
+    )  # fmt: skip

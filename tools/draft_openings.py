@@ -1,0 +1,58 @@
+"""Openings of texts for a model to go on with: what it writes itself, of many kinds.
+
+A map that is to guess what a model writes is best fitted to what it writes. None of these is
+among the prompts that the benchmarks answer.
+"""
+
+from typing import Final
+
+OPENINGS: Final = (
+    "The river rose for three days, and on the fourth",
+    "The main reason why bridges are built as arches is",
+    "def count_words(text):\n",
+    "My neighbour came to the door this morning and said",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "To change the tyre of a car, first",
+    "The largest city in South America is",
+    "class Account:\n    def __init__(self, owner):\n        self.owner = owner\n",
+    "In 1815, after the battle,",
+    "Photosynthesis is the process by which",
+    "Q: What is the sum of 17 and 25?\nA:",
+    "The following table lists the planets:\n",
+    "import csv\n\ndef load_rows(path):\n",
+    "It was a dark and stormy night, and",
+    "Ingredients for pancakes:\n-",
+    "The difference between weather and climate is",
+    "#include <stdio.h>\n\nint main(void) {\n",
+    "A good manager knows that",
+    "Step 1: Open the settings.\nStep 2:",
+    "The committee decided on Tuesday to",
+    "SELECT count(*) FROM orders",
+    "According to a new study, people who sleep",
+    "The synonym of 'rapid' is",
+    "function sum(values) {\n",
+    "When I was a child, my father used to",
+    "There are four seasons in a year:",
+    "Explain how a refrigerator works.",
+    "The history of the bicycle begins",
+    "for (int i = 0; i < n; i++) {\n",
+    "An employee who wants to take leave must",
+    "If you mix blue and yellow,",
+    "Question: Why do leaves fall in autumn?\nAnswer:",
+    "The old captain looked at the map and",
+    "Five tips for learning a language:\n1.",
+    "A prime number is",
+    "Yesterday the team won its first game since",
+    "# Installation\n\nTo install the package,",
+    "The king had three daughters, and the youngest",
+    "Sound travels faster in water than in air because",
+    "while True:\n    line = input()\n",
+    "Most birds fly south in winter, but",
+    "The price of bread depends on",
+    "Write a function that reverses a string.\n",
+    "On the top of the hill stood",
+    "Email subject: Meeting on Friday\n\nHi",
+    "The human heart pumps",
+    "Summary: The report shows that",
+    "Two trains leave a station at the same time.",
+)
