@@ -17,6 +17,7 @@ import platformdirs
 
 from edgeroute.runtime.errors import EdgerouteError, StepsFileError, UsageError
 from edgeroute.runtime.untrusted_json import parse_object
+from edgeroute.runtime.whole_file import replacing
 from edgeroute.skippers.step_policies import parse_steps
 from edgeroute.skippers.step_targets import LEARNING, Learning
 from edgeroute.steps_file import SUFFIX, steps_paths
@@ -92,15 +93,8 @@ class StepMemory:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                file.write(encode(policies, self.marks))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self._path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(self._path) as part:
+            part.write_bytes(encode(policies, self.marks))
         self._failed = None
 
     def failed(self, error: OSError) -> None:
