@@ -11,18 +11,16 @@ from typing import Final
 from edgeroute.offload import expert_stats
 from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
 from edgeroute.offload.expert_tier import DEFAULT_POLICY
+from edgeroute.offload.slotted_weights import SlottedWeights
 from edgeroute.offload.transfer import Ticket, Transfer
-from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.ggml.api import Tensor
-from edgeroute.runtime.joints import Joint
 from edgeroute.runtime.weights import Weights
 
 COPIES_FILE: Final = 1
 """Number of the file that has the copies among those that a Transfer reads."""
 
 
-class ExpertCopies(Closing):
+class ExpertCopies(SlottedWeights):
     """Copies of one model's experts. Not thread-safe: the engine thread owns it.
 
     Lifetime: owns its slots; `base` and `transfer` must outlive it.
@@ -44,39 +42,10 @@ class ExpertCopies(Closing):
         Raises:
             CapacityError: the budget or the device holds too little.
         """
-        self._base, self._transfer = base, transfer
-        self._n_expert = plans[0].n_expert
-        self.pools: list[ExpertPool] = []
-        try:
-            for plan, n_slots in zip(plans, share_slots(plans, slots_bytes, 1), strict=True):
-                self.pools.append(ExpertPool(device, plan, n_slots, DEFAULT_POLICY))
-        except BaseException:
-            self.close()
-            raise
-        self._pool_of = {layer.il: pool for pool in self.pools for layer in pool.plan.layers}
-        self._tensors: dict[str, Tensor] = {}
-        for pool in self.pools:
-            self._tensors |= pool.tensors()
+        super().__init__(base, device, plans, share_slots(plans, slots_bytes, 1), DEFAULT_POLICY)
+        self._transfer = transfer
         self._held: tuple[ExpertPool, list[int], list[int]] | None = None
         self._ticket: Ticket | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        found = self._tensors.get(name)
-        return self._base[name] if found is None else found
-
-    def get(self, name: str) -> Tensor | None:
-        """Return a tensor, or None where the file has none of that name."""
-        found = self._tensors.get(name)
-        return self._base.get(name) if found is None else found
-
-    def joints(self, names: Sequence[str]) -> list[Joint]:
-        """Join fixed weights; see Weights."""
-        return self._base.joints(names)
-
-    @property
-    def slots_bytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(pool.table.n_slots * pool.slots.slot_bytes for pool in self.pools)
 
     def begin(self) -> None:
         """Begin a pass over the model."""
@@ -150,6 +119,5 @@ class ExpertCopies(Closing):
 
     def close(self) -> None:
         """Free the slots; safe to call twice."""
-        for pool in self.pools:
-            pool.close()
+        self._close_pools()
         self.pools.clear()

@@ -384,11 +384,6 @@ class ExpertStore(ExpertTier):
         """The policies at work."""
         return self.tier_policy
 
-    @property
-    def slots_bytes(self) -> int:
-        """Bytes of all slots in use."""
-        return sum(pool.table.n_slots * pool.slots.slot_bytes for pool in self.pools)
-
     def _read_pressure(self) -> None:
         """Look at the machine's memory now and then, and give way to others before they starve."""
         self._next_reading = self._began + READING_S

@@ -10,15 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.offload.eviction_cliff import CliffReport, CycleShape, check_cliff
-from edgeroute.offload.expert_pool import ExpertPool, PoolPlan, share_slots
+from edgeroute.offload.expert_pool import PoolPlan, share_slots
 from edgeroute.offload.paging_log import writing
 from edgeroute.offload.policy_choice import MIN_GAIN, change_policies, latest
+from edgeroute.offload.slotted_weights import SlottedWeights
 from edgeroute.offload.trace import TraceRecorder
-from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import UsageError
-from edgeroute.runtime.ggml.api import Tensor
-from edgeroute.runtime.joints import Joint
 from edgeroute.runtime.weights import Weights
 
 DEFAULT_POLICY, OFF_POLICY = "lfru", "lru"
@@ -43,7 +41,7 @@ class SlotParams:
     watched: bool = False
 
 
-class ExpertTier(Closing):
+class ExpertTier(SlottedWeights):
     """Slots for experts on one device, over weights that are always there. Engine thread only.
 
     Lifetime: owns its slots; `base` must outlive it.
@@ -58,42 +56,18 @@ class ExpertTier(Closing):
             CapacityError: the budget or the device holds too little.
             UsageError: no such policy.
         """
-        self._base = base
-        self._n_expert, self._n_used = plans[0].n_expert, how.n_expert_used
         counts = share_slots(plans, how.slots_bytes, how.n_expert_used)
         self.cliff = check_tightest(plans, counts, how.n_expert_used)
         self.tier_policy = how.policy
         if how.policy == "auto":
             self.tier_policy = self.cliff.fallback or DEFAULT_POLICY
-        self.pools: list[ExpertPool] = []
-        try:
-            for plan, n_slots in zip(plans, counts, strict=True):
-                self.pools.append(ExpertPool(device, plan, n_slots, self.tier_policy))
-        except BaseException:
-            self._close_pools()
-            raise
-        self._pool_of = {layer.il: pool for pool in self.pools for layer in pool.plan.layers}
-        self._tensors: dict[str, Tensor] = {}
-        for pool in self.pools:
-            self._tensors |= pool.tensors()
+        super().__init__(base, device, plans, counts, self.tier_policy)
+        self._n_used = how.n_expert_used
         self._chooses = how.policy == "auto" or (how.watched and how.policy != OFF_POLICY)
         self._chooses = self._chooses and self.cliff.fallback is None
         self._min_gain = MIN_GAIN if how.policy == "auto" else WATCHED_GAIN
         self._n_steps, self._next_choice = 0, FIRST_CHOICE
         self.recorder: TraceRecorder | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        found = self._tensors.get(name)
-        return self._base[name] if found is None else found
-
-    def get(self, name: str) -> Tensor | None:
-        """Return a tensor, or None where the file has none of that name."""
-        found = self._tensors.get(name)
-        return self._base.get(name) if found is None else found
-
-    def joints(self, names: Sequence[str]) -> list[Joint]:
-        """Join fixed weights; see Weights."""
-        return self._base.joints(names)
 
     def here(self, il: int) -> npt.NDArray[np.bool_]:
         """Mark the experts of a layer that are here or on their way: bool (n_expert,)."""
@@ -123,10 +97,6 @@ class ExpertTier(Closing):
         changed = change_policies(self.pools, trace, self._min_gain)
         self.tier_policy = "+".join(sorted({pool.table.policy.name for pool in self.pools}))
         return changed
-
-    def _close_pools(self) -> None:
-        for pool in self.pools:
-            pool.close()
 
 
 def check_tightest(pools: Sequence[PoolPlan], counts: Sequence[int], n_used: int) -> CliffReport:
