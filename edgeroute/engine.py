@@ -21,7 +21,7 @@ from edgeroute.residency import residency
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import CatalogueError, ClosedError, EdgerouteError, UsageError
 from edgeroute.stats import Chunk, Generation
-from edgeroute.stream import Ask, Chunks, Stream, hear
+from edgeroute.stream import Ask, Chunks, Stream, Tap, hear
 
 if TYPE_CHECKING:
     from edgeroute.embedding import Embeddings, EmbedRequest
@@ -193,7 +193,17 @@ class Runtime(Closing):
         self, prompt: str | None = None, **options: Unpack[Options]
     ) -> AsyncIterator[Chunk]:
         """Answer piece by piece on the event loop; closing the iterator cancels the rest."""
-        return hear(self._ask(prompt, options, streaming=True), self._engine)
+        return self.astream_past(None, prompt, **options)
+
+    def astream_past(
+        self, tap: Tap | None, prompt: str | None = None, **options: Unpack[Options]
+    ) -> AsyncIterator[Chunk]:
+        """Do the same, but let `tap` have pieces first, in the engine's thread: see `Tap`.
+
+        For servers, where to wake an event loop for every token would cost more than the token's
+        way to its reader.
+        """
+        return hear(self._ask(prompt, options, streaming=True), self._engine, tap)
 
     # vectors
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Ask = Callable[[Callable[[Outcome], None]], Request]
 """Makes a request that tells its outcomes to somebody."""
+Tap = Callable[[Chunk], bool]
+"""Is shown a piece before anybody else, in the engine's thread, and says whether it keeps it. It is
+quick, raises nothing and waits for nobody: a model stands still meanwhile."""
 
 
 class Chunks(Closing):
@@ -79,10 +82,10 @@ class Stream(Chunks):
         self._request.cancel()
 
 
-async def hear(ask: Ask, engine: "EngineThread") -> AsyncIterator[Chunk]:
+async def hear(ask: Ask, engine: "EngineThread", tap: Tap | None = None) -> AsyncIterator[Chunk]:
     """Make a request in a thread, hand it over, and give its chunks on the running event loop.
 
-    Leaving the iterator cancels the request.
+    Leaving the iterator cancels the request. Pieces that `tap` keeps are not given here.
 
     Raises:
         EdgerouteError: it cannot be made, or it failed.
@@ -91,7 +94,8 @@ async def hear(ask: Ask, engine: "EngineThread") -> AsyncIterator[Chunk]:
 
     loop = asyncio.get_running_loop()
     inbox = Inbox(loop)
-    emit = functools.partial(engine.mailbag.send, loop, inbox.put)
+    send = functools.partial(engine.mailbag.send, loop, inbox.put)
+    emit = send if tap is None else functools.partial(_past, tap, send)
 
     engine.check_open()
     making = asyncio.ensure_future(asyncio.to_thread(ask, emit))
@@ -111,6 +115,12 @@ async def hear(ask: Ask, engine: "EngineThread") -> AsyncIterator[Chunk]:
                 return
     finally:
         request.cancel()
+
+
+def _past(tap: Tap, send: Callable[[Outcome], None], outcome: Outcome) -> None:
+    """Show a piece to a tap, and send on what it does not keep."""
+    if isinstance(outcome, BaseException) or not tap(outcome):
+        send(outcome)
 
 
 def _drop(made: "asyncio.Future[Request]") -> None:

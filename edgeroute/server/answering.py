@@ -1,7 +1,9 @@
 """One request's answers, from an open model to the last byte: for chat and completions alike."""
 
 import asyncio
+import functools
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Final, cast
@@ -13,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 from edgeroute.engine import Runtime
 from edgeroute.runtime.errors import ClosedError, EdgerouteError
 from edgeroute.server.asked import Asked, Begun, Fields, facts, finish_reason, usage
-from edgeroute.server.connection import DIRECT
 from edgeroute.server.errors import ApiError
 from edgeroute.server.logs import log_failure
 from edgeroute.server.naming import check_adapter
@@ -21,6 +22,7 @@ from edgeroute.server.options import blame
 from edgeroute.server.origins import Origins
 from edgeroute.server.records import Job, Services
 from edgeroute.server.reporting import reported
+from edgeroute.server.short_way import DIRECT
 from edgeroute.server.sse import DONE, EventWriter, event
 from edgeroute.server.waiting import merged, unless_left
 from edgeroute.stats import Chunk, Generation
@@ -54,6 +56,7 @@ class Answering:
         self._begins = b""
         self._opened = False
         self._writer: EventWriter | None = None
+        self._past: deque[tuple[int, Chunk, float]] = deque()  # written past us, not counted yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, and end all of it at once when the client leaves.
@@ -103,16 +106,24 @@ class Answering:
         """Stream to a client who may leave, or stop to read."""
         stall_s, direct = self._services.params.stall_s, scope.get("state", {}).get(DIRECT)
         self._writer = EventWriter(send, stall_s=stall_s, beat_s=BEAT_S, direct=direct)
-        await unless_left(receive, self._stream(self._writer), self._writer.mind())
+        try:
+            await unless_left(receive, self._stream(self._writer), self._writer.mind(self._tally))
+        finally:
+            self._writer.close()
+            self._tally()
 
     async def _stream(self, writer: EventWriter) -> None:
         """Send pieces as they come; an error once they have begun is sent as the last one."""
         try:
             async with aclosing(self._pieces()) as pieces, self._limit():
                 async for piece in pieces:
+                    self._tally()
                     shown = self._opening() + self._show(*piece)
                     if shown and not writer.write_now(shown):
                         await writer.write(shown)
+                    if writer.lane is not None:
+                        writer.lane.came()
+                        writer.lane.lend()
             if self._asked.with_usage:
                 answers = [self._found[i] for i in range(len(self._begun))]
                 told = usage(self._begun, answers)
@@ -142,10 +153,8 @@ class Answering:
     def _show(self, i: int, chunk: Chunk) -> bytes:
         """Take a piece in, and return the events that show it."""
         choice = self._begun[i].choice
-        self._count(i, chunk)
-        # Of a pair of models, who wrote it.
-        writer = {"edgeroute": {"model": chunk.model}} if chunk.model else None
-        events = [self._event(i, fields, None, writer) for fields in choice.take(chunk)]
+        self._count(i, chunk, time.monotonic())
+        events = [self._event(i, fields, None, _written_by(chunk)) for fields in choice.take(chunk)]
         answer = chunk.generation
         if answer is not None:
             self._finish(i, answer)
@@ -155,6 +164,25 @@ class Answering:
             more = {"edgeroute": facts(answer, with_stats=self._asked.with_stats)}
             events.append(self._event(i, last, reason, more))
         return b"".join(events)
+
+    def _show_past(self, i: int, chunk: Chunk) -> bool:
+        """Write a piece past the event loop, if it may be; in the engine's thread."""
+        lane = None if self._writer is None else self._writer.lane
+        if lane is None:
+            return False
+        fields = self._begun[i].choice.plain(chunk) if lane.lent else None
+        if fields is None or chunk.generation is not None:
+            lane.leave()
+            return False
+        if not lane.write(self._event(i, fields, None, _written_by(chunk))):
+            return False
+        self._past.append((i, chunk, lane.last))
+        return True
+
+    def _tally(self) -> None:
+        """Count what was written past the event loop."""
+        while self._past:
+            self._count(*self._past.popleft())
 
     def _event(
         self, i: int, fields: Fields, reason: str | None = None, more: Fields | None = None
@@ -167,7 +195,7 @@ class Answering:
     def _take(self, i: int, chunk: Chunk) -> None:
         """Take a piece of an answer that is not streamed."""
         choice = self._begun[i].choice
-        self._count(i, chunk)
+        self._count(i, chunk, time.monotonic())
         for _ in choice.take(chunk):
             pass  # it keeps what it shows
         if chunk.generation is not None:
@@ -188,7 +216,7 @@ class Answering:
                 # What all events of choices have in common is encoded once.
                 self._begins = event(self._head)[:-3] + b',"choices":['
                 self._begun = await asyncio.to_thread(asked.question.begin, use.runtime)
-                streams = [self._ask(use.runtime, each) for each in self._begun]
+                streams = [self._ask(use.runtime, i) for i in range(len(self._begun))]
                 if self._writer is not None:
                     self._writer.may_beat = True
                 async with aclosing(merged(streams)) as pieces:
@@ -198,20 +226,23 @@ class Answering:
                 use.broke()
                 raise
 
-    def _ask(self, runtime: Runtime, begun: Begun) -> AsyncGenerator[Chunk, None]:
+    def _ask(self, runtime: Runtime, i: int) -> AsyncGenerator[Chunk, None]:
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("the time for this answer was over before it began")
-        options = {**begun.options, "adapter": self._asked.adapter, "timeout_s": left_s}
-        return cast("AsyncGenerator[Chunk, None]", runtime.astream(**options))
+        begun, asked = self._begun[i].options, self._asked
+        options = {**begun, "adapter": asked.adapter, "timeout_s": left_s}
+        tap = functools.partial(self._show_past, i) if asked.stream else None
+        chunks = runtime.astream_past(tap, **options)
+        return cast("AsyncGenerator[Chunk, None]", chunks)
 
     def _limit(self) -> asyncio.Timeout:
         """End the wait for an engine that does not end an answer by itself."""
         return asyncio.timeout(max(0.0, self._deadline - time.monotonic()) + GRACE_S)
 
-    def _count(self, i: int, chunk: Chunk) -> None:
+    def _count(self, i: int, chunk: Chunk, now: float) -> None:
         """Note tokens that came."""
-        n, now, job = len(chunk.token_ids), time.monotonic(), self._job
+        n, job = len(chunk.token_ids), self._job
         if not n:
             return
         before, self._last[i] = self._last.get(i, job.created), now
@@ -241,3 +272,8 @@ class Answering:
     def _refusal(self, error: Exception) -> ApiError:
         options = self._begun[0].options if self._begun else {}
         return blame(error, self._asked.question.prompt_field, options)
+
+
+def _written_by(chunk: Chunk) -> Fields | None:
+    """Tell, of a pair of models, who wrote a piece."""
+    return {"edgeroute": {"model": chunk.model}} if chunk.model else None

@@ -125,6 +125,12 @@ class ChatChoice:
             deltas = [{"content": ""}]  # so that no token's figures are lost with its text
         return [_delta(each, found if i == 0 else None) for i, each in enumerate(deltas)]
 
+    def plain(self, chunk: Chunk) -> Fields | None:
+        """Return what a stream shows of a piece without calls or figures; see Choice."""
+        if self._reader is not None or self._spelling is not None:
+            return None
+        return _delta({"content": chunk.text})
+
     def end(self) -> Iterable[Fields]:
         """Take the end in; see Choice."""
         held = [] if self._reader is None else self._reader.finish()

@@ -1,24 +1,22 @@
-"""One connection: uvicorn's protocol, limits to how long it waits for its client, a short way out.
+"""One connection: uvicorn's protocol, with limits to how long it waits for its client.
 
 Without limits, clients that send a byte now and then, or nothing, or read nothing of their answer,
-would hold connections for ever. The short way is for tokens: an event loop that wakes between two
-passes of a model finds cold caches, and then every function on the way of a token counts.
+would hold connections for ever.
 """
 
 import asyncio
-import weakref
 from collections.abc import Callable
 from typing import Final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from edgeroute.server.short_way import DIRECT, ShortWay
+
 HEAD_S: Final = 20.0
 """Longest time from a connection, or the first byte of a request, to the end of its head."""
 STUCK_S: Final = 60.0
 """Longest time that a client may read nothing of what waits to be sent to it."""
-DIRECT: Final = "write_now"
-"""Where in a request's state stands what writes pieces of its answer: see `ShortWay`."""
 
 
 class Connection(H11Protocol):
@@ -92,32 +90,3 @@ class Connection(H11Protocol):
             return
         self._n_left = n_left
         self._look_later()
-
-
-class ShortWay:
-    """Writes pieces of one request's answer, past all that the usual way asks about each.
-
-    It keeps neither connection nor request alive: they would wait for a collection otherwise.
-    """
-
-    def __init__(self, connection: Connection, cycle: RequestResponseCycle) -> None:
-        self._connection, self._cycle = weakref.ref(connection), weakref.ref(cycle)
-        self._chunked = cycle.scope["http_version"] == "1.1"
-
-    def __call__(self, data: bytes) -> bool:
-        """Write a piece of an answer whose head was sent, and gave no length, as a chunk.
-
-        Returns:
-            False where nothing was written: the client has left, or reads too slowly, or knows no
-            chunks. The usual way then does what is to be done.
-
-        Source: RFC 9112, section 7.1.
-        """
-        connection, cycle = self._connection(), self._cycle()
-        if connection is None or cycle is None or connection.cycle is not cycle:
-            return False
-        under_way = connection.conn.our_state is h11.SEND_BODY and not cycle.disconnected
-        if not (under_way and self._chunked and data) or connection.flow.write_paused:
-            return False
-        connection.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True

@@ -8,9 +8,9 @@ import pytest
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from edgeroute.server.connection import DIRECT
 from edgeroute.server.guard import guards
 from edgeroute.server.records import ServerParams, Services
+from edgeroute.server.short_way import DIRECT
 from edgeroute.server.sse import EventWriter
 from tests.server.api_lab import wait_until
 from tests.server.lab import serving

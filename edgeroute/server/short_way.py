@@ -1,0 +1,189 @@
+"""Short ways of a token to its client, past all that the usual way asks about each piece.
+
+An event loop that wakes between two passes of a model finds cold caches, and takes a core from
+them. So there are two: one for the loop, past uvicorn, and one past the loop altogether, where the
+engine's thread writes to the client's socket itself. The loop lends that one while it has nothing
+to write, and takes it back before it writes anything.
+"""
+
+import socket
+import sys
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Final
+
+import h11
+
+if TYPE_CHECKING:
+    from uvicorn.protocols.http.h11_impl import RequestResponseCycle
+
+    from edgeroute.server.connection import Connection
+
+DIRECT: Final = "write_now"
+"""Where in a request's state stands what writes pieces of its answer: see `ShortWay`."""
+
+
+class ShortWay:
+    """Writes pieces of one request's answer; of the event loop's thread.
+
+    It keeps neither connection nor request alive: they would wait for a collection otherwise.
+    """
+
+    def __init__(self, connection: "Connection", cycle: "RequestResponseCycle") -> None:
+        self._connection, self._cycle = weakref.ref(connection), weakref.ref(cycle)
+        self._chunked = cycle.scope["http_version"] == "1.1"
+
+    def __call__(self, data: bytes) -> bool:
+        """Write a piece of an answer whose head was sent, and gave no length.
+
+        Returns:
+            False where nothing was written: the client has left, or reads too slowly, or knows no
+            chunks. The usual way then does what is to be done.
+        """
+        connection = self._open()
+        if connection is None or connection.flow.write_paused or not data:
+            return False
+        connection.transport.write(chunk(data))
+        return True
+
+    def write_rest(self, data: bytes) -> None:
+        """Write what is left of a chunk; nobody misses it where the client has left."""
+        connection = self._open()
+        if connection is not None:
+            connection.transport.write(data)
+
+    def own_socket(self) -> socket.socket | None:
+        """Return the client's socket anew, to be closed by who takes it.
+
+        None where what is sent is not what was written (TLS), and on Windows, whose event loop
+        may have a write of its own under way.
+        """
+        connection = self._open()
+        if connection is None or sys.platform == "win32":
+            return None
+        theirs = connection.transport.get_extra_info("socket")
+        if theirs is None or connection.transport.get_extra_info("sslcontext"):
+            return None
+        try:
+            found: socket.socket = theirs.dup()
+        except OSError:  # as many files are open as may be
+            return None
+        found.setblocking(False)
+        return found
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be sent, and more may be."""
+        connection = self._open()
+        return (
+            connection is not None
+            and not connection.flow.write_paused
+            and not connection.transport.get_write_buffer_size()
+        )
+
+    def _open(self) -> "Connection | None":
+        """Return the connection, if it takes chunks of this answer."""
+        connection, cycle = self._connection(), self._cycle()
+        if connection is None or cycle is None or connection.cycle is not cycle:
+            return None
+        if connection.transport.is_closing() or cycle.disconnected or not self._chunked:
+            return None
+        return connection if connection.conn.our_state is h11.SEND_BODY else None
+
+
+class Lane:
+    """The way past the event loop. Pieces keep their order over both ways.
+
+    Two threads share it: the one that makes pieces writes them while the lane is lent to it, and
+    leaves all others to the loop; the loop lends it when it has written all that was left to it.
+
+    Attributes:
+        last: when a piece was last written here, by `time.monotonic`.
+    """
+
+    def __init__(self, way: ShortWay) -> None:
+        self.last = 0.0
+        self._way = way
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._lent = False
+        self._n_left = 0  # pieces on their way to the loop
+        self._rest = b""  # of a chunk that the client's system took only a part of
+
+    # the thread that makes pieces
+
+    @property
+    def lent(self) -> bool:
+        """Whether it is worth while to prepare a piece for `write`."""
+        return self._lent
+
+    def leave(self) -> None:
+        """Leave a piece to the loop, and all that follow until the loop has written it."""
+        with self._lock:
+            self._n_left += 1
+            self._lent = False
+
+    def write(self, data: bytes) -> bool:
+        """Write a piece; False where it is left to the loop instead."""
+        with self._lock:
+            n_sent = self._send(chunk(data)) if self._lent else 0
+            if not n_sent:
+                self._n_left += 1
+                self._lent = False
+            return n_sent > 0
+
+    def _send(self, data: bytes) -> int:
+        """Send what a socket takes at once, and keep the rest for the loop."""
+        if self._socket is None:
+            return 0
+        try:
+            n_sent = self._socket.send(data)
+        except OSError:  # it takes nothing now, or the client has left, which the loop finds out
+            return 0
+        self.last = time.monotonic()
+        self._rest = data[n_sent:]
+        self._lent = not self._rest
+        return n_sent
+
+    # the event loop
+
+    def came(self) -> None:
+        """Note that one of the pieces that were left to the loop has come."""
+        with self._lock:
+            self._n_left -= 1
+
+    def lend(self) -> None:
+        """Let the other thread write, if nothing is left to be written here."""
+        if self._lent or self._n_left or not self._way.idle:
+            return
+        if self._socket is None:
+            self._socket = self._way.own_socket()
+        with self._lock:
+            self._lent = self._socket is not None and not self._n_left and not self._rest
+
+    def take_back(self) -> None:
+        """End the loan; what follows is written by the loop, after what the client did not take."""
+        with self._lock:
+            self._lent = False
+            rest, self._rest = self._rest, b""
+        if rest:
+            self._way.write_rest(rest)
+
+    def go_on(self) -> None:
+        """See to it that a rest is written, however long the next piece takes."""
+        if self._rest:
+            self.take_back()
+
+    def close(self) -> None:
+        """Let go of the socket: a connection ends only when nobody holds it."""
+        self.take_back()
+        with self._lock:
+            held, self._socket = self._socket, None
+        if held is not None:
+            held.close()
+
+
+def chunk(data: bytes) -> bytes:
+    """Return a piece of a body as a chunk. Source: RFC 9112, section 7.1."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
