@@ -161,6 +161,7 @@ class Scheduler(Passes):
 
     def use_the_pause(self) -> None:
         """Do what is better done while nobody waits."""
+        self.forward.kv.clear_ahead()
         if self.depth_guard is not None:
             self.depth_guard.check()
         if self._experts is not None:

@@ -247,8 +247,9 @@ class Forward:
             self._stream = None
 
     def _graph(self, span: Span, shape: BatchShape) -> Graph:
-        key = (span, shape)
-        graph = self.graphs.find(key)
+        alike, start = shape.anywhere()
+        key = (span, alike)
+        graph = self.graphs.find(key, start)
         if graph is None:
             graph = self.graphs.add(key, self._build(span, shape))
             if span.output and shape.n_out:

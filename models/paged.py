@@ -233,8 +233,9 @@ class PagedForward(PairsForward):
     # graphs
 
     def _stage(self, stage: Stage, batch: BatchShape) -> Graph:
-        key = (stage, batch)
-        graph = self.graphs.find(key)
+        alike, start = batch.anywhere()
+        key = (stage, alike)
+        graph = self.graphs.find(key, start)
         if graph is None:
             graph = self.graphs.add(key, self._build_stage(stage, batch))
             if stage.until is None and batch.n_out:

@@ -71,8 +71,9 @@ class _Lane(Forward):
 
     def graph_of(self, part: _Part, shape: BatchShape) -> tuple[Graph, bool]:
         """Return the graph of a part, and whether it was built just now."""
-        key = (part, shape)
-        graph = self.graphs.find(key)
+        alike, start = shape.anywhere()
+        key = (part, alike)
+        graph = self.graphs.find(key, start)
         if graph is not None:
             return graph, False
         graph = self.graphs.add(key, self._build_part(part, shape))

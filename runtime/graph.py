@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.runtime.cell_views import CellViews
 from edgeroute.runtime.depth import ExpertRule, Steps
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
@@ -79,6 +80,17 @@ class BatchShape(NamedTuple):
         """Tokens over all segments."""
         return sum(segment.n_tokens for segment in self.segments)
 
+    def anywhere(self) -> "tuple[BatchShape, int]":
+        """Return the shape as if the first region began with cell 0, and where it does begin.
+
+        Equal ones share a graph: see CellViews.
+        """
+        start = self.segments[0].start
+        if not start:
+            return self, 0
+        moved = [Segment(each.start - start, each.n_kv, each.n_tokens) for each in self.segments]
+        return self._replace(segments=tuple(moved)), start
+
 
 class MaskSlot(NamedTuple):
     """Where a segment's mask rows, F16 [n_kv, n_tokens], begin in a mask tensor."""
@@ -140,6 +152,7 @@ class Builder:
         """Which tokens of a prompt a step computes that keeps a part of them."""
         self._lora: LoraUse | None = None
         self._groups = group_segments(batch.segments)
+        self._cell_views: list[tuple[Tensor, int]] = []
         self._descriptors = Descriptors(n_nodes, n_nodes)
         self.ctx = self._descriptors.ctx
         self.graph = self.g.ggml_new_graph_custom(self.ctx, n_nodes, False)
@@ -370,9 +383,11 @@ class Builder:
             return self._cells(self.kv.v[row], group)
         keys = self._cells(self.kv.k[row], group)
         ne, nb = shape(keys), strides(keys)
-        return self.g.ggml_view_4d(
+        view = self.g.ggml_view_4d(
             self.ctx, keys, kv.value_head, ne[1], ne[2], ne[3], nb[1], nb[2], nb[3], 0
         )
+        self._cell_views.append((view, nb[1]))
+        return view
 
     def _cells(self, cache: Tensor, group: tuple[Segment, ...]) -> Tensor:
         """View a group's cells as [n_embd_head, n_kv, n_head_kv, n_segments]."""
@@ -380,10 +395,12 @@ class Builder:
         _, cell, head, _ = strides(cache)
         start = group[0].start
         step = group[1].start - start if len(group) > 1 else group[0].n_kv
-        return self.g.ggml_view_4d(
+        view = self.g.ggml_view_4d(
             self.ctx, cache, n_embd_head, group[0].n_kv, n_heads, len(group),
             cell, head, step * cell, start * cell,
         )  # fmt: skip
+        self._cell_views.append((view, cell))
+        return view
 
     def keep(self, value: Tensor, place: Tensor) -> None:
         """Copy a value to memory outside the graph, of equal shape, once it is computed."""
@@ -394,7 +411,8 @@ class Builder:
         """Close the graph over `output`."""
         self.g.ggml_set_output(output)
         self.g.ggml_build_forward_expand(self.graph, output)
-        return Graph(self.graph, self.inputs, output, self._descriptors)
+        cells = CellViews(self._cell_views, self.batch.segments[0].start)
+        return Graph(self.graph, self.inputs, output, self._descriptors, cells)
 
 
 @dataclass(slots=True)
@@ -405,6 +423,7 @@ class Graph:
     inputs: Inputs
     output: Tensor
     descriptors: Descriptors
+    cells: CellViews
     host_output: npt.NDArray[np.float32] | None = None
 
     def free(self) -> None:

@@ -49,11 +49,17 @@ class GraphCache:
         """Graphs that were given memory so far."""
         return self._n_built
 
-    def find(self, key: Hashable) -> Graph | None:
-        """Return the graph of `key`, or None if it is not kept."""
+    def find(self, key: Hashable, start: int = 0) -> Graph | None:
+        """Return the graph of `key`, or None if it is not kept.
+
+        Args:
+            key: what the graph was added under.
+            start: cell with which its first sequence's region begins, see `BatchShape.anywhere`.
+        """
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
+            graph.cells.move(start)
         return graph
 
     def add(self, key: Hashable, graph: Graph) -> Graph:

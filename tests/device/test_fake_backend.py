@@ -18,6 +18,7 @@ from edgeroute.device_speed import DeviceSpeed
 from edgeroute.device_support import Probe, unsupported
 from edgeroute.loaded import kv_shape
 from edgeroute.models.registry import describe
+from edgeroute.runtime.cell_views import CellViews
 from edgeroute.runtime.device import Device, devices
 from edgeroute.runtime.device_ops import lacking
 from edgeroute.runtime.errors import (
@@ -228,7 +229,7 @@ def test_a_graph_that_a_device_cannot_compute_is_refused() -> None:
         graph = g.ggml_new_graph_custom(ctx, 8, False)
         g.ggml_build_forward_expand(graph, doubled)
         with pytest.raises(UnsupportedModelError, match="fake0 cannot compute SCALE with values"):
-            cache.add("key", Graph(graph, Inputs(), doubled, descriptors))
+            cache.add("key", Graph(graph, Inputs(), doubled, descriptors, CellViews([], 0)))
         assert cache.find("key") is None and not fake.n_allocated
         cache.close()
 

@@ -1,5 +1,6 @@
 """What lends a device to a network: exact limits, one client at a time, and none ends it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -142,7 +143,8 @@ BAD_LATER = {
 @pytest.mark.parametrize("name", [*BAD_FIRST, *BAD_LATER])
 def test_a_hostile_frame_ends_that_client_only(lender: Lender, name: str) -> None:
     with lender.client(hello=name in BAD_LATER) as client:
-        client.sock.sendall((BAD_FIRST | BAD_LATER)[name])
+        with contextlib.suppress(ConnectionError):  # it may have heard enough before the end
+            client.sock.sendall((BAD_FIRST | BAD_LATER)[name])
         assert client.ends()
     with lender.client() as client:
         assert free_bytes(client) == LIMIT
