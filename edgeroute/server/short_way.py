@@ -1,11 +1,14 @@
 """Short ways of a token to its client, past all that the usual way asks about each piece.
 
 An event loop that wakes between two passes of a model finds cold caches, and takes a core from
-them. So there are two: one for the loop, past uvicorn, and one past the loop altogether, where the
-engine's thread writes to the client's socket itself. The loop lends that one while it has nothing
-to write, and takes it back before it writes anything.
+them. So there are two: one for the loop, past uvicorn, and one past the loop altogether. The loop
+lends that one while it has nothing to write, and takes it back before it writes anything. There the
+engine's thread makes a token's bytes, and a thread that does nothing else sends them while the next
+token is computed: a client that the system wakes in the sender's place would stop the engine else.
 """
 
+import functools
+import queue
 import socket
 import sys
 import threading
@@ -95,8 +98,8 @@ class ShortWay:
 class Lane:
     """The way past the event loop. Pieces keep their order over both ways.
 
-    Two threads share it: the one that makes pieces writes them while the lane is lent to it, and
-    leaves all others to the loop; the loop lends it when it has written all that was left to it.
+    The thread that makes pieces writes them while the lane is lent to it, and leaves all others to
+    the loop; the loop lends it when it has written all that was left to it. A third one sends.
 
     Attributes:
         last: when a piece was last written here, by `time.monotonic`.
@@ -109,7 +112,8 @@ class Lane:
         self._socket: socket.socket | None = None
         self._lent = False
         self._n_left = 0  # pieces on their way to the loop
-        self._rest = b""  # of a chunk that the client's system took only a part of
+        self._unsent: list[bytes] = []  # chunks on their way to the socket
+        self._rest = b""  # of those, what the client's system did not take
 
     # the thread that makes pieces
 
@@ -127,24 +131,29 @@ class Lane:
     def write(self, data: bytes) -> bool:
         """Write a piece; False where it is left to the loop instead."""
         with self._lock:
-            n_sent = self._send(chunk(data)) if self._lent else 0
-            if not n_sent:
+            if not self._lent:
                 self._n_left += 1
-                self._lent = False
-            return n_sent > 0
+                return False
+            self._unsent.append(chunk(data))
+            self.last = time.monotonic()
+        _sender().put(self)
+        return True
 
-    def _send(self, data: bytes) -> int:
-        """Send what a socket takes at once, and keep the rest for the loop."""
-        if self._socket is None:
-            return 0
-        try:
-            n_sent = self._socket.send(data)
-        except OSError:  # it takes nothing now, or the client has left, which the loop finds out
-            return 0
-        self.last = time.monotonic()
-        self._rest = data[n_sent:]
-        self._lent = not self._rest
-        return n_sent
+    # the thread that sends
+
+    def flush(self) -> None:
+        """Send what was written, as far as a socket takes it; keep the rest for the loop."""
+        with self._lock:
+            if not self._unsent or self._socket is None:
+                return
+            data = b"".join(self._unsent)
+            self._unsent.clear()
+            try:
+                n_sent = self._socket.send(data)
+            except OSError:  # it takes nothing now, or the client has left: the loop finds that out
+                n_sent = 0
+            self._rest = data[n_sent:]
+            self._lent = self._lent and not self._rest
 
     # the event loop
 
@@ -166,7 +175,9 @@ class Lane:
         """End the loan; what follows is written by the loop, after what the client did not take."""
         with self._lock:
             self._lent = False
-            rest, self._rest = self._rest, b""
+            rest = b"".join((self._rest, *self._unsent))
+            self._rest = b""
+            self._unsent.clear()
         if rest:
             self._way.write_rest(rest)
 
@@ -182,6 +193,19 @@ class Lane:
             held, self._socket = self._socket, None
         if held is not None:
             held.close()
+
+
+@functools.cache
+def _sender() -> "queue.SimpleQueue[Lane]":
+    """Start the thread that sends, and return what it takes lanes from."""
+    lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+
+    def send() -> None:
+        while True:
+            lanes.get().flush()
+
+    threading.Thread(target=send, name="edgeroute-sender", daemon=True).start()
+    return lanes
 
 
 def chunk(data: bytes) -> bytes:
