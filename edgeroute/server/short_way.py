@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import h11
@@ -195,17 +196,37 @@ class Lane:
             held.close()
 
 
-@functools.cache
-def _sender() -> "queue.SimpleQueue[Lane]":
-    """Start the thread that sends, and return what it takes lanes from."""
-    lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+class Sender:
+    """A thread that flushes lanes. Any thread may put one in.
 
-    def send() -> None:
+    It is woken once for all that come before it runs: pieces of one pass share the price.
+    """
+
+    def __init__(self) -> None:
+        self._lanes: deque[Lane] = deque()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._rung = False
+        threading.Thread(target=self._run, name="edgeroute-sender", daemon=True).start()
+
+    def put(self, lane: Lane) -> None:
+        """Have a lane flushed."""
+        self._lanes.append(lane)
+        if not self._rung:
+            self._rung = True
+            self._bell.put(None)
+
+    def _run(self) -> None:
         while True:
-            lanes.get().flush()
+            self._bell.get()
+            self._rung = False  # before it looks: who comes later rings again
+            while self._lanes:
+                self._lanes.popleft().flush()
 
-    threading.Thread(target=send, name="edgeroute-sender", daemon=True).start()
-    return lanes
+
+@functools.cache
+def _sender() -> Sender:
+    """Start the one of this process."""
+    return Sender()
 
 
 def chunk(data: bytes) -> bytes:
