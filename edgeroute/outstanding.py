@@ -32,7 +32,7 @@ class Outstanding:
     """All waits on one engine. Any thread may use it.
 
     Under one lock a wait is told things and ended, so that nothing is said after its end.
-    What is said must be quick and wait for nothing: an entry in a queue, or a socket's buffer.
+    What is said must be quick and wait for nothing: an entry in a queue.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Run a model over batches: shapes to graphs, numbers into inputs, logits out."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,7 @@ from edgeroute.runtime.weights import Weights
 NODES_PER_LAYER, NODES_PER_SEGMENT, NODES_BASE = 72, 12, 64
 NODES_PER_MOE, NODES_PER_EXPERT = 40, 2  # more than a dense layer has; per expert used
 NODES_PER_LORA, NODES_PER_SLOT = 60, 20  # more with adapters; per slot that a token uses
+Part = TypeVar("Part", bound=Hashable)
 EMBEDDINGS = "embeddings"
 """The input of graphs that are given token embeddings."""
 
@@ -247,12 +248,19 @@ class Forward:
             self._stream = None
 
     def _graph(self, span: Span, shape: BatchShape) -> Graph:
+        return self._find_or_build(span, shape, self._build, ends=span.output)
+
+    def _find_or_build(
+        self, part: Part, shape: BatchShape, build: Callable[[Part, BatchShape], Graph], *,
+        ends: bool,
+    ) -> Graph:  # fmt: skip
+        """Return the graph of a part of the model for a batch; `ends` in logits or not."""
         alike, start = shape.anywhere()
-        key = (span, alike)
+        key = (part, alike)
         graph = self.graphs.find(key, start)
         if graph is None:
-            graph = self.graphs.add(key, self._build(span, shape))
-            if span.output and shape.n_out:
+            graph = self.graphs.add(key, build(part, shape))
+            if ends and shape.n_out:
                 ne = (shape.n_out, self.model.hparams.n_vocab)
                 graph.host_output = host_view(graph.output, ne)
         return graph

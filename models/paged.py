@@ -27,7 +27,7 @@ from edgeroute.runtime.experts import ExpertPager, MissRule
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import BatchShape, Builder, Graph, Span
 from edgeroute.runtime.kv_cache import KvCache, round_cells
-from edgeroute.runtime.tensor import I32, host_view, set_bytes, shape
+from edgeroute.runtime.tensor import I32, set_bytes, shape
 
 MAX_INLINE_TOKENS = 16
 """Up to here a layer's experts are held all at once, if there is room; beyond, in turn."""
@@ -233,15 +233,7 @@ class PagedForward(PairsForward):
     # graphs
 
     def _stage(self, stage: Stage, batch: BatchShape) -> Graph:
-        alike, start = batch.anywhere()
-        key = (stage, alike)
-        graph = self.graphs.find(key, start)
-        if graph is None:
-            graph = self.graphs.add(key, self._build_stage(stage, batch))
-            if stage.until is None and batch.n_out:
-                ne = (batch.n_out, self.model.hparams.n_vocab)
-                graph.host_output = host_view(graph.output, ne)
-        return graph
+        return self._find_or_build(stage, batch, self._build_stage, ends=stage.until is None)
 
     def _build_stage(self, stage: Stage, batch: BatchShape) -> Graph:
         model, until = self.model, stage.until

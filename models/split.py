@@ -28,7 +28,6 @@ from edgeroute.runtime.kv_cache import KvCache, round_cells
 from edgeroute.runtime.lora import LoraSlots
 from edgeroute.runtime.placed_weights import Homes, PlacedWeights
 from edgeroute.runtime.placement import Placement
-from edgeroute.runtime.tensor import host_view
 from edgeroute.runtime.token_choice import TokenRule
 from edgeroute.runtime.weights import Weights
 
@@ -71,15 +70,9 @@ class _Lane(Forward):
 
     def graph_of(self, part: _Part, shape: BatchShape) -> tuple[Graph, bool]:
         """Return the graph of a part, and whether it was built just now."""
-        alike, start = shape.anywhere()
-        key = (part, alike)
-        graph = self.graphs.find(key, start)
-        if graph is not None:
-            return graph, False
-        graph = self.graphs.add(key, self._build_part(part, shape))
-        if part.span.output and shape.n_out:
-            graph.host_output = host_view(graph.output, (shape.n_out, self.model.hparams.n_vocab))
-        return graph, True
+        n_built = self.graphs.n_built
+        graph = self._find_or_build(part, shape, self._build_part, ends=part.span.output)
+        return graph, self.graphs.n_built > n_built
 
     def _build_part(self, part: _Part, shape: BatchShape) -> Graph:
         span = part.span

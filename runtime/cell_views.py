@@ -5,6 +5,7 @@ for the next sequence, which costs a hundredth of building it anew.
 """
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.ggml.structs import TensorStruct
 
+I64 = npt.NDArray[np.int64]
 _WORD = 8
 """Bytes of an address and of an offset; descriptors lie at multiples of it."""
 
@@ -30,7 +32,6 @@ class CellViews:
     def __init__(self, views: Sequence[tuple[Tensor, int]], start: int) -> None:
         self.start = start
         self._views = views
-        self._words: npt.NDArray[np.int64] | None = None
 
     def move(self, start: int) -> None:
         """View the cells that lie as those here do, but begin with another one.
@@ -38,22 +39,23 @@ class CellViews:
         An offset and an address in each view say where it is, whatever device that is on. Source:
         ggml.c, ggml_view_impl; ggml-alloc.c, ggml_gallocr_init_tensor.
         """
-        if start == self.start or not self._views:
-            self.start = start
+        if start == self.start:
             return
-        if self._words is None:
-            self._find_words()
-        assert self._words is not None
-        self._words[self._places] += (start - self.start) * self._cell_bytes
+        if self._views:
+            words, places, cell_bytes = self._words
+            words[places] += (start - self.start) * cell_bytes
         self.start = start
 
-    def _find_words(self) -> None:
-        """Lay one array over all descriptors: a loop over them would cost more than all else."""
-        first = min(tensor for tensor, _ in self._views)
-        last = max(tensor for tensor, _ in self._views)
+    @functools.cached_property
+    def _words(self) -> tuple[I64, I64, I64]:
+        """One array over all descriptors, what of it says where views are, and bytes of a cell.
+
+        A loop over the views would cost more than all else.
+        """
+        at = np.array([tensor for tensor, _ in self._views])
+        first, last = int(at.min()), int(at.max())
         n = (last - first + ctypes.sizeof(TensorStruct)) // _WORD
-        self._words = np.ctypeslib.as_array((ctypes.c_int64 * n).from_address(first))
-        at = np.array([tensor - first for tensor, _ in self._views])
-        offsets, addresses = at + TensorStruct.view_offs.offset, at + TensorStruct.data.offset
-        self._places = np.concatenate([offsets, addresses]) // _WORD
-        self._cell_bytes = np.tile(np.array([n_bytes for _, n_bytes in self._views]), 2)
+        words = np.ctypeslib.as_array((ctypes.c_int64 * n).from_address(first))
+        fields = (TensorStruct.view_offs.offset, TensorStruct.data.offset)
+        places = np.concatenate([at - first + field for field in fields]) // _WORD
+        return words, places, np.tile([n_bytes for _, n_bytes in self._views], len(fields))

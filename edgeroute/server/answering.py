@@ -22,7 +22,7 @@ from edgeroute.server.options import blame
 from edgeroute.server.origins import Origins
 from edgeroute.server.records import Job, Services
 from edgeroute.server.reporting import reported
-from edgeroute.server.short_way import DIRECT
+from edgeroute.server.short_way import DIRECT, Lane
 from edgeroute.server.sse import DONE, EventWriter, event
 from edgeroute.server.waiting import merged, unless_left
 from edgeroute.stats import Chunk, Generation
@@ -165,11 +165,8 @@ class Answering:
             events.append(self._event(i, last, reason, more))
         return b"".join(events)
 
-    def _show_past(self, i: int, chunk: Chunk) -> bool:
+    def _show_past(self, lane: Lane, i: int, chunk: Chunk) -> bool:
         """Write a piece past the event loop, if it may be; in the engine's thread."""
-        lane = None if self._writer is None else self._writer.lane
-        if lane is None:
-            return False
         fields = self._begun[i].choice.plain(chunk) if lane.lent else None
         if fields is None or chunk.generation is not None:
             lane.leave()
@@ -232,7 +229,8 @@ class Answering:
             raise TimeoutError("the time for this answer was over before it began")
         begun, asked = self._begun[i].options, self._asked
         options = {**begun, "adapter": asked.adapter, "timeout_s": left_s}
-        tap = functools.partial(self._show_past, i) if asked.stream else None
+        lane = None if self._writer is None else self._writer.lane
+        tap = None if lane is None else functools.partial(self._show_past, lane, i)
         chunks = runtime.astream_past(tap, **options)
         return cast("AsyncGenerator[Chunk, None]", chunks)
 

@@ -139,13 +139,11 @@ def past(monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:
     kept: list[Chunk] = []
     show = Answering._show_past
 
-    def patient(self: Answering, i: int, chunk: Chunk) -> bool:
+    def patient(self: Answering, lane: Lane, i: int, chunk: Chunk) -> bool:
         writer, n_begun = self._writer, len(self._begun)
         if writer is not None and writer.started and n_begun == 1 and not chunk.generation:
-            lane = writer.lane
-            assert lane is not None
             wait_until(lambda: lane.lent or lane._n_left == 0)
-        found = show(self, i, chunk)
+        found = show(self, lane, i, chunk)
         if found:
             kept.append(chunk)
         return found
