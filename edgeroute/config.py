@@ -42,11 +42,11 @@ class RunParams:
         n_ctx: most tokens of one sequence, prompt and answer together.
         n_kv: cells of the KV pool that running and kept sequences share; None is n_ctx.
         n_ubatch: prompt tokens computed at once.
-        max_batch: most sequences that decode in one pass. None is 16, but 3 where weights are
-            repacked (most quantised models) and 1 where they are floats: from 4 or 2 on, ggml
-            multiplies those by another kernel, quicker in sum but with other last bits, so
-            that an answer would depend on who shares the pass. Set it where throughput counts
-            more than that.
+        max_batch: most sequences that decode, or prompts that are computed, in one pass. None is
+            16, but 7 with plain weights of K- and I-types, 3 where weights are repacked (most
+            quantised models) and 1 where they are floats: from 8, 4 or 2 on, ggml multiplies
+            those by another kernel, quicker in sum but with other last bits, so that an answer
+            would depend on who shares the pass. Set it where throughput counts more than that.
         kv_type: `f16` or `q8_0`.
         device: what computes: `cpu`; `auto`, the fastest that is proved to answer like the
             processor; or devices by ggml's names, by kind (`gpu`), or as `rpc:host:port`, several

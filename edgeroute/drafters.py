@@ -183,7 +183,7 @@ class SmallDrafter:
         start = sequence.n_past
         end = next_chunk_end(start, len(tokens) - 1, N_UBATCH)
         began = time.perf_counter()
-        with stoppable(request, self._forward.device):
+        with stoppable([request], self._forward.device):
             read = self._feed(sequence, tokens[start:end], n_out=0)
         if read is None:
             return

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgeroute.device_loss import devices_at_risk
 from edgeroute.energy_book import open_book
+from edgeroute.row_bits import beside_prompts
 from edgeroute.runtime import machine
 from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.scheduler import Scheduler
@@ -31,8 +32,8 @@ def make_scheduler(
     scheduler = Scheduler(
         loaded.forward, loaded.ledger, policy, n_ctx=params.n_ctx,
         n_ubatch=params.n_ubatch, max_batch=params.max_batch or loaded.max_batch,
-        is_eog=loaded.tokenizer.is_eog, experts=loaded.experts, adapters=loaded.adapters,
-        layers=loaded.layers,
+        rows=beside_prompts(loaded), is_eog=loaded.tokenizer.is_eog, experts=loaded.experts,
+        adapters=loaded.adapters, layers=loaded.layers,
     )  # fmt: skip
     scheduler.devices = devices_at_risk(loaded)
     scheduler.compute_ledger = loaded.compute_ledger

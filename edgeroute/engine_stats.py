@@ -102,6 +102,8 @@ def runtime_stats(
             "waiting": scheduler.n_waiting + n_queued,
             "finished": scheduler.n_finished,
             "embedded": scheduler.n_embedded,
+            "prompt_passes": scheduler.prompts.n_passes,
+            "prompt_batches": scheduler.prompts.n_batches,
             "decode_steps": steps,
             "mean_batch": round(scheduler.n_decode_tokens / steps, 3) if steps else 0.0,
             "graphs_built": loaded.forward.graphs.n_built,

@@ -26,12 +26,12 @@ from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward
 from edgeroute.models.registry import describe
 from edgeroute.opening import Opening
+from edgeroute.row_bits import rows_of
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.device_group import DeviceGroup
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
-from edgeroute.runtime.tensor import BF16, F16, F32
 from edgeroute.runtime.weights import ResidentWeights
 
 if TYPE_CHECKING:
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
     from edgeroute.skippers.misses import MissLevers
-
-MAX_BATCH_REPACKED, MAX_BATCH_FLOAT = 3, 1
-"""Sequences in one pass by default where it is not MAX_BATCH: see RunParams.max_batch."""
-FLOATS = frozenset({F32, F16, BF16})
-"""Types whose products with two rows ggml tiles. Source: ggml-cpu/llamafile."""
 
 
 class LoadedModel:
@@ -363,17 +358,8 @@ class LoadedModel:
 
     @property
     def max_batch(self) -> int:
-        """Sequences that decode in one pass without changing each other's bits.
-
-        Routers of experts are left out: their models promise less, see README.
-        """
-        tensors = self.file.tensors
-        for spec in self.model.specs():
-            info = tensors.get(spec.source or spec.name)
-            matrix = spec.use == "mul_mat" and len(spec.ne) == 2 and "ffn_gate_inp" not in spec.name
-            if matrix and info is not None and info.type in FLOATS:
-                return MAX_BATCH_FLOAT
-        return MAX_BATCH_REPACKED if self.plan.weights.repacked else MAX_BATCH
+        """Sequences that decode in one pass without changing each other's bits."""
+        return rows_of(self).max_single
 
     @property
     def longest_draft(self) -> int:

@@ -95,15 +95,18 @@ class Passes(ABC):
             self.n_decode_steps += 1
             self.n_decode_tokens += 1
             return self.run_pass([piece], [request])
-        return self.prefill_pass(request, piece, spans)
+        return self.prefill_pass([request], [piece], spans)
 
     def prefill_pass(
-        self, request: Request, piece: Piece, spans: tuple[Span, ...] | None = None
+        self, requests: list[Request], pieces: list[Piece], spans: tuple[Span, ...] | None = None
     ) -> Logits | None:
-        """Compute a batch of one request's prompt, which its cancel or its deadline may stop."""
+        """Compute batches of prompts, a piece of each request's; see `stoppable` for what stops it.
+
+        Those of several requests are computed by the same depth plan.
+        """
         self.threads.before_prefill()
-        with stoppable(request, self.forward.device):
-            return self._run([piece], [request], spans)
+        with stoppable(requests, self.forward.device):
+            return self._run(pieces, requests, spans)
 
     def _run(
         self, pieces: list[Piece], requests: list[Request], spans: tuple[Span, ...] | None = None

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from edgeroute.runtime.device import Device
     from edgeroute.runtime.lora import LoraRow
     from edgeroute.runtime.sampler import Sampler
-    from edgeroute.runtime.sequence import Sequence
+    from edgeroute.runtime.sequence import Sequence as Cells
     from edgeroute.runtime.text_stream import TextStream
     from edgeroute.session_visit import Visit
     from edgeroute.skippers.steps import Who
     from edgeroute.step_adapters import SmallHeld
     from edgeroute.step_state import StepState
 
+TIMER_MARGIN_S: Final = 0.001
+"""By which a timer may be early."""
 Outcome = Chunk | BaseException
 """What a listener hears: chunks, the last with a finish_reason; or one exception."""
 
@@ -108,7 +110,7 @@ class Request:
     """What the small model holds for it."""
     n_common: int = 0
     speculated: Speculated | None = None
-    sequence: "Sequence | None" = None
+    sequence: "Cells | None" = None
     n_cached: int = 0
     started: float | None = None
     prefill_s: float = 0.0
@@ -259,7 +261,7 @@ class Request:
         )  # fmt: skip
 
 
-def sequence_of(request: Request) -> "Sequence":
+def sequence_of(request: Request) -> "Cells":
     """Return the cells of a request that runs."""
     if request.sequence is None:
         raise RuntimeError(f"request {request.id} has left the engine")
@@ -267,25 +269,41 @@ def sequence_of(request: Request) -> "Sequence":
 
 
 @contextlib.contextmanager
-def stoppable(request: Request, device: "Device") -> Iterator[None]:
-    """Let a request's cancel or its deadline stop what a device computes meanwhile."""
-    device.stop_flag.clear()
-    request.on_cancel = device.stop_flag.set
-    timer = None
-    if request.deadline is not None:
-        left_s = max(0.0, request.deadline - time.monotonic())
-        timer = threading.Timer(left_s, device.stop_flag.set)
-        timer.start()
-    if request.interrupted():
-        device.stop_flag.set()
+def stoppable(requests: Sequence[Request], device: "Device") -> Iterator[None]:
+    """Let what a device computes for requests be stopped, once none of them wants it any more.
+
+    A cancel or a deadline ends the wish of one.
+    """
+    flag = device.stop_flag
+
+    def stop_if_unwanted() -> None:
+        if all(request.interrupted() for request in requests):
+            flag.set()
+
+    flag.clear()
+    for request in requests:
+        request.on_cancel = stop_if_unwanted
+    timer = _timer(requests, stop_if_unwanted)
+    stop_if_unwanted()
     device.watch_stop_flag(True)
     try:
         yield
     finally:
         device.watch_stop_flag(False)
-        request.on_cancel = None
+        for request in requests:
+            request.on_cancel = None
         if timer is not None:
             timer.cancel()
+
+
+def _timer(requests: Sequence[Request], action: Callable[[], None]) -> threading.Timer | None:
+    """Start a timer for the last of some deadlines: whoever was cancelled was looked at then."""
+    deadlines = [request.deadline for request in requests if request.deadline is not None]
+    if not deadlines:
+        return None
+    timer = threading.Timer(max(0.0, max(deadlines) - time.monotonic()) + TIMER_MARGIN_S, action)
+    timer.start()
+    return timer
 
 
 def _lease_facts(lease: "Lease", wait_s: float) -> dict[str, object]:

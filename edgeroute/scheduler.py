@@ -1,7 +1,7 @@
 """The engine thread's loop: admit, prefill, decode together, deliver.
 
-Sequences join and leave between tokens. A prompt is computed alone, batch by batch, so
-that its bits do not depend on who else is there; decoding sequences share one pass.
+Sequences join and leave between tokens. Prompts are computed batch by batch, short ones in one
+pass where their bits do not depend on who else is there; decoding sequences share one pass.
 """
 
 import functools
@@ -15,11 +15,13 @@ from edgeroute.admission import Admission
 from edgeroute.embedding import EmbedRequest, States
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.passes import Logits, Passes
+from edgeroute.prompts import Prompts
 from edgeroute.request import EngineState, Request, sequence_of
+from edgeroute.row_bits import Rows
 from edgeroute.runtime.errors import ComputeError, DeviceLostError, EdgerouteError
 from edgeroute.runtime.ledger import Ledger
 from edgeroute.runtime.prefix import PrefixCache
-from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
+from edgeroute.runtime.sequence import CLASS_SINGLE
 from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.speculation_pass import speculate
 from edgeroute.stats import FinishReason
@@ -45,7 +47,7 @@ class Scheduler(Passes):
 
     def __init__(
         self, forward: Forward, ledger: Ledger, threads: ThreadPolicy, *, n_ctx: int,
-        n_ubatch: int, max_batch: int, is_eog: Callable[[int], bool],
+        n_ubatch: int, max_batch: int, rows: Rows, is_eog: Callable[[int], bool],
         experts: "ExpertStore | DeviceTier | None" = None, adapters: "Adapters | None" = None,
         layers: "LayerStore | None" = None,
     ) -> None:  # fmt: skip
@@ -55,17 +57,16 @@ class Scheduler(Passes):
         self.prefix = PrefixCache(forward.kv, n_ubatch)
         self._ledger = ledger
         self._n_ctx = n_ctx
-        self._n_ubatch = n_ubatch
-        self._max_batch = max_batch
+        self.n_ubatch = n_ubatch
+        self.max_batch = max_batch
         self.is_eog = functools.cache(is_eog)  # asked of every token, and 15 us in libllama
         self.speculation: Speculation | None = None
         self.depth: DepthSource | None = None
         self.depth_guard: DepthGuard | None = None
         self.sessions: Sessions | None = None
-        self._states = States(forward, ledger, n_ubatch)
+        self.prompts = Prompts(self, States(forward, ledger, n_ubatch), rows)
         self._admission = Admission(self)
-        self._prefilling: deque[Request] = deque()
-        self._decoding: list[Request] = []
+        self.decoding: list[Request] = []
         self._stepping: list[Request] = []  # two models write these, see StepRouting
         self._alive: dict[str, Request] = {}  # all of them, in whatever group, by their ids
         self._owed_s = 0.0  # that answers under way get before the next batch of a prompt
@@ -84,18 +85,20 @@ class Scheduler(Passes):
     def _groups(self) -> tuple[deque[Request] | list[Request], ...]:
         """All requests, by how far they are."""
         beginning = self._admission.waiting, self._admission.arriving
-        return (*beginning, self._prefilling, self._decoding, self._stepping)
+        return (*beginning, self.prompts.queue, self.decoding, self._stepping)
 
     @property
     def doing(self) -> str:
         """Say what it works at, for people; any thread may ask."""
-        n_answers = len(self._decoding) + len(self._stepping)
-        return f"prompts: {len(self._prefilling)}, answers: {n_answers}, waiting: {self.n_waiting}"
+        n_answers = len(self.decoding) + len(self._stepping)
+        return (
+            f"prompts: {len(self.prompts.queue)}, answers: {n_answers}, waiting: {self.n_waiting}"
+        )
 
     @property
     def n_running(self) -> int:
         """Requests that hold cells."""
-        return len(self._prefilling) + len(self._decoding) + len(self._stepping)
+        return len(self.prompts.queue) + len(self.decoding) + len(self._stepping)
 
     @property
     def n_waiting(self) -> int:
@@ -113,7 +116,7 @@ class Scheduler(Passes):
 
     def enter(self, request: Request) -> None:
         """Let a request run that got its cells."""
-        (self._prefilling if request.steps is None else self._stepping).append(request)
+        (self.prompts.queue if request.steps is None else self._stepping).append(request)
 
     def step(self) -> None:
         """Do one round: at most one prefill batch, then one token for all that decode.
@@ -125,13 +128,13 @@ class Scheduler(Passes):
         if self.sessions is not None:
             self.sessions.advance()
         if self.depth_guard is not None:
-            self.depth_guard.advance(self._decoding)
+            self.depth_guard.advance(self.decoding)
         self._admission.admit()
         here = [each for each in self._stepping if each.steps is None or each.steps.phase != "call"]
-        self.stalled = not (self._prefilling or self._decoding or here)
+        self.stalled = not (self.prompts.queue or self.decoding or here)
         began = time.monotonic()
-        if self._prefilling and (self._owed_s <= 0 or not self._decoding):
-            self._prefill(self._prefilling[0])
+        if self.prompts.queue and (self._owed_s <= 0 or not self.decoding):
+            self.prompts.advance()
             prefilled = time.monotonic()
             self._owed_s = DECODE_SHARE * (prefilled - began - SHORT_PAUSE_S)
             began = prefilled
@@ -143,13 +146,13 @@ class Scheduler(Passes):
 
     def _decode_all(self) -> None:
         """Compute one token, or a draft, for every answer under way."""
-        running = list(self._decoding)
+        running = list(self.decoding)
         if len(running) == 1 and self.speculation is not None and running[0].speculate:
             speculate(self, running.pop(), self.speculation)
         for alike in self._by_plan(running):
-            for first in range(0, len(alike), self._max_batch):
-                self._decode(alike[first : first + self._max_batch])
-        self._decoding = [request for request in self._decoding if request.sequence is not None]
+            for first in range(0, len(alike), self.max_batch):
+                self._decode(alike[first : first + self.max_batch])
+        self._drop_ended()
 
     def _by_plan(self, running: list[Request]) -> list[list[Request]]:
         """Split answers under way by their depth plans: a pass computes one."""
@@ -209,10 +212,10 @@ class Scheduler(Passes):
         for request in [each for each in self._alive.values() if each.interrupted()]:
             self.finish(request, request.interrupted() or "cancelled")
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
-        """End a request that runs by itself, with what it has."""
+    def finish(self, request: Request, reason: FinishReason, *, keep: bool = True) -> None:
+        """End a request that runs by itself, with what it has; `keep` its cells for later ones."""
         self._leave(request)
-        self._finish(request, reason)
+        self._finish(request, reason, keep=keep)
 
     def fail(self, request: Request, error: BaseException) -> None:
         """End a request that runs by itself with an error.
@@ -268,76 +271,26 @@ class Scheduler(Passes):
                 self.prefix.drop(sequence)
         request.sampler.close()
 
-    # computing
-
-    def _prefill(self, request: Request) -> None:
-        """Compute one batch of a prompt; its last gives the first token."""
-        sequence = sequence_of(request)
-        if request.prefill_s == 0.0:
-            self._share(request, sequence)
-        start, n = sequence.n_past, len(sequence.tokens)
-        end = next_chunk_end(start, n, self._n_ubatch)
-        embeds = isinstance(request, EmbedRequest)
-        try:
-            spans = self._states.spans() if embeds else None
-        except EdgerouteError as error:
-            self.fail(request, error)
-            return
-        piece = Piece(tokens=sequence.tokens[start:end], pos=start, region=sequence.region,
-                      n_out=int(end == n and not embeds), lora=request.lora)  # fmt: skip
-        began = time.monotonic()
-        logits = self.prefill_pass(request, piece, spans)
-        request.prefill_s += time.monotonic() - began
-        if logits is None:
-            reason = request.interrupted()
-            if reason is not None and request.sequence is not None:  # its cells are undefined
-                self._leave(request)
-                self._finish(request, reason, keep=False)
-            return  # a stop meant for an earlier batch: this one is computed again
-        sequence.n_past = end
-        sequence.classes += chunk_classes(end - start).tobytes()
-        if isinstance(request, EmbedRequest):
-            self._embed(request, end - start)
-        elif end == n:
-            self._prefilling.remove(request)
-            self._decoding.append(request)
-            self.sample(request, logits[0])
-            self._decoding = [each for each in self._decoding if each.sequence is not None]
-
-    def _share(self, request: Request, sequence: Sequence) -> None:
-        """Take over what those that run have computed of the same prompt meanwhile.
-
-        Prompts are computed one after another, so that of several alike, as the choices of one
-        request or chats with one system message are, the first computes what they share.
-        """
-        if request.depth is not None and request.depth.key is None:
-            return
-        others = [
-            each.sequence for each in (*self._prefilling, *self._decoding)
-            if each.sequence and (each.depth is None or each.depth.key is not None)
-        ]  # fmt: skip
-        request.n_cached += self.prefix.share(sequence, others, request.prefix)
-
-    def _embed(self, request: EmbedRequest, n_tokens: int) -> None:
-        """Take the hidden states of a batch; behind a text's last, others come first."""
-        request.add(self.forward.residual(n_tokens))
-        self.check()
-        sequence = sequence_of(request)
-        if sequence.n_past < len(request.prompt_ids):
-            return
-        self.n_embedded += 1
-        try:
-            more = request.next_input()
-        except EdgerouteError as error:
-            self.fail(request, error)
-            return
-        self._prefilling.remove(request)
+    def end_text(self, request: EmbedRequest, *, more: bool) -> None:
+        """Free the cells of a text whose vector is known; `more` of its call wait for some."""
+        self.prompts.queue.remove(request)
         if not more:
             self._finish(request, "stop", keep=False)
             return
+        self.prefix.drop(sequence_of(request))
         request.sequence = None
-        self.prefix.drop(sequence)
         self._admission.arriving.append(request)
+
+    # computing
+
+    def begin_answer(self, request: Request, logits: Logits) -> None:
+        """Let a request decode whose prompt is complete, and choose its first token."""
+        self.decoding.append(request)
+        self.sample(request, logits)
+        self._drop_ended()
+
+    def _drop_ended(self) -> None:
+        self.decoding = [request for request in self.decoding if request.sequence is not None]
 
     def _decode(self, batch: list[Request]) -> None:
         """Compute one token for each request of a batch."""

@@ -38,7 +38,7 @@ def other_compute(scheduler: "Scheduler", model: StepModel, request: Request) ->
         if len(piece.tokens) <= BRIEF:
             logits = forward.run([piece], spans, borrow=True)
         else:
-            with stoppable(request, device):
+            with stoppable([request], device):
                 logits = forward.run([piece], spans, borrow=True)
         seconds = time.perf_counter() - began
         _spent(request, piece, seconds)

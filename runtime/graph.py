@@ -340,10 +340,16 @@ class Builder:
             g.ggml_prec_set_acc(out, api.PREC_F32)
             parts.append(g.ggml_reshape_2d(ctx, out, shape(out)[0] * n_head, n_tokens * n))
             first += n_tokens * n
-        joined = parts[0]
-        for part in parts[1:]:
-            joined = g.ggml_concat(ctx, joined, part, 1)
-        return self._rotate(joined, turn_v)  # a Hadamard matrix is its own inverse
+        return self._rotate(self._joined(parts), turn_v)  # a Hadamard matrix is its own inverse
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """Put the columns of all parts side by side: pairs first, so that few are copied often."""
+        while len(parts) > 1:
+            left, right = parts[::2], parts[1::2]
+            pairs = zip(left, right, strict=False)
+            alone = left[len(right) :]
+            parts = [self.g.ggml_concat(self.ctx, a, b, 1) for a, b in pairs] + alone
+        return parts[0]
 
     def _rotate(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         """Multiply each `n` consecutive values of every column by the rotation [n, n]."""

@@ -104,8 +104,27 @@ class PrefixCache:
         Returns:
             Cells filled beyond those that were.
         """
-        wanted, before = np.array(sequence.tokens, np.int32), sequence.n_past
-        best, n_best = None, before
+        best, n_best = self._best(sequence, others, mode)
+        before = sequence.n_past
+        if best is None or n_best - before < MIN_REUSE:
+            return 0
+        self._kv.copy(best.region, sequence.region, n_best)
+        sequence.n_past, sequence.classes = n_best, bytearray(best.classes[:n_best])
+        self.n_reused_cells += n_best - before
+        return n_best - before
+
+    def shareable(self, sequence: Sequence, others: Iterable[Sequence], mode: PrefixMode) -> int:
+        """Count the cells that `share` would fill."""
+        _, n_best = self._best(sequence, others, mode)
+        n = n_best - sequence.n_past
+        return n if n >= MIN_REUSE else 0
+
+    def _best(
+        self, sequence: Sequence, others: Iterable[Sequence], mode: PrefixMode
+    ) -> tuple[Sequence | None, int]:
+        """Return which sequence a prompt has the most cells in common with, and how many."""
+        wanted = np.array(sequence.tokens, np.int32)
+        best, n_best = None, sequence.n_past
         for other in others:
             if other is sequence or other.adapter != sequence.adapter or other.n_past <= n_best:
                 continue
@@ -113,12 +132,7 @@ class PrefixCache:
             n = reusable(stored, wanted, mode, self._n_ubatch)
             if n > n_best:
                 best, n_best = other, n
-        if best is None or n_best - before < MIN_REUSE:
-            return 0
-        self._kv.copy(best.region, sequence.region, n_best)
-        sequence.n_past, sequence.classes = n_best, bytearray(best.classes[:n_best])
-        self.n_reused_cells += n_best - before
-        return n_best - before
+        return best, n_best
 
     def keep(self, sequence: Sequence, held: HeldCells | None = None) -> None:
         """Take a finished sequence's region; its cells serve later prompts.

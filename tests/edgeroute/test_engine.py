@@ -11,7 +11,6 @@ import pytest
 
 import edgeroute
 from edgeroute import Runtime
-from edgeroute.request import Request
 from edgeroute.runtime import errors, graph_cache
 
 PROMPTS = [f"{n}. The story of the {n} little lighthouses begins like this:" for n in range(16)]
@@ -453,20 +452,20 @@ def test_answers_under_way_get_their_share_between_batches_of_prompts(
     with Runtime(tiny_path, n_ctx=512, n_kv=4096, n_ubatch=64, threads=1) as runtime:
         scheduler = runtime._scheduler
         done: list[str] = []
-        prefill, decode = scheduler._prefill, scheduler._decode_all
+        prefill, decode = scheduler.prompts.advance, scheduler._decode_all
 
-        def slow_prefill(request: Request) -> None:
+        def slow_prefill() -> None:
             time.sleep(0.05)
             done.append("prompt")
-            prefill(request)
+            prefill()
 
         def noted_decode() -> None:
-            if scheduler._decoding:
+            if scheduler.decoding:
                 done.append("token")
                 time.sleep(0.002)
             decode()
 
-        monkeypatch.setattr(scheduler, "_prefill", slow_prefill)
+        monkeypatch.setattr(scheduler.prompts, "advance", slow_prefill)
         monkeypatch.setattr(scheduler, "_decode_all", noted_decode)
         writing = runtime.stream(PROMPTS[0], max_tokens=40, prefix="off")
         next(writing)

@@ -1,7 +1,9 @@
 """The equivalences that every lever stands on, bit for bit."""
 
+import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence as IterSequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from edgeroute.config import RunParams
+from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.registry import describe
+from edgeroute.row_bits import rows_of
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.gguf import GGUFFile
@@ -126,6 +131,50 @@ def test_a_token_gets_the_same_bits_alone_and_in_a_batch(
             assert np.sum((together - alone) ** 2) < 1e-6 * np.sum(alone**2)
         else:
             assert np.array_equal(together, alone)
+
+
+@pytest.mark.parametrize("weight_type", ["Q8_0", "Q4_1", "Q5_0", "Q5_K", "Q6_K", "IQ4_XS", "Q4_K",
+                                         "Q4_0"])  # fmt: skip
+def test_batches_that_keep_their_bits_in_one_pass_do(weight_type: str, tmp_path: Path) -> None:
+    """As Rows.keep says, of prompts; and of one token each, as Rows.max_single says."""
+    path = tmp_path / f"{weight_type}.gguf"
+    make("qwen2", path, weight_type=weight_type)
+    params = RunParams(n_ctx=256, n_kv=4096, threads=1)
+    with closing(LoadedModel(path, params)) as loaded:
+        bench, rows = Bench(loaded.forward, loaded.kv), rows_of(loaded)
+        n_kept = 0
+        for widths in itertools.product((1, 3, 5, 8, 12, 33, 64, 71), repeat=2):
+            if rows.keep(widths):
+                n_kept += 1
+                assert_same_bits(bench, widths)
+        assert n_kept > 10
+        assert_same_bits(bench, [1] * rows.max_single)
+
+
+def assert_same_bits(bench: Bench, widths: IterSequence[int]) -> None:
+    """Compute prompts of so many tokens alone and in one pass: the same logits, the same cells."""
+    sequences = [open_sequence(bench, bench.tokens(n, n + i)) for i, n in enumerate(widths)]
+    pieces = [Piece(tokens=s.tokens, pos=0, region=s.region) for s in sequences]
+    expected = []
+    for piece in pieces:
+        logits = bench.forward.run([piece])
+        assert logits is not None
+        expected.append((logits[0], read(bench.kv, piece)))
+    together = bench.forward.run(pieces)
+    assert together is not None
+    for piece, logits, (alone, cells) in zip(pieces, together, expected, strict=True):
+        assert np.array_equal(logits, alone), widths
+        assert np.array_equal(read(bench.kv, piece), cells), widths
+    for sequence in sequences:
+        bench.kv.release(sequence.region)
+
+
+def read(kv: KvCache, piece: Piece) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a piece's cells."""
+    n = len(piece.tokens)
+    found = np.empty(n * kv.shape.bytes_per_cell, np.uint8)
+    kv.read_cells(piece.region.start, n, found)
+    return found
 
 
 def test_smollm2_bits_do_not_depend_on_any_batch(smollm2_path: Path) -> None:
