@@ -85,16 +85,24 @@ class Prompts:
         self.n_passes = 0
         self.n_batches = 0
 
-    def advance(self) -> None:
-        """Compute one pass; prompts that it completes get their first token."""
+    def advance(self) -> int:
+        """Compute one pass; prompts that it completes get their first token.
+
+        Returns:
+            Batches of prompts that shared it.
+        """
         first = self.queue[0]
         if isinstance(first, EmbedRequest):
             self._read_text(first)
-            return
+            return 1
         parts = self._choose(self._part(first))
         logits = self._compute(parts)
-        if logits is None:
-            return
+        if logits is not None:
+            self._hand_on(parts, logits)
+        return len(parts)
+
+    def _hand_on(self, parts: list[Part], logits: Logits) -> None:
+        """Let those decode whose prompt is complete."""
         complete = [part.request for part in parts if part.is_last]
         for request, row in zip(complete, logits, strict=True):
             reason = request.interrupted()

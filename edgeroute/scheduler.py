@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DECODE_SHARE: Final = 0.5
 """Time for answers under way, of what a batch of another's prompt took beyond a short pause."""
 SHORT_PAUSE_S: Final = 0.25
-"""Which a reader hardly minds: up to it prompts come first, so that answers share more passes."""
+"""Which a reader hardly minds: up to it each prompt comes first, and answers share more passes."""
 
 
 class Scheduler(Passes):
@@ -134,9 +134,9 @@ class Scheduler(Passes):
         self.stalled = not (self.prompts.queue or self.decoding or here)
         began = time.monotonic()
         if self.prompts.queue and (self._owed_s <= 0 or not self.decoding):
-            self.prompts.advance()
+            n_batches = self.prompts.advance()
             prefilled = time.monotonic()
-            self._owed_s = DECODE_SHARE * (prefilled - began - SHORT_PAUSE_S)
+            self._owed_s = DECODE_SHARE * (prefilled - began - n_batches * SHORT_PAUSE_S)
             began = prefilled
         self._decode_all()
         self._owed_s -= time.monotonic() - began

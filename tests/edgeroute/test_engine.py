@@ -454,10 +454,10 @@ def test_answers_under_way_get_their_share_between_batches_of_prompts(
         done: list[str] = []
         prefill, decode = scheduler.prompts.advance, scheduler._decode_all
 
-        def slow_prefill() -> None:
+        def slow_prefill() -> int:
             time.sleep(0.05)
             done.append("prompt")
-            prefill()
+            return prefill()
 
         def noted_decode() -> None:
             if scheduler.decoding:
