@@ -153,6 +153,8 @@ class Scheduler(Passes):
             for first in range(0, len(alike), self.max_batch):
                 self._decode(alike[first : first + self.max_batch])
         self._drop_ended()
+        if self._experts is not None and self._experts.cannot_wait:
+            self._experts.reconsider()
 
     def _by_plan(self, running: list[Request]) -> list[list[Request]]:
         """Split answers under way by their depth plans: a pass computes one."""

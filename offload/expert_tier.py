@@ -22,7 +22,7 @@ from edgeroute.runtime.weights import Weights
 DEFAULT_POLICY, OFF_POLICY = "lfru", "lru"
 WATCHED_GAIN = 0.02
 """Hit rate by which another policy must be better than the one that was asked for."""
-FIRST_CHOICE = 96
+FIRST_CHOICE = 24
 """Decoded tokens after which the eviction policy is chosen anew, and then at four times that."""
 
 
@@ -66,7 +66,8 @@ class ExpertTier(SlottedWeights):
         self._chooses = how.policy == "auto" or (how.watched and how.policy != OFF_POLICY)
         self._chooses = self._chooses and self.cliff.fallback is None
         self._min_gain = MIN_GAIN if how.policy == "auto" else WATCHED_GAIN
-        self._n_steps, self._next_choice = 0, FIRST_CHOICE
+        self._n_steps = 0
+        self._next_choice = FIRST_CHOICE if how.policy == "auto" else 4 * FIRST_CHOICE
         self.recorder: TraceRecorder | None = None
 
     def here(self, il: int) -> npt.NDArray[np.bool_]:
@@ -85,6 +86,14 @@ class ExpertTier(SlottedWeights):
             raise UsageError("no trace is recorded here; open the Runtime with trace=FILE")
         with writing():
             self.recorder.mark(label)
+
+    @property
+    def cannot_wait(self) -> bool:
+        """Whether the policy should be chosen anew though an answer is under way.
+
+        The first time only: a few steps are replayed in some hundredths of a second.
+        """
+        return self._chooses and self._n_steps == FIRST_CHOICE == self._next_choice
 
     def _change_policies(self) -> bool:
         """Take the policies that would have served the latest tokens best; True if any is new."""

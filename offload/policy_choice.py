@@ -17,15 +17,20 @@ MIN_GAIN = 0.005
 STEP_LAYERS = 1152
 """Steps times layers that are replayed: a few tenths of a second over all candidates."""
 MIN_STEPS = 24
+EARLY_GAIN = 0.02
+"""The same where fewer steps are known than would be replayed."""
 
 
 def latest(trace: Trace) -> Trace | None:
-    """Return the last decode steps of a trace, as many as are replayed; None if too few."""
+    """Return the last decode steps of a trace, at most as many as are replayed; None if too few."""
     steps = [step for step in trace.steps if not step.prefill]
-    wanted = max(MIN_STEPS, STEP_LAYERS // len(trace.meta.layers))
-    if len(steps) < wanted:
+    if len(steps) < MIN_STEPS:
         return None
-    return Trace(meta=trace.meta, steps=tuple(steps[-wanted:]))
+    return Trace(meta=trace.meta, steps=tuple(steps[-_most_steps(trace) :]))
+
+
+def _most_steps(trace: Trace) -> int:
+    return max(MIN_STEPS, STEP_LAYERS // len(trace.meta.layers))
 
 
 def better_policy(
@@ -45,6 +50,8 @@ def better_policy(
 def change_policies(pools: Iterable[ExpertPool], trace: Trace, min_gain: float) -> bool:
     """Give each pool the policy that would have served a trace best; return if any changed."""
     changed = False
+    if len(trace.steps) < _most_steps(trace):
+        min_gain = max(min_gain, EARLY_GAIN)
     for pool in pools:
         table = pool.table
         layers = [layer.il for layer in pool.plan.layers]

@@ -1,6 +1,7 @@
 """The eviction policy follows what the model does, when there is time, and changes no answer."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,34 @@ def test_the_choice_is_the_replays(lab: object, monkeypatch: pytest.MonkeyPatch)
         paged.store.reconsider()
         assert table.policy.name == (wanted or before)
         paged.check()
+
+
+def test_a_few_steps_must_say_more(lab: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short trace changes a policy for a plain gain only, a long one for a small one."""
+    asked: list[float] = []
+
+    def better(trace: object, n_slots: int, name: str, layers: object, min_gain: float) -> None:
+        asked.append(min_gain)
+
+    monkeypatch.setattr(policy_choice, "better_policy", better)
+    with lab.paged(slots=6) as paged:  # type: ignore[attr-defined]
+        record(paged.store, lab)
+        assert not paged.store.cannot_wait
+        run_until(paged, expert_tier.FIRST_CHOICE)
+        assert paged.store.cannot_wait
+        paged.store.reconsider()
+        assert not paged.store.cannot_wait
+        run_until(paged, 4 * expert_tier.FIRST_CHOICE)
+        assert not paged.store.cannot_wait, "an answer does not wait for a long replay"
+        monkeypatch.setattr(policy_choice, "STEP_LAYERS", 160)
+        paged.store.reconsider()
+    assert asked == [policy_choice.EARLY_GAIN, policy_choice.MIN_GAIN]
+
+
+def run_until(paged: Any, n_steps: int) -> None:
+    """Compute single tokens until so many are counted."""
+    while paged.store._n_steps < n_steps:
+        paged.run(lab_module.SINGLE[:1])
 
 
 def test_a_named_policy_stays(lab: object, monkeypatch: pytest.MonkeyPatch) -> None:
