@@ -15,11 +15,11 @@ from edgeroute.config import RunParams
 from edgeroute.models.base import Hparams
 from edgeroute.models.depth_file import DepthFile, find_depth_file
 from edgeroute.models.forward import Forward
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import DepthFileError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers.plan import DepthPlan, LayerDepth
 from edgeroute.skippers.plan_json import plans_from_json

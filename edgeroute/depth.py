@@ -13,11 +13,11 @@ from edgeroute.depth_routing import load_router, route_prefill
 from edgeroute.models.base import Hparams
 from edgeroute.models.depth_file import DepthFile, find_depth_file, fingerprint
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import DepthFileError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.placed_weights import Homes, PlacedWeights
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers.auto import MAX_KL, fastest

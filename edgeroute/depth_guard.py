@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edgeroute.depth import Depth
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.request import Request
-from edgeroute.runtime.graph import Span
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.kv_cache import Region
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sampler import log_softmax

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.depth import Step, Steps
 from edgeroute.runtime.errors import ComputeError, DepthFileError
-from edgeroute.runtime.graph import Span
 from edgeroute.skippers.depth_router import DepthRouter, choose, from_arrays, steps_of
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]

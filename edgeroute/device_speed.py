@@ -17,11 +17,11 @@ from edgeroute.device_support import Probe, unsupported
 from edgeroute.models.base import MoeModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.runtime import machine
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.cache_file import cache_path, read_entries, replace_text
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ComputeError, UnsupportedModelError
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.tensor import Descriptors, get_range, new_tensor, place_all
 from edgeroute.runtime.upload import Uploader

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from edgeroute.models.forward import Forward
 from edgeroute.request import EngineState, Request
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.errors import ComputeError, DeadlineError
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.ledger import Ledger
 from edgeroute.stats import Chunk, FinishReason
 

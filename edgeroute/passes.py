@@ -11,9 +11,9 @@ import numpy.typing as npt
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.offload.counters import LayerCount
 from edgeroute.request import Request, stoppable
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import EdgerouteError
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
 from edgeroute.runtime.threads import ThreadPolicy
 

@@ -15,8 +15,8 @@ from edgeroute.models.forward import Piece
 from edgeroute.passes import Logits
 from edgeroute.request import Request, sequence_of
 from edgeroute.row_bits import Rows
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.errors import EdgerouteError
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.sequence import (
     GEMM_ROWS,
     Sequence,

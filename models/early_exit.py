@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.errors import UsageError
-from edgeroute.runtime.graph import Span
 
 Logits = npt.NDArray[np.float32]
 Leaves = Callable[[Logits], bool]

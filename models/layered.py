@@ -13,9 +13,10 @@ import numpy.typing as npt
 from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward, Piece, shape_of
 from edgeroute.models.standins import fill_before
+from edgeroute.runtime.batch_shape import BatchShape, Span
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.graph import BatchShape, Graph, Span
+from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
 from edgeroute.runtime.rooms import LayerPager
 

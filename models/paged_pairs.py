@@ -16,8 +16,9 @@ from edgeroute.models.carry import Carry, Choice
 from edgeroute.models.copies import CopyPager
 from edgeroute.models.forward import Forward, shape_of
 from edgeroute.models.host_experts import HostExperts
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.experts import ExpertPager, Leased
-from edgeroute.runtime.graph import Graph, Span
+from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.runtime.tensor import F32, I32, I64, set_bytes
 

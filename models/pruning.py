@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from edgeroute.models.base import Model
+from edgeroute.runtime.batch_shape import Segment
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.ggml.api import Tensor
-from edgeroute.runtime.graph import Builder, Inputs, Segment
+from edgeroute.runtime.graph import Builder, Inputs
 from edgeroute.runtime.lora import LoraShape
 from edgeroute.runtime.lora_graph import LoraInputs
 from edgeroute.runtime.tensor import F16, F32, set_bytes, shape, strides

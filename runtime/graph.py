@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.runtime.batch_shape import BatchShape, Segment, Span, group_segments
 from edgeroute.runtime.cell_views import CellViews
-from edgeroute.runtime.depth import ExpertRule, Steps
+from edgeroute.runtime.depth import ExpertRule
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.kv_cache import KvCache
@@ -31,65 +32,6 @@ from edgeroute.runtime.tensor import (
 )
 from edgeroute.runtime.token_choice import BY_ATTENTION, TokenRule
 from edgeroute.runtime.weights import Weights
-
-SPLIT_KV_MIN = 512
-"""Source: ggml-cpu/ops.cpp, ggml_compute_forward_flash_attn_ext_f16, use_split_kv_path."""
-
-
-class Segment(NamedTuple):
-    """Tokens of one sequence inside a batch, and the cells they may look at.
-
-    `start` is the first cell of the sequence's region; `n_kv` a multiple of the bucket.
-    """
-
-    start: int
-    n_kv: int
-    n_tokens: int
-
-
-class Span(NamedTuple):
-    """What one graph computes: embedding, passes over some layers in order, output head.
-
-    `plan` names the stand-ins of approximated sub-blocks; `norm` ends with the norm of `output`.
-    """
-
-    steps: Steps
-    embed: bool
-    output: bool
-    plan: str = ""
-    norm: bool = False
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers that are passed, in order."""
-        return tuple(step.il for step in self.steps)
-
-
-class BatchShape(NamedTuple):
-    """Everything about a batch that a graph depends on; equal shapes share a graph.
-
-    A tuple, because it is made and hashed for every token.
-    """
-
-    segments: tuple[Segment, ...]
-    n_out: int
-    lora: LoraShape | None = None
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens over all segments."""
-        return sum(segment.n_tokens for segment in self.segments)
-
-    def anywhere(self) -> "tuple[BatchShape, int]":
-        """Return the shape as if the first region began with cell 0, and where it does begin.
-
-        Equal ones share a graph: see CellViews.
-        """
-        start = self.segments[0].start
-        if not start:
-            return self, 0
-        moved = [Segment(each.start - start, each.n_kv, each.n_tokens) for each in self.segments]
-        return self._replace(segments=tuple(moved)), start
 
 
 class MaskSlot(NamedTuple):
@@ -435,34 +377,3 @@ class Graph:
     def free(self) -> None:
         """Free the descriptors; safe to call twice."""
         self.descriptors.free()
-
-
-def group_segments(segments: Sequence[Segment]) -> list[tuple[Segment, ...]]:
-    """Join neighbours that one attention operation can serve with the bits of one each.
-
-    They have one token and equally many cells, at equal distances. From SPLIT_KV_MIN cells on,
-    ggml splits a lone query's cells between threads, but not those of several queries.
-    """
-    groups: list[list[Segment]] = []
-    for segment in segments:
-        group = groups[-1] if groups else []
-        alike = bool(group) and segment.n_kv == group[0].n_kv < SPLIT_KV_MIN
-        if alike and segment.n_tokens == group[0].n_tokens == 1:
-            step = segment.start - group[-1].start
-            if step > 0 and (len(group) == 1 or step == group[1].start - group[0].start):
-                group.append(segment)
-                continue
-        groups.append([segment])
-    return [tuple(group) for group in groups]
-
-
-def causal_mask(n_ctx: int, window: int | None = None) -> np.ndarray:
-    """Make a strip from which every causal mask row is a slice: F16 (2 * n_ctx,).
-
-    Row of position p over n_kv cells: `strip[n_ctx - 1 - p : n_ctx - 1 - p + n_kv]`.
-    With `window`, a token sees itself and the `window - 1` before it.
-    """
-    strip = np.full(2 * n_ctx, -np.inf, np.float16)
-    first = 0 if window is None else max(0, n_ctx - window)
-    strip[first:n_ctx] = 0
-    return strip

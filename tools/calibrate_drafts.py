@@ -25,8 +25,9 @@ from edgeroute.models.depth_file import depth_paths, fingerprint, first_writable
 from edgeroute.models.forward import Piece
 from edgeroute.models.standins import fill_before, tensor_name
 from edgeroute.paging_layers import FIRST_KEPT
+from edgeroute.runtime.batch_shape import BatchShape
 from edgeroute.runtime.errors import ComputeError, UsageError
-from edgeroute.runtime.graph import BatchShape, Graph
+from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.kv_cache import Region, round_cells
 from edgeroute.skippers.plan import DepthPlan
 from edgeroute.tools.depth_file import DepthContent, write_depth_file

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from edgeroute.models.forward import Piece
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.depth import Steps, all_run
 from edgeroute.runtime.errors import ComputeError
-from edgeroute.runtime.graph import Span
 from edgeroute.tools.depth_probe import Probe
 
 N_PROMPT: Final = 32

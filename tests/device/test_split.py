@@ -9,9 +9,9 @@ import pytest
 
 from edgeroute.models.early_exit import EarlyExit
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.errors import CapacityError, ComputeError
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.tools.bench.rpc_servers import RpcServer, rpc_server
 from edgeroute.tools.synth import ARCHITECTURES, write

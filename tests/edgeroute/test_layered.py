@@ -18,9 +18,9 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.layered import LayeredForward
 from edgeroute.offload.disk import DiskFile
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.depth import all_run
 from edgeroute.runtime.errors import CapacityError, ModelFileError
-from edgeroute.runtime.graph import Span
 from edgeroute.runtime.units import MIB
 from edgeroute.tools import synth
 from tests.edgeroute.layered_lab import plain_machine

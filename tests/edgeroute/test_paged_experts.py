@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edgeroute.models.forward import Piece
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.depth import ExpertRule, Step, all_run
-from edgeroute.runtime.graph import Span
 from edgeroute.skippers import experts
 from edgeroute.skippers.experts import LayerRule
 from edgeroute.tools import synth

@@ -11,10 +11,11 @@ import pytest
 from edgeroute.models import moe
 from edgeroute.models.base import MoeHparams
 from edgeroute.models.moe import Routing
+from edgeroute.runtime.batch_shape import BatchShape, Segment, Span
 from edgeroute.runtime.depth import ExpertRule
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.ggml.api import Tensor
-from edgeroute.runtime.graph import BatchShape, Builder, Segment, Span
+from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.graph_cache import GraphCache
 from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.runtime.tensor import F32, Descriptors, get_bytes, new_tensor, place_all, set_bytes

@@ -16,11 +16,12 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models import forward, moe
 from edgeroute.models.base import MoeHparams, MoeModel
 from edgeroute.models.registry import describe
+from edgeroute.runtime.batch_shape import BatchShape, Segment, Span
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import EdgerouteError, ModelFileError, UnsupportedModelError
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import BatchShape, Builder, Segment, Span
+from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.graph_cache import GraphCache
 from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.runtime.tensor import (

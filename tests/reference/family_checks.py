@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeroute.runtime.graph import SPLIT_KV_MIN
+from edgeroute.runtime.batch_shape import SPLIT_KV_MIN
 from edgeroute.tools import synth
 from edgeroute.tools.bench import parity
 from tests.reference.numpy_llama import NumpyModel
