@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from edgeroute.runtime.device_group import DeviceGroup
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
+from edgeroute.runtime.plain_weights import TILED, PlainWeights
+from edgeroute.runtime.units import format_bytes
 from edgeroute.runtime.weights import ResidentWeights
 
 if TYPE_CHECKING:
@@ -122,9 +125,7 @@ class LoadedModel:
         self.depth, self.no_depth = self._plan_depth(params)
         if self.devices.accelerators and self._load_on_devices(params):
             return
-        weights = ResidentWeights(
-            self.file, self.device, self.model.specs(), repack_experts=params.repack_experts
-        )
+        weights = self._plan_resident(params)
         own.callback(weights.close)
         self.plan = self._plan(weights, params)
         if self.plan.total_bytes > self.ledger.free_bytes:
@@ -133,7 +134,28 @@ class LoadedModel:
         self.ledger.reserve(self.plan.wants())
         self._place(params, weights)
         self.forward: Forward = Forward(self.model, self.device, weights, self.kv)
+        if weights.plain:
+            self.forward.plain = PlainWeights(weights, weights.plain)
         self._reserve_compute(params)
+
+    def _plan_resident(self, params: RunParams) -> ResidentWeights:
+        """Plan for all weights in memory: in both layouts if that is asked for and fits."""
+        make = functools.partial(
+            ResidentWeights, self.file, self.device, self.model.specs(),
+            repack_experts=params.repack_experts,
+        )  # fmt: skip
+        if not params.plain_prompts:
+            return make()
+        weights = make(also_plain=TILED)
+        needed, free = self._plan(weights, params).total_bytes, self.ledger.free_bytes
+        why = "no matrix is repacked that tiles would be quicker for"
+        if weights.plain:
+            if needed <= free:
+                return weights
+            why = f"both layouts need {format_bytes(needed)}, there are {format_bytes(free)}"
+        self.warnings += (f"plain_prompts does nothing here: {why}",)
+        weights.close()
+        return make()
 
     def _plan_misses(self, params: RunParams) -> "MissLevers | None":
         if not params.lossy:

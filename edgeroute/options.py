@@ -33,6 +33,7 @@ class Settings(TypedDict, total=False):
     prefer_resident: float | None
     degrade_misses: float | None
     repack_experts: bool | None
+    plain_prompts: bool | None
     io_threads: int | None
     read_bytes: str | int | None
     direct_io: bool | None

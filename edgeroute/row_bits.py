@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from edgeroute.memory_plan import MAX_BATCH
 from edgeroute.runtime.gguf_types import GGMLType
+from edgeroute.runtime.plain_weights import TILED, WIDE_FROM
 from edgeroute.runtime.sequence import GEMM_ROWS
 
 if TYPE_CHECKING:
@@ -13,10 +14,6 @@ if TYPE_CHECKING:
 TILED_MIN: Final = 8
 """Rows from which on ggml computes plain weights of K- and I-types in tiles, with other bits.
 Source: ggml-cpu/tiled/tiled.cpp, ggml_tiled_min_batch."""
-TILED: Final = frozenset(
-    kind for kind in GGMLType if kind.name.startswith(("IQ", "Q")) and kind.block_size == 256
-)
-"""Those types."""
 FLOATS: Final = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
 """Types whose products with two rows ggml tiles. Source: ggml-cpu/llamafile."""
 
@@ -78,4 +75,6 @@ def beside_prompts(loaded: "LoadedModel") -> Rows:
     asked, moe = loaded.params.max_batch, loaded.model.hparams.moe
     if asked is not None and asked > (1 if moe else loaded.max_batch):
         return Rows()
-    return Rows(mixed=True) if moe else rows_of(loaded)
+    if moe:
+        return Rows(mixed=True)
+    return Rows(tiled=WIDE_FROM) if loaded.forward.plain is not None else rows_of(loaded)

@@ -256,7 +256,8 @@ class SessionWork:
 
     @functools.cached_property
     def _numerics(self) -> str:
-        return numerics(self._loaded.device, self._loaded.plan.weights.repacked)
+        weights = self._loaded.plan.weights
+        return numerics(self._loaded.device, weights.repacked, weights.plain)
 
     def _facts(self, wanted: Wanted) -> SessionFacts:
         """Tell what a request's cells depend on.

@@ -29,6 +29,7 @@ from edgeroute.runtime.lora import (
     lora_ids,
     lora_shape,
 )
+from edgeroute.runtime.plain_weights import WIDE_FROM, PlainWeights
 from edgeroute.runtime.tensor import (
     F32,
     Table,
@@ -75,6 +76,8 @@ class Forward:
         self.graphs = GraphCache(device)
         self.embedder: Embedder | None = None
         """Looks token embeddings up where `device` does not; graphs are built for it."""
+        self.plain: PlainWeights | None = None
+        """What passes of WIDE_FROM tokens and more multiply with, where weights are repacked."""
         self.lora: LoraSlots | None = None
         self.lora_width = 1
         """Slots that one adapter takes at most."""
@@ -235,6 +238,8 @@ class Forward:
     def close(self) -> None:
         """Free graphs and the compute buffer; safe to call twice."""
         self.graphs.close()
+        if self.plain is not None:
+            self.plain.close()
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -278,7 +283,9 @@ class Forward:
     def _builder(self, span: Span, shape: BatchShape, n_layer: int) -> Builder:
         """Begin a graph with room for `n_layer` layers."""
         n_nodes = room_for_nodes(self.model.hparams, n_layer, shape)
-        b = Builder(span, shape, self.weights, self.kv, n_nodes)
+        wide = self.plain is not None and shape.n_tokens >= WIDE_FROM
+        weights = self.plain if self.plain is not None and wide else self.weights
+        b = Builder(span, shape, weights, self.kv, n_nodes)
         b.standins = self.standins
         b.token_rule = self.token_rule
         if self.lora is not None:

@@ -11,15 +11,18 @@ from edgeroute.runtime.ggml.lib import libraries
 _PART_BYTES = 1 << 20
 
 
-def numerics(device: Device, repacked: Collection[str]) -> str:
+def numerics(device: Device, repacked: Collection[str], plain: Collection[str] = ()) -> str:
     """Return a short text: where it is equal, equal computations give equal bits.
 
     Args:
         device: what computes.
         repacked: names of the weights that are not in the file's layout.
+        plain: names of those of them that prompts are computed from in the file's layout.
     """
     info = device.info
     facts = [_library(), info.name, info.description, *sorted(repacked)]
+    if plain:
+        facts += ["plain for prompts", *sorted(plain)]
     return hashlib.blake2b("\n".join(facts).encode(), digest_size=16).hexdigest()
 
 

@@ -5,7 +5,7 @@ in offload/ answer the same protocol.
 """
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -71,12 +71,14 @@ def apart(weights: Weights, names: Sequence[str]) -> list[Joint]:
 class WeightsPlan:
     """What loading will take, known from the header alone. Bytes.
 
-    `mapped` stays in the file's pages, `copied` is allocated (repacked or not mappable).
+    `mapped` stays in the file's pages, `copied` is allocated (repacked or not mappable). What
+    is `plain` is mapped beside its repacked copy, see runtime/plain_weights.py.
     """
 
     mapped_bytes: int
     copied_bytes: int
     repacked: frozenset[str]
+    plain: frozenset[str] = frozenset()
 
 
 def check_specs(file: GGUFFile, specs: Sequence[TensorSpec]) -> list[tuple[TensorSpec, TensorInfo]]:
@@ -128,6 +130,7 @@ class ResidentWeights:
     def __init__(
         self, file: GGUFFile, device: Device, specs: Sequence[TensorSpec], *,
         rows_on_demand: bool = False, repack_experts: bool = True,
+        also_plain: Container[GGMLType] = (),
     ) -> None:  # fmt: skip
         """Plan where each tensor goes; nothing is read yet.
 
@@ -140,6 +143,7 @@ class ResidentWeights:
             repack_experts: False leaves what could be paged in the file's layout, as paged
                 weights are, so that both have the same kernels and the same bits: experts, or
                 all of a model that has none.
+            also_plain: matrices of these types that are repacked are mapped from the file too.
 
         Raises:
             ModelFileError: see `check_specs`.
@@ -151,7 +155,7 @@ class ResidentWeights:
         self._file = file
         self._device = device
         self._pairs = check_specs(file, specs)
-        self._descriptors = Descriptors(len(self._pairs))
+        self._descriptors = Descriptors(2 * len(self._pairs))
         self._tensors: dict[str, Tensor] = {}
         self._buffers: list[Buffer] = []
         self._joints = Joints()
@@ -161,6 +165,11 @@ class ResidentWeights:
             tensor = new_tensor(self._descriptors, info.type, info.ne, spec.name)
             self._tensors[spec.name] = tensor
             self._homes[spec.name] = self._choose_home(spec, info)
+        self.plain: dict[str, Tensor] = {}
+        """Those of `also_plain`, by name."""
+        for spec, info in self._pairs:
+            if info.type in also_plain and self._is_twofold(spec, info):
+                self.plain[spec.name] = new_tensor(self._descriptors, info.type, info.ne, spec.name)
         self.plan = self._make_plan()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -237,8 +246,12 @@ class ResidentWeights:
                 self._map(tensors, infos)
             else:
                 self._copy(home, tensors, infos)
-        ahead = self._read_ahead()
-        for info in by_home.get(None, ()):
+        ahead, mapped = self._read_ahead(), by_home.get(None, [])
+        if self.plain:
+            twofold = [info for spec, info in self._pairs if spec.name in self.plain]
+            self._map(list(self.plain.values()), twofold)
+            mapped = mapped + twofold
+        for info in mapped:
             if info.name in ahead:
                 self._file.populate(info.offset, info.nbytes)
                 reading.used(info)
@@ -257,6 +270,7 @@ class ResidentWeights:
         if self._ahead is not None:
             self._ahead.close()
         self._tensors.clear()
+        self.plain.clear()
         self._joints.close()
         for buffer in self._buffers:
             buffer.free()
@@ -292,7 +306,17 @@ class ResidentWeights:
         copy_all(self._file, self._device, copies, self.begin())
 
     def _mapped_sources(self) -> set[str]:
-        return {spec.file_name for spec, _ in self._pairs if self._homes[spec.name] is None}
+        return {
+            spec.file_name
+            for spec, _ in self._pairs
+            if self._homes[spec.name] is None or spec.name in self.plain
+        }
+
+    def _is_twofold(self, spec: TensorSpec, info: TensorInfo) -> bool:
+        """Whether a tensor is repacked, and could be mapped as well."""
+        home, mappable = self._homes[spec.name], self._device.info.host_pointers
+        aligned = info.offset % _CPU_TENSOR_ALIGNMENT == 0
+        return home in self._device.extra_buffer_types and mappable and aligned
 
     def _choose_home(self, spec: TensorSpec, info: TensorInfo) -> int | None:
         """Pick a buffer type: a repacking one that ggml says it can compute from, or the file."""
@@ -319,9 +343,12 @@ class ResidentWeights:
                 copied += g.ggml_backend_buft_get_alloc_size(home, self._tensors[spec.name])
                 if home != self._device.buffer_type:
                     repacked.add(spec.name)
+                if spec.name in self.plain:
+                    mapped[info.name] = info.nbytes
         return WeightsPlan(
-            mapped_bytes=sum(mapped.values()), copied_bytes=copied, repacked=frozenset(repacked)
-        )
+            mapped_bytes=sum(mapped.values()), copied_bytes=copied, repacked=frozenset(repacked),
+            plain=frozenset(self.plain),
+        )  # fmt: skip
 
 
 def supports_product(

@@ -45,7 +45,7 @@ _RUNTIME_OPTIONS = (
     click.option("--policy", metavar="NAME", help="Which expert of a paged model leaves when "
                  "another needs its room: auto, lru, lfu, lfru, hobbit ...  [default: auto]"),
     click.option("--prefetch", metavar="WHEN", help="Read experts ahead: auto (while it pays), "
-                 "off, or always by gate, eam or frequency.  [default: auto]"),
+                 "off, or by gate, eam, frequency or learned:FILE.  [default: auto]"),
     click.option("--drop-misses", type=float, metavar="SHARE", help="Do without experts that would "
                  "have to be read, up to this share of a token's weight in a layer, such as 0.1; "
                  "changes answers.  [default: 0]"),
@@ -54,6 +54,9 @@ _RUNTIME_OPTIONS = (
     click.option("--degrade-misses", type=float, metavar="SHARE", help="Read copies of fewer bits "
                  "(`edgeroute convert copies`) of experts that are missing and weigh little, up to "
                  "this share of a token's weight, such as 0.4; changes answers.  [default: 0]"),
+    click.option("--plain-prompts", is_flag=True, default=None, help="Keep repacked weights in the "
+                 "file's layout too, for prompts: on a Q4_K model a third of their time less; "
+                 "takes the bytes of both."),
     click.option("--trace", metavar="FILE", help="Record which experts were chosen."),
     click.option("--speculate", metavar="WHO", help="Who drafts tokens that one pass verifies, "
                  "the answer staying the same: auto (where layers stream, while it pays), off, "
@@ -105,6 +108,7 @@ SETTINGS = (
     *("memory", "threads", "n_ctx", "kv_type", "device", "device_memory", "host_experts"),
     *("policy", "prefetch", "trace", "adapters", "depth", "speculate", "small", "steps"),
     *("small_adapters", "remote", "levers", "drop_misses", "prefer_resident", "degrade_misses"),
+    "plain_prompts",
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed")
 

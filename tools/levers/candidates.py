@@ -15,7 +15,8 @@ CONTROLS: Final = ("random",)
 MAX_PLANS: Final = 6
 LEVERS: Final = (
     "prefetch", "policy", "overlap", "speculate", "threads", "direct_io", "read_bytes",
-    "io_threads", "sidecar", "repack_experts", "kv_type", "n_ubatch", "depth", "steps", "adapters",
+    "io_threads", "sidecar", "repack_experts", "plain_prompts", "kv_type", "n_ubatch", "depth",
+    "steps", "adapters",
 )  # fmt: skip
 
 
@@ -27,6 +28,7 @@ class Facts:
         pages: what comes from disk at this budget; None where all is in memory.
         drafts: whether several tokens in a pass have the bits of one each.
         repacks: whether experts in memory are kept in another layout than the file's.
+        twofold: whether all is in memory, and some of it repacked.
         sidecar: whether experts are read from pages packed beside the model.
         cores: that threads may use.
         plans: names of the plans in the model's depth file.
@@ -38,6 +40,7 @@ class Facts:
     pages: Pages | None
     drafts: bool
     repacks: bool
+    twofold: bool = False
     cores: int
     sidecar: bool = False
     plans: tuple[str, ...] = ()
@@ -87,6 +90,10 @@ def candidates(facts: Facts, *, controls: bool = False) -> list[Candidate]:
         found += _each("io_threads", [1, 2, 4, 8], None)
     if facts.sidecar:
         found += _each("sidecar", ["auto", "on"], "off")
+    if facts.twofold:
+        found.append(Candidate(lever="plain_prompts", settings={"plain_prompts": True},
+                               off={"plain_prompts": False}, prefill=True,
+                               quality="measured"))  # fmt: skip
     if facts.repacks:
         found.append(Candidate(lever="repack_experts", settings={"repack_experts": True},
                                off={"repack_experts": False}, quality="measured"))  # fmt: skip

@@ -183,6 +183,7 @@ class Judge:
                 pages="experts" if loaded.experts else "layers" if loaded.layers else None,
                 drafts=loaded.why_no_drafts("lookup") is None,
                 repacks=moe and loaded.experts is None and bool(loaded.plan.weights.repacked),
+                twofold=loaded.experts is None and bool(loaded.plan.weights.repacked),
                 sidecar=_reads_sidecar(loaded), cores=machine.usable_cores(), plans=plans,
                 small=small, shares=shares, steps=steps,
                 adapters=tuple(loaded.adapters.store.names) if loaded.adapters else (),
