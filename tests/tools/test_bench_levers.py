@@ -144,7 +144,7 @@ def test_verdicts() -> None:
 
 
 def test_every_lever_has_candidates_somewhere() -> None:
-    many = Facts(pages="experts", drafts=True, repacks=True, sidecar=True, cores=4, plans=("half",),
+    many = Facts(pages="experts", drafts=True, repacks=True, twofold=True, sidecar=True, cores=4, plans=("half",),
                  small="s", shares=True, steps=True, adapters=("a",))  # fmt: skip
     found = candidates(many)
     assert {each.lever for each in found} == set(LEVERS)
