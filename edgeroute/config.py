@@ -59,8 +59,8 @@ class RunParams:
         policy: which expert leaves when another needs its slot; `auto` or a name, see
             `edgeroute.offload.eviction_registry`.
         prefetch: `auto` reads experts ahead while that is measured to pay, `off` never;
-            the name of a predictor (`gate`, `eam`, `frequency`) always, and so does one
-            that was trained, `learned:FILE`.
+            the name of a predictor (`gate`, `eam`, `frequency`, or one that was trained,
+            `learned:FILE`) by that one while it pays, and always with `levers="asked"`.
         drop_misses: share of a token's weight in a layer, 0 to 1, that experts may take with them
             which it does without while it decodes, because they would have to be read: those that
             weigh least. 0, the default, drops none. This changes answers, by what was in memory

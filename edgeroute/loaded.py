@@ -306,7 +306,9 @@ class LoadedModel:
 
         own = self._owned
         source = moe_source(self.file, self.device, self.model, params)
-        source = dataclasses.replace(source, beside_bytes=self._beside_bytes)
+        source = dataclasses.replace(
+            source, beside_bytes=self._beside_bytes, proven=self.levers.proofs.keys()
+        )
         base = source.other_weights()
         own.callback(base.close)
         self.plan = self._plan(base, params)

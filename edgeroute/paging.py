@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -66,7 +66,8 @@ class MoeSource:
     """A model with experts that is being opened.
 
     `beside_bytes` of this process belong to what has ledger entries already. `program_bytes`
-    stand in for this process, for a plan that is not about it.
+    stand in for this process, for a plan that is not about it. `proven` names the levers whose
+    settings a proof has chosen.
     """
 
     file: GGUFFile
@@ -75,6 +76,7 @@ class MoeSource:
     params: RunParams
     beside_bytes: int = 0
     program_bytes: int | None = None
+    proven: Collection[str] = ()
 
     @property
     def moe(self) -> MoeHparams:
@@ -276,11 +278,12 @@ def make_store(
     transfer = own.enter_context(
         Transfer(disks, reads.n_threads, reads.read_bytes, plan.staging_bytes)
     )
-    forced = params.prefetch not in ("auto", "off")
+    named = params.prefetch not in ("auto", "off")
     predictor = {"auto": "gate", "off": "none"}.get(params.prefetch, params.prefetch)
     store = ExpertStore(base, source.device, pages.pools, transfer, ExpertParams(
         slots_bytes=plan.slots_bytes, n_expert_used=source.moe.n_expert_used,
-        policy=params.policy, prefetch=predictor, forced=forced,
+        policy=params.policy, prefetch=predictor,
+        forced=named and params.levers == "asked", begins_on=named and "prefetch" in source.proven,
         overlap=plan.overlaps and params.overlap != "off", watched=params.levers == "proven",
         overlap_forced=plan.overlaps and params.overlap == "on" and params.levers == "asked",
         pages_from=pages.disk.path, sidecar=pages.sidecar, refused=pages.refused,

@@ -36,8 +36,6 @@ GROUP_BYTES = 48 << 20
 GROUPS_AHEAD = 2
 MOST_OF_A_LAYER = 0.75
 """Share of its experts that a prompt must use for the next layer to be read ahead blindly."""
-FIRST_CHOICE = 96
-"""Decoded tokens after which the eviction policy is chosen anew, and then at four times that."""
 READING_S = 0.25
 """How often memory is looked at."""
 
@@ -46,14 +44,15 @@ READING_S = 0.25
 class ExpertParams(SlotParams):
     """How experts are kept: bytes for slots, the eviction policy, the predictor.
 
-    `prefetch` names a predictor; it is on only while it pays, or always if `forced`, or, if
-    `watched` as well, until it loses. `overlap` allows resident experts to be computed while
+    `prefetch` names a predictor; it is on only while it pays, or always if `forced`, or until it
+    loses if it `begins_on`. `overlap` allows resident experts to be computed while
     others arrive, while that pays, or always with `overlap_forced`. `pages_from` is the file
     that they are read from, `sidecar` what is made of one, and `refused` why none is: for `stats`.
     """
 
     prefetch: str = "gate"
     forced: bool = False
+    begins_on: bool = False
     overlap: bool = True
     overlap_forced: bool = False
     pages_from: Path | None = None
@@ -98,12 +97,10 @@ class ExpertStore(ExpertTier):
         self.stop_flag = device.stop_flag
         """What stops a prompt that waits for reads."""
         allowed = params.prefetch != "none" and (params.forced or self.cliff.fallback is None)
-        watched = params.forced and params.watched
-        how = replace(WATCHED if watched else GateParams(),
+        how = replace(WATCHED if params.begins_on else GateParams(),
                       step_budget_bytes=params.slots_bytes // 4)  # fmt: skip
-        gate = PrefetchGate(how, allowed, begin_on=watched)
-        forced = params.forced and not watched
-        self._ahead = ExpertsAhead(transfer, self._pool_of, predictor, gate, forced)
+        gate = PrefetchGate(how, allowed, begin_on=params.begins_on)
+        self._ahead = ExpertsAhead(transfer, self._pool_of, predictor, gate, params.forced)
         self.overlap = OverlapGate(allowed=params.overlap, forced=params.overlap_forced)
         self.overlapped_s = 0.0
         """Seconds in which experts were computed while others of their layer were read."""

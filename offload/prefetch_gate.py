@@ -97,8 +97,8 @@ class GateReport:
 WATCHED: Final = GateParams(
     window_steps=4, skip_steps=1, n_rounds=3, warmup_steps=16, max_loss_ratio=0.02
 )
-"""For prefetch that is on from the start, because somebody asked for it or a proof says so: it is
-tried within 40 steps, less than a minute at a token a second, and stays on unless it loses."""
+"""For prefetch that is on from the start, because a proof says so: it is tried within 40 steps,
+less than a minute at a token a second, and stays on unless it loses."""
 
 
 _MIN_SURE: Final = 6

@@ -45,7 +45,8 @@ _RUNTIME_OPTIONS = (
     click.option("--policy", metavar="NAME", help="Which expert of a paged model leaves when "
                  "another needs its room: auto, lru, lfu, lfru, hobbit ...  [default: auto]"),
     click.option("--prefetch", metavar="WHEN", help="Read experts ahead: auto (while it pays), "
-                 "off, or by gate, eam, frequency or learned:FILE.  [default: auto]"),
+                 "off, or by gate, eam, frequency or learned:FILE, while it pays too (always with "
+                 "--levers asked).  [default: auto]"),
     click.option("--drop-misses", type=float, metavar="SHARE", help="Do without experts that would "
                  "have to be read, up to this share of a token's weight in a layer, such as 0.1; "
                  "changes answers.  [default: 0]"),

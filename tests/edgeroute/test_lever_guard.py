@@ -73,11 +73,11 @@ def drive(paged: Any, n_steps: int) -> list[bool]:
 def watched(
     lab: Any, monkeypatch: pytest.MonkeyPatch, predictor: str, mode: bool = True
 ) -> Any:  # fmt: skip
-    """Open the lab's model with a predictor forced on; `mode` is whether it is watched."""
+    """Open the lab's model with a predictor that begins on; `mode` is whether it may lose."""
     monkeypatch.setitem(prefetch.PREDICTORS, "oracle", Oracle)
     make = expert_store.ExpertParams
-    monkeypatch.setattr(lab_module, "ExpertParams", lambda **how: make(**how, watched=mode))
-    return lab.paged(slots=6, policy="lru", prefetch=predictor, forced=True, overlap=False)
+    monkeypatch.setattr(lab_module, "ExpertParams", lambda **how: make(**how, begins_on=mode))
+    return lab.paged(slots=6, policy="lru", prefetch=predictor, forced=not mode, overlap=False)
 
 
 def test_prefetch_by_chance_is_switched_off(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

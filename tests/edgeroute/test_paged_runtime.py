@@ -122,8 +122,10 @@ def test_answers_are_those_of_the_resident_model(path: Path, resident: Runtime) 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"policy": "lru", "prefetch": "gate"}, {"policy": "static", "prefetch": "eam"},
-     {"prefetch": "frequency", "io_threads": 4}, {"prefetch": "off", "io_threads": 1}],
+    [{"policy": "lru", "prefetch": "gate", "levers": "asked"},
+     {"policy": "static", "prefetch": "eam", "levers": "asked"},
+     {"prefetch": "frequency", "io_threads": 4, "levers": "asked"},
+     {"prefetch": "off", "io_threads": 1}],
     ids=str,
 )  # fmt: skip
 def test_eight_requests_at_once(path: Path, resident: Runtime, settings: dict[str, Any]) -> None:
@@ -213,9 +215,18 @@ def test_memory_for_everything_takes_the_plain_path(path: Path) -> None:
         assert runtime._loaded.experts is None and "experts" not in runtime.stats()
 
 
+def test_a_predictor_that_is_named_proves_itself_first(path: Path) -> None:
+    """Only `asked` has it on from the first token; 16 tokens are before any trial."""
+    for levers, on in (("proven", False), ("asked", True)):
+        with open_paged(path, prefetch="gate", levers=levers) as paged:
+            paged.generate(prompt_ids=PROMPTS[3], max_tokens=12)
+            stats = check_balanced(paged)
+        assert bool(stats["experts"]["decode"]["prefetch_issued"]) == on, levers
+
+
 def test_cancelled_at_every_phase_everything_balances(path: Path, resident: Runtime) -> None:
     expected = answers(resident, 4)
-    with open_paged(path, prefetch="gate") as paged:
+    with open_paged(path, prefetch="gate", levers="asked") as paged:
         for i in range(24):
             stream = paged.stream(prompt_ids=PROMPTS[i % 8] * 2, max_tokens=60)
             if i % 3 == 0:
@@ -235,7 +246,7 @@ def test_cancelled_at_every_phase_everything_balances(path: Path, resident: Runt
 
 def test_closing_ends_what_runs(path: Path) -> None:
     for n_taken in (0, 1, 3):
-        paged = open_paged(path, prefetch="gate")
+        paged = open_paged(path, prefetch="gate", levers="asked")
         stream = paged.stream(prompt_ids=PROMPTS[7] * 2, max_tokens=200)
         for _ in range(n_taken):
             next(stream)

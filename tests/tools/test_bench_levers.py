@@ -144,8 +144,8 @@ def test_verdicts() -> None:
 
 
 def test_every_lever_has_candidates_somewhere() -> None:
-    many = Facts(pages="experts", drafts=True, repacks=True, twofold=True, sidecar=True, cores=4, plans=("half",),
-                 small="s", shares=True, steps=True, adapters=("a",))  # fmt: skip
+    many = Facts(pages="experts", drafts=True, repacks=True, twofold=True, sidecar=True, cores=4,
+                 plans=("half",), small="s", shares=True, steps=True, adapters=("a",))  # fmt: skip
     found = candidates(many)
     assert {each.lever for each in found} == set(LEVERS)
     assert not any("random" in each.name for each in found)

@@ -143,8 +143,8 @@ def run(params: BenchParams, progress: pairs.Progress, wanted: PrefetchParams) -
             for each in found
             if each.predictor != AGAIN
         ),
-        notes=("levers at their default: a predictor that is asked for by name is watched, and "
-               "switched off where it loses",),
+        notes=("levers at their default: a predictor that is asked for by name is tried first, "
+               "and on only while it pays",),
     )  # fmt: skip
 
 
