@@ -59,6 +59,13 @@ def experts_stats(loaded: "LoadedModel", store: "ExpertStore | DeviceTier") -> d
     return found
 
 
+def drafts_stats(loaded: "LoadedModel", scheduler: "Scheduler") -> dict[str, object]:
+    """Return what drafts have brought, or why there are none, as plain JSON types."""
+    if scheduler.speculation is None:
+        return {"on": False, "why": loaded.why_no_drafts(loaded.params.speculate)}
+    return scheduler.speculation.stats()
+
+
 def runtime_stats(
     loaded: "LoadedModel", scheduler: "Scheduler", *, n_queued: int
 ) -> dict[str, object]:
@@ -80,9 +87,7 @@ def runtime_stats(
     routing = {} if scheduler.steps is None else {"steps": scheduler.steps.stats()}
     sessions = {} if scheduler.sessions is None else {"sessions": scheduler.sessions.stats()}
     energy = {} if scheduler.energy is None else {"energy": scheduler.energy.stats()}
-    drafts: dict[str, object] = {
-        "on": False, "why": loaded.why_no_drafts(loaded.params.speculate)
-    } if scheduler.speculation is None else scheduler.speculation.stats()  # fmt: skip
+    drafts = drafts_stats(loaded, scheduler)
     return (
         {
             "model": str(loaded.file.path),

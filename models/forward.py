@@ -68,6 +68,9 @@ class Forward:
     Not thread-safe: one thread owns it. Lifetime: close it before `kv` and `weights`.
     """
 
+    plain: PlainWeights | None = None
+    """What passes of WIDE_FROM tokens and more multiply with, where weights are repacked."""
+
     def __init__(self, model: Model, device: Device, weights: Weights, kv: KvCache) -> None:
         self.model = model
         self.device = device
@@ -76,8 +79,6 @@ class Forward:
         self.graphs = GraphCache(device)
         self.embedder: Embedder | None = None
         """Looks token embeddings up where `device` does not; graphs are built for it."""
-        self.plain: PlainWeights | None = None
-        """What passes of WIDE_FROM tokens and more multiply with, where weights are repacked."""
         self.lora: LoraSlots | None = None
         self.lora_width = 1
         """Slots that one adapter takes at most."""
