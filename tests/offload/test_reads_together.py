@@ -44,21 +44,24 @@ def right(content: bytes, extents: list[Extent], sink: MemorySink) -> bool:
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data())
+@given(
+    direct=st.booleans(), short=st.sampled_from([0, 0, 100]), n_threads=st.integers(1, 3),
+    numbers=st.lists(st.integers(0, N_PAGES - 1), min_size=1, unique=True),
+    taken_out=st.sets(st.integers(0, N_PAGES - 1)),
+    read_bytes=st.sampled_from([BLOCK, 3 * BLOCK, PAGE_BYTES, 5 * PAGE_BYTES]),
+    longest=st.sampled_from([None, BLOCK, 2 * BLOCK + 512]),
+)  # fmt: skip
 def test_what_is_cancelled_is_not_touched_and_all_else_is_right(
-    stored: tuple[Path, bytes], data: st.DataObject
-) -> None:
+    stored: tuple[Path, bytes], direct: bool, short: int, n_threads: int, numbers: list[int],
+    taken_out: set[int], read_bytes: int, longest: int | None,
+) -> None:  # fmt: skip
     """Whatever is taken out of a run before it begins: its begin, its end, holes in it."""
     path, content = stored
-    direct = data.draw(st.booleans())
     disk = FaultyDisk(DiskFile.open(path, direct=direct))
-    short = data.draw(st.sampled_from([0, 0, 100]))
-    numbers = data.draw(st.lists(st.integers(0, N_PAGES - 1), min_size=1, unique=True))
-    cancelled = data.draw(st.sets(st.sampled_from(numbers)))
-    read_bytes = data.draw(st.sampled_from([BLOCK, 3 * BLOCK, PAGE_BYTES, 5 * PAGE_BYTES]))
-    disk.longest = data.draw(st.sampled_from([None, BLOCK, 2 * BLOCK + 512]))
+    disk.longest = longest
+    cancelled = taken_out.intersection(numbers)
     loads = {n: job(n, page(n, short), own_memory=True, behind=BLOCK) for n in numbers}
-    with Transfer([disk], data.draw(st.integers(1, 3)), read_bytes, 64 * PAGE_BYTES) as transfer:
+    with Transfer([disk], n_threads, read_bytes, 64 * PAGE_BYTES) as transfer:
         disk.gate.clear()
         first = transfer.load([job(99, [Extent(0, 0, 1, 0)])[0] for _ in transfer._threads])
         while len(disk.offsets) < 1:  # now every thread is busy, or will be behind the gate
