@@ -27,7 +27,7 @@ from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward
 from edgeroute.models.registry import describe
 from edgeroute.opening import Opening
-from edgeroute.row_bits import rows_of
+from edgeroute.row_bits import Rows, rows_of
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.device_group import DeviceGroup
 from edgeroute.runtime.errors import CapacityError
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from edgeroute.offload.device_tier import DeviceTier
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
+    from edgeroute.paging import MoeSource
     from edgeroute.skippers.misses import MissLevers
 
 
@@ -254,7 +255,6 @@ class LoadedModel:
             params: settings.
             held: what a small model has of the devices, by their names.
         """
-        from edgeroute.paging import moe_source
         from edgeroute.paging_device import TierLoad, load_tiers
         from edgeroute.placing import roomiest
 
@@ -266,10 +266,9 @@ class LoadedModel:
         self.device = DeviceGroup([device, self.devices.cpu])
         if self.depth is not None:
             self.depth.place(lambda _name: (device,))
-        source = moe_source(self.file, self.device, self.model, params)
         tiers = load_tiers(self._owned, TierLoad(
-            source=dataclasses.replace(source, beside_bytes=self._beside_bytes),
-            cpu=self.devices.cpu, host=self.ledger, device=account, beside=self._small_bytes(),
+            source=self._moe_source(params), cpu=self.devices.cpu, host=self.ledger,
+            device=account, beside=self._small_bytes(),
             plan_memory=lambda weights: self._plan(weights, params),
             make_pool=lambda on: self._make_pool(params, on), misses=self.misses,
         ))  # fmt: skip
@@ -298,17 +297,24 @@ class LoadedModel:
                 self.ledger.reserve(whole.wants())
             raise
 
+    def _moe_source(self, params: RunParams) -> "MoeSource":
+        """Say what experts are paged of, on the device that computes all else."""
+        # Models that fit should not wait for its import.
+        from edgeroute.paging import moe_source
+
+        return dataclasses.replace(
+            moe_source(self.file, self.device, self.model, params),
+            beside_bytes=self._beside_bytes, proven=self.levers.proofs.keys(),
+        )  # fmt: skip
+
     def _load_paged(self, params: RunParams) -> None:
         """Place all but the experts, and make slots for as many of those as the budget holds."""
         # Models that fit need none of this, and should not wait for its import.
         from edgeroute.models.paged import PagedForward
-        from edgeroute.paging import moe_source, open_store, plan_paged
+        from edgeroute.paging import open_store, plan_paged
 
         own = self._owned
-        source = moe_source(self.file, self.device, self.model, params)
-        source = dataclasses.replace(
-            source, beside_bytes=self._beside_bytes, proven=self.levers.proofs.keys()
-        )
+        source = self._moe_source(params)
         base = source.other_weights()
         own.callback(base.close)
         self.plan = self._plan(base, params)
@@ -380,10 +386,15 @@ class LoadedModel:
         """Turn text into token ids as a plain prompt is: control tokens in it are text."""
         return self.tokenizer.encode(text, add_special=True, parse_special=False)
 
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """What the bits of a row depend on in this model's products."""
+        return rows_of(self)
+
     @property
     def max_batch(self) -> int:
         """Sequences that decode in one pass without changing each other's bits."""
-        return rows_of(self).max_single
+        return self.rows.max_single
 
     @property
     def longest_draft(self) -> int:

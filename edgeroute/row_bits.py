@@ -77,4 +77,8 @@ def beside_prompts(loaded: "LoadedModel") -> Rows:
         return Rows()
     if moe:
         return Rows(mixed=True)
-    return Rows(tiled=WIDE_FROM) if loaded.forward.plain is not None else rows_of(loaded)
+    if loaded.forward.plain is None:
+        return loaded.rows
+    weights = loaded.plan.weights
+    group = 1 if weights.plain == weights.repacked else loaded.rows.group
+    return loaded.rows._replace(group=group, tiled=WIDE_FROM)

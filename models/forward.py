@@ -284,9 +284,8 @@ class Forward:
     def _builder(self, span: Span, shape: BatchShape, n_layer: int) -> Builder:
         """Begin a graph with room for `n_layer` layers."""
         n_nodes = room_for_nodes(self.model.hparams, n_layer, shape)
-        wide = self.plain is not None and shape.n_tokens >= WIDE_FROM
-        weights = self.plain if self.plain is not None and wide else self.weights
-        b = Builder(span, shape, weights, self.kv, n_nodes)
+        plain = self.plain if shape.n_tokens >= WIDE_FROM else None
+        b = Builder(span, shape, plain or self.weights, self.kv, n_nodes)
         b.standins = self.standins
         b.token_rule = self.token_rule
         if self.lora is not None:

@@ -11,7 +11,7 @@ import pytest
 
 from edgeroute import Generation, Runtime, paging
 from edgeroute.passes import Passes
-from edgeroute.row_bits import Rows
+from edgeroute.row_bits import Rows, beside_prompts
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.tools.synth import make
 from tests.edgeroute.engine_lab import until
@@ -234,6 +234,24 @@ def test_a_pass_that_fails_ends_its_own_requests(
         with pytest.raises(ComputeError, match="a kernel failed"):
             list(stream)
     assert list(streams[2])[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("rows", "plain", "expected"),
+    [(Rows(group=4), "ab", Rows(tiled=64)), (Rows(group=4, tiled=8), "a", Rows(group=4, tiled=64)),
+     (Rows(group=4, mixed=True), "ab", Rows(tiled=64, mixed=True)), (Rows(group=4), "", None)],
+)  # fmt: skip
+def test_a_second_layout_changes_what_it_computes_only(
+    rows: Rows, plain: str, expected: Rows | None
+) -> None:
+    """Weights of other types beside it, floats say, keep what their rows depend on."""
+    loaded: Any = SimpleNamespace(
+        params=SimpleNamespace(max_batch=None), rows=rows, max_batch=rows.max_single,
+        model=SimpleNamespace(hparams=SimpleNamespace(moe=None)),
+        forward=SimpleNamespace(plain=object() if plain else None),
+        plan=SimpleNamespace(weights=SimpleNamespace(plain=set(plain), repacked=set("ab"))),
+    )  # fmt: skip
+    assert beside_prompts(loaded) == (rows if expected is None else expected)
 
 
 def test_what_rows_keep() -> None:
