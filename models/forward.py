@@ -314,25 +314,27 @@ class Forward:
 
     def _fill(self, graph: Graph, pieces: Sequence[Piece], shape: BatchShape) -> None:
         """Write a batch's numbers into a graph's inputs."""
-        inputs = graph.inputs
+        inputs, on_host = graph.inputs, graph.inputs.on_host
         if inputs.tokens is not None:
-            set_ids(inputs.tokens, [token for piece in pieces for token in piece.tokens])
+            ids = [token for piece in pieces for token in piece.tokens]
+            set_ids(inputs.tokens, ids, on_host=on_host)
         first = 0
         for piece in pieces:
             n = len(piece.tokens)
             if inputs.pos is not None:
-                self._positions.write(inputs.pos, first, piece.pos, n)
+                self._positions.write(inputs.pos, first, piece.pos, n, on_host=on_host)
             if inputs.rows is not None:
-                self._rows.write(inputs.rows, first, piece.region.start + piece.pos, n)
+                cell = piece.region.start + piece.pos
+                self._rows.write(inputs.rows, first, cell, n, on_host=on_host)
             first += n
         if inputs.out_ids is not None:
-            set_ids(inputs.out_ids, _out_ids(pieces))
+            set_ids(inputs.out_ids, _out_ids(pieces), on_host=on_host)
         if inputs.more:
             self._fill_more(inputs, pieces, shape)
         for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
             if strip is not None:
                 for slot, piece, segment in zip(masks, pieces, shape.segments, strict=False):
-                    _write_mask(strip, slot, piece, segment)
+                    _write_mask(strip, slot, piece, segment, on_host=on_host)
 
     def _fill_more(self, inputs: Inputs, pieces: Sequence[Piece], shape: BatchShape) -> None:
         """Write what only some graphs ask for."""
@@ -376,11 +378,13 @@ def _segment(piece: Piece) -> Segment:
     return Segment(region.start, round_cells(end), n_tokens)
 
 
-def _write_mask(strip: Table, slot: MaskSlot, piece: Piece, segment: Segment) -> None:
+def _write_mask(
+    strip: Table, slot: MaskSlot, piece: Piece, segment: Segment, *, on_host: bool
+) -> None:
     """Write the mask rows of a piece, F16 (n_tokens, n_kv), each a slice of the strip."""
     first = len(strip.values) // 2 - 1 - piece.pos
     if segment.n_tokens == 1:
-        strip.write(slot.tensor, slot.at, first, segment.n_kv)
+        strip.write(slot.tensor, slot.at, first, segment.n_kv, on_host=on_host)
         return
     rows = np.lib.stride_tricks.sliding_window_view(strip.values, segment.n_kv)
     last = first - segment.n_tokens

@@ -26,6 +26,7 @@ from edgeroute.runtime.tensor import (
     I32,
     I64,
     Descriptors,
+    is_on_host,
     is_placed,
     shape,
     strides,
@@ -52,11 +53,13 @@ class Inputs:
     masks: list[MaskSlot] = field(default_factory=list)  # one per segment
     masks_swa: list[MaskSlot] = field(default_factory=list)
     more: dict[str, Tensor] = field(default_factory=dict)  # what only one kind of forward has
+    on_host: bool = False  # whether all but `more` are, see `is_on_host`
 
-    def forget_unread(self) -> None:
-        """Drop what no operation of a placed graph reads: it has no memory to be written to.
+    def settle(self) -> None:
+        """Look where the inputs of a placed graph are; drop those that no operation reads.
 
-        Operations that were described and are not computed leave such inputs behind.
+        They have no memory to be written to. Operations that were described and are not computed
+        leave such inputs behind.
         """
         for name in ("tokens", "pos", "rows", "out_ids"):
             tensor = getattr(self, name)
@@ -66,6 +69,9 @@ class Inputs:
             if not all(is_placed(slot.tensor) for slot in masks):
                 masks.clear()
         self.more = {name: each for name, each in self.more.items() if is_placed(each)}
+        masked = (slot.tensor for slot in (*self.masks, *self.masks_swa))
+        own = (self.tokens, self.pos, self.rows, self.out_ids, *masked)
+        self.on_host = all(is_on_host(tensor) for tensor in own if tensor is not None)
 
 
 class Builder:
@@ -173,9 +179,9 @@ class Builder:
 
     def _finished(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Add to a product what adapters and the file's bias add."""
-        lora, asked, n = self._lora, self.batch.lora, shape(x)[1]
-        place = None if lora is None or not n else lora.slots.place(name)
-        if lora is not None and asked is not None and place is not None:
+        lora, asked = self._lora, self.batch.lora
+        place = None if lora is None else lora.slots.place(name)
+        if lora is not None and asked is not None and place is not None and (n := shape(x)[1]):
             y = self.add(y, lora.delta(self.ctx, place, x, self._lora_inputs(n, asked)))
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else self.g.ggml_add(self.ctx, y, bias)

@@ -30,6 +30,9 @@ class GraphCache:
         self._galloc = self._new_galloc()
         self.max_graphs = max_graphs
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._latest: tuple[Hashable, Graph] | None = None
+        """What was found or added last: an answer asks for the same graph token by token, and to
+        hash the steps of all layers costs more than to see that they are the same."""
         self._described_bytes = 0
         self._n_built = 0
 
@@ -56,10 +59,17 @@ class GraphCache:
             key: what the graph was added under.
             start: cell with which its first sequence's region begins, see `BatchShape.anywhere`.
         """
-        graph = self._graphs.get(key)
-        if graph is not None:
+        latest = self._latest
+        if latest is not None and latest[0] == key:
+            graph = latest[1]
+        else:
+            found = self._graphs.get(key)
+            if found is None:
+                return None
+            graph = found
             self._graphs.move_to_end(key)
-            graph.cells.move(start)
+            self._latest = key, graph
+        graph.cells.move(start)
         return graph
 
     def add(self, key: Hashable, graph: Graph) -> Graph:
@@ -70,6 +80,7 @@ class GraphCache:
         """
         self._place(graph)
         self._graphs[key] = graph
+        self._latest = key, graph
         self._described_bytes += graph.descriptors.n_bytes
         while len(self._graphs) > self.max_graphs or (
             self._described_bytes > MAX_BYTES and len(self._graphs) > KEPT_AT_LEAST
@@ -106,7 +117,7 @@ class GraphCache:
                 f"{n_nodes} operations wants more than the {format_bytes(before)} it had; lower "
                 "n_ctx or n_ubatch, or give the device less to hold"
             )
-        graph.inputs.forget_unread()
+        graph.inputs.settle()
         if self.n_bytes != before:
             self.clear()
         self._n_built += 1
@@ -135,6 +146,7 @@ class GraphCache:
         for graph in self._graphs.values():
             graph.free()
         self._graphs.clear()
+        self._latest = None
         self._described_bytes = 0
 
     def close(self) -> None:

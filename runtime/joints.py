@@ -13,7 +13,7 @@ from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.ggml.structs import TensorStruct
-from edgeroute.runtime.tensor import Descriptors, new_tensor, shape
+from edgeroute.runtime.tensor import Descriptors, is_placed, new_tensor, shape
 
 
 class Joint(NamedTuple):
@@ -28,6 +28,7 @@ class Joints(Closing):
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, ...], Joint] = {}
+        self._known: dict[tuple[str, ...], list[Joint]] = {}  # by what was asked for
         self._owned: list[Descriptors] = []
 
     def find(self, tensors: Mapping[str, Tensor]) -> list[Joint]:
@@ -39,13 +40,20 @@ class Joints(Closing):
         Returns:
             Each name once; those of one matrix alone have its own tensor.
         """
+        asked = tuple(tensors)
+        known = self._known.get(asked)
+        if known is not None:
+            return known
         runs: list[list[str]] = []
         for name in sorted(tensors, key=lambda name: _place(tensors[name])):
             if runs and _follows(tensors[runs[-1][-1]], tensors[name]):
                 runs[-1].append(name)
             else:
                 runs.append([name])
-        return [self._join(run, tensors) for run in runs]
+        found = [self._join(run, tensors) for run in runs]
+        if all(is_placed(tensor) for tensor in tensors.values()):  # they do not move any more
+            self._known[asked] = found
+        return found
 
     def _join(self, names: list[str], tensors: Mapping[str, Tensor]) -> Joint:
         first = tensors[names[0]]
@@ -66,6 +74,7 @@ class Joints(Closing):
     def close(self) -> None:
         """Free the descriptors; safe to call twice."""
         self._found.clear()
+        self._known.clear()
         for descriptors in self._owned:
             descriptors.free()
         self._owned.clear()

@@ -69,6 +69,12 @@ def is_placed(tensor: Tensor) -> bool:
     return TensorStruct.from_address(tensor).data is not None
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether a tensor has memory that the host can read and write."""
+    buffer = TensorStruct.from_address(tensor).buffer
+    return buffer is not None and ggml().ggml_backend_buffer_is_host(buffer)
+
+
 def place_all(tensors: list[Tensor], device: Device, buffer_type: int | None = None) -> Buffer:
     """Allocate one buffer for all of `tensors` and place them in it.
 
@@ -95,15 +101,18 @@ def set_bytes(tensor: Tensor, array: npt.NDArray[np.generic]) -> None:
     ggml().ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
 
 
-def set_ids(tensor: Tensor, ids: Iterable[int]) -> None:
+def set_ids(tensor: Tensor, ids: Iterable[int], *, on_host: bool = False) -> None:
     """Copy whole numbers into the start of an I32 tensor, without a numpy object for them.
+
+    `on_host` says that `is_on_host` holds for it: no other thread gets a turn meanwhile.
 
     Raises:
         OverflowError: one does not fit 32 bits.
     """
-    numbers = array("i", ids)
+    numbers, g = array("i", ids), ggml()
     address, n = numbers.buffer_info()
-    ggml().ggml_backend_tensor_set(tensor, address, 0, n * numbers.itemsize)
+    copy = g.host_tensor_set if on_host else g.ggml_backend_tensor_set
+    copy(tensor, address, 0, n * numbers.itemsize)
 
 
 class Table:
@@ -116,10 +125,12 @@ class Table:
         self.values = np.ascontiguousarray(values)
         self._address = self.values.ctypes.data
         self._size, self._n = self.values.itemsize, len(self.values)
-        self._set = ggml().ggml_backend_tensor_set
+        self._copy = ggml().ggml_backend_tensor_set, ggml().host_tensor_set
 
-    def write(self, tensor: Tensor, at: int, first: int, n: int) -> None:
+    def write(self, tensor: Tensor, at: int, first: int, n: int, *, on_host: bool = False) -> None:
         """Copy elements `first` to `first + n` to a tensor's elements from `at` on.
+
+        `on_host` says that `is_on_host` holds for it: no other thread gets a turn meanwhile.
 
         Raises:
             IndexError: the slice is not inside the table.
@@ -127,7 +138,7 @@ class Table:
         if not 0 <= first <= first + n <= self._n:
             raise IndexError(f"{first} to {first + n} of {self._n}")
         size = self._size
-        self._set(tensor, self._address + first * size, at * size, n * size)
+        self._copy[on_host](tensor, self._address + first * size, at * size, n * size)
 
 
 def to_half(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
@@ -180,10 +191,10 @@ def host_view(tensor: Tensor, shape: tuple[int, int]) -> npt.NDArray[np.float32]
     Lifetime: the numbers are those of the last computation that wrote there; the view must
     not outlive the tensor.
     """
-    struct = TensorStruct.from_address(tensor)
-    if struct.buffer is None or not ggml().ggml_backend_buffer_is_host(struct.buffer):
+    if not is_on_host(tensor):
         return None
-    numbers = (ctypes.c_float * (shape[0] * shape[1])).from_address(struct.data)
+    data = TensorStruct.from_address(tensor).data
+    numbers = (ctypes.c_float * (shape[0] * shape[1])).from_address(data)
     return np.ctypeslib.as_array(numbers).reshape(shape)
 
 

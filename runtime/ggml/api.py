@@ -44,11 +44,12 @@ DEVICE_CPU, DEVICE_GPU, DEVICE_IGPU, DEVICE_ACCEL = 0, 1, 2, 3
 Stub = TypeVar("Stub", bound=Callable[..., Any])
 
 
-def c(library: str) -> Callable[[Stub], Stub]:
-    """Mark a stub as living in one of the libraries (`base` or `ggml`)."""
+def c(library: str, name: str | None = None) -> Callable[[Stub], Stub]:
+    """Mark a stub as living in one of the libraries (see Libraries), there under `name`."""
 
     def mark(stub: Stub) -> Stub:
         stub.__dict__["library"] = library
+        stub.__dict__["name"] = name or stub.__name__
         return stub
 
     return mark
@@ -58,49 +59,49 @@ class Ggml:
     """The bound functions, called as `g.ggml_mul_mat(ctx, a, b)`."""
 
     # contexts, tensors, graphs
-    @c("base")
+    @c("held")
     def ggml_init(self, params: Init) -> OptPtr: ...
-    @c("base")
+    @c("held")
     def ggml_free(self, ctx: Ptr) -> None: ...
-    @c("base")
+    @c("held")
     def ggml_tensor_overhead(self) -> Size: ...
-    @c("base")
+    @c("held")
     def ggml_graph_overhead_custom(self, size: Size, grads: Bool) -> Size: ...
-    @c("base")
+    @c("held")
     def ggml_type_size(self, type: I32) -> Size: ...
-    @c("base")
+    @c("held")
     def ggml_blck_size(self, type: I32) -> I64: ...
-    @c("base")
+    @c("held")
     def ggml_row_size(self, type: I32, ne: I64) -> Size: ...
-    @c("base")
+    @c("held")
     def ggml_nbytes(self, tensor: Ten) -> Size: ...
-    @c("base")
+    @c("held")
     def ggml_new_tensor_1d(self, ctx: Ptr, type: I32, ne0: I64) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_new_tensor_2d(self, ctx: Ptr, type: I32, ne0: I64, ne1: I64) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_new_tensor_3d(self, ctx: Ptr, type: I32, ne0: I64, ne1: I64, ne2: I64) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_new_tensor_4d(
         self, ctx: Ptr, type: I32, ne0: I64, ne1: I64, ne2: I64, ne3: I64
     ) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_set_name(self, tensor: Ten, name: Str) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_set_input(self, tensor: Ten) -> None: ...
-    @c("base")
+    @c("held")
     def ggml_set_output(self, tensor: Ten) -> None: ...
-    @c("base")
+    @c("held")
     def ggml_new_graph_custom(self, ctx: Ptr, size: Size, grads: Bool) -> Ptr: ...
-    @c("base")
+    @c("held")
     def ggml_build_forward_expand(self, graph: Ptr, tensor: Ten) -> None: ...
-    @c("base")
+    @c("held")
     def ggml_graph_n_nodes(self, graph: Ptr) -> I32: ...
-    @c("base")
+    @c("held")
     def ggml_graph_node(self, graph: Ptr, index: I32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_op_desc(self, tensor: Ten) -> Str: ...
-    @c("base")
+    @c("held")
     def ggml_type_name(self, type: I32) -> OptStr: ...
     @c("base")
     def ggml_log_set(self, callback: Struct, user_data: OptPtr) -> None: ...
@@ -110,105 +111,105 @@ class Ggml:
     ) -> Size: ...
 
     # operations
-    @c("base")
+    @c("held")
     def ggml_add(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_mul(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_scale(self, ctx: Ptr, a: Ten, s: F32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_tanh(self, ctx: Ptr, a: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_rms_norm(self, ctx: Ptr, a: Ten, eps: F32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_mul_mat(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_mul_mat_id(self, ctx: Ptr, a: Ten, b: Ten, ids: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_add_id(self, ctx: Ptr, a: Ten, b: Ten, ids: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_div(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_silu(self, ctx: Ptr, a: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_sigmoid(self, ctx: Ptr, a: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_soft_max(self, ctx: Ptr, a: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_soft_max_ext(
         self, ctx: Ptr, a: Ten, mask: OptTen, scale: F32, max_bias: F32
     ) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_sum_rows(self, ctx: Ptr, a: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_cumsum(self, ctx: Ptr, a: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_step(self, ctx: Ptr, a: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_scale_bias(self, ctx: Ptr, a: Ten, s: F32, b: F32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_clamp(self, ctx: Ptr, a: Ten, min: F32, max: F32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_argsort_top_k(self, ctx: Ptr, a: Ten, k: I32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_mul_mat_set_hint(self, product: Ten, hint: I32) -> None: ...
-    @c("base")
+    @c("held")
     def ggml_get_rows(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_out_prod(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_set_rows(self, ctx: Ptr, a: Ten, b: Ten, rows: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_cpy(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_cast(self, ctx: Ptr, a: Ten, type: I32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_cont(self, ctx: Ptr, a: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_concat(self, ctx: Ptr, a: Ten, b: Ten, dim: I32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_repeat_4d(self, ctx: Ptr, a: Ten, ne0: I64, ne1: I64, ne2: I64, ne3: I64) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_permute(self, ctx: Ptr, a: Ten, i0: I32, i1: I32, i2: I32, i3: I32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_reshape_2d(self, ctx: Ptr, a: Ten, ne0: I64, ne1: I64) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_reshape_3d(self, ctx: Ptr, a: Ten, ne0: I64, ne1: I64, ne2: I64) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_view_2d(
         self, ctx: Ptr, a: Ten, ne0: I64, ne1: I64, nb1: Size, offset: Size
     ) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_view_3d(
         self, ctx: Ptr, a: Ten, ne0: I64, ne1: I64, ne2: I64, nb1: Size, nb2: Size, offset: Size
     ) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_view_4d(
         self, ctx: Ptr, a: Ten, ne0: I64, ne1: I64, ne2: I64, ne3: I64, nb1: Size, nb2: Size,
         nb3: Size, offset: Size,
     ) -> Ten: ...  # fmt: skip
-    @c("base")
+    @c("held")
     def ggml_swiglu_split(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_geglu_split(self, ctx: Ptr, a: Ten, b: Ten) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_swiglu_oai(self, ctx: Ptr, a: Ten, b: Ten, alpha: F32, limit: F32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_rope_ext(
         self, ctx: Ptr, a: Ten, pos: Ten, factors: OptTen, n_dims: I32, mode: I32,
         n_ctx_orig: I32, freq_base: F32, freq_scale: F32, ext_factor: F32, attn_factor: F32,
         beta_fast: F32, beta_slow: F32,
     ) -> Ten: ...  # fmt: skip
-    @c("base")
+    @c("held")
     def ggml_rope_set_offset(self, a: Ten, n_offs: I32) -> Ten: ...
-    @c("base")
+    @c("held")
     def ggml_flash_attn_ext(
         self, ctx: Ptr, q: Ten, k: Ten, v: Ten, mask: OptTen, scale: F32, max_bias: F32,
         logit_softcap: F32,
     ) -> Ten: ...  # fmt: skip
-    @c("base")
+    @c("held")
     def ggml_flash_attn_ext_add_sinks(self, a: Ten, sinks: Ten) -> None: ...
-    @c("base")
+    @c("held")
     def ggml_prec_set_acc(self, a: Ten, prec: I32) -> Bool: ...
 
     # backends, devices, buffers
@@ -296,7 +297,7 @@ class Ggml:
     def ggml_backend_buffer_get_base(self, buffer: Ptr) -> Ptr: ...
     @c("base")
     def ggml_backend_buffer_get_size(self, buffer: Ptr) -> Size: ...
-    @c("base")
+    @c("held")
     def ggml_backend_buffer_is_host(self, buffer: Ptr) -> Bool: ...
     @c("base")
     def ggml_backend_buffer_set_usage(self, buffer: Ptr, usage: I32) -> None: ...
@@ -304,6 +305,8 @@ class Ggml:
     def ggml_backend_tensor_alloc(self, buffer: Ptr, tensor: Ten, address: Ptr) -> I32: ...
     @c("base")
     def ggml_backend_tensor_set(self, tensor: Ten, data: Ptr, offset: Size, size: Size) -> None: ...
+    @c("held", "ggml_backend_tensor_set")
+    def host_tensor_set(self, tensor: Ten, data: Ptr, offset: Size, size: Size) -> None: ...
     @c("base")
     def ggml_backend_tensor_get(self, tensor: Ten, data: Ptr, offset: Size, size: Size) -> None: ...
     @c("base")
@@ -333,10 +336,10 @@ def ggml() -> Ggml:
     """
     libs = libraries()
     bound = Ggml()
-    for name, stub in vars(Ggml).items():
-        home = getattr(stub, "__dict__", {}).get("library")
-        if home:
-            setattr(bound, name, bind_stub(getattr(libs, home), name, stub))
+    for attribute, stub in vars(Ggml).items():
+        marks = getattr(stub, "__dict__", {})
+        if home := marks.get("library"):
+            setattr(bound, attribute, bind_stub(getattr(libs, home), marks["name"], stub))
     _check_layout(bound)
     return bound
 

@@ -28,10 +28,15 @@ REMEDY = (
 class Libraries:
     """The loaded shared libraries, and what ggml says its version is.
 
+    `held` is `base` again, for functions that only describe or copy a few bytes: other threads of
+    the process do not get the interpreter while they run. Else, with other threads waiting, every
+    one of the thousand calls that describe a graph could cost a turn of theirs.
+
     Lifetime: they stay loaded until the process ends.
     """
 
     base: ctypes.CDLL
+    held: ctypes.PyDLL
     cpu: ctypes.CDLL | None
     ggml: ctypes.CDLL
     llama: ctypes.CDLL
@@ -53,7 +58,7 @@ def libraries() -> Libraries:
     ggml = _load(folder, "ggml")
     llama = _load(folder, "llama")
     version = _version(base, folder)
-    return Libraries(base, cpu, ggml, llama, version, folder)
+    return Libraries(base, ctypes.PyDLL(base._name), cpu, ggml, llama, version, folder)
 
 
 def bind(library: ctypes.CDLL, name: str) -> "ctypes._NamedFuncPointer":
