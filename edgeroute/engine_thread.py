@@ -1,7 +1,6 @@
 """The thread that owns ggml: it loads a model, runs what is handed to it, and frees the model."""
 
 import contextlib
-import functools
 import queue
 import threading
 import time
@@ -130,9 +129,9 @@ class EngineThread(Closing):
                     action()
                 except BaseException as error:  # the caller's, not the engine's
                     told = self._recovery.loss_of(self.parts, error) or error
-                    wait.tell(functools.partial(done.set_exception, told), last=True)
+                    wait.tell(done.set_exception, told, last=True)
                 else:
-                    wait.tell(functools.partial(done.set_result, None), last=True)
+                    wait.tell(done.set_result, None, last=True)
                 finally:
                     self._heart.command = False
 
@@ -256,7 +255,7 @@ class EngineThread(Closing):
         self.mailbag.empty()
         scheduler = self.scheduler
         if not scheduler.busy and self._inbox.empty() and self._recovery.down is None:
-            scheduler.use_the_pause()
+            scheduler.use_the_pause(self._inbox.empty)
         if scheduler.stalled and scheduler.busy:
             self._receive(wait_s=STALL_POLL_S)
         else:

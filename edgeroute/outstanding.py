@@ -1,10 +1,12 @@
 """What callers wait for: each is told its end once, by the engine thread or whoever is first."""
 
-import functools
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from edgeroute.request import Outcome
+
+T = TypeVar("T")
 
 
 class Wait:
@@ -17,7 +19,7 @@ class Wait:
         self.fail = fail
         self.ended = False
 
-    def tell(self, say: Callable[[], None], *, last: bool) -> None:
+    def tell(self, say: Callable[[T], None], what: T, *, last: bool) -> None:
         """Say something, unless the wait is over; the last thing said ends it."""
         with self._all.lock:
             if self.ended:
@@ -25,7 +27,7 @@ class Wait:
             if last:
                 self.ended = True
                 self._all.waits.discard(self)
-            say()
+            say(what)
 
 
 class Outstanding:
@@ -52,7 +54,7 @@ class Outstanding:
 
         def tell(outcome: Outcome) -> None:
             last = isinstance(outcome, BaseException) or outcome.finish_reason is not None
-            wait.tell(functools.partial(emit, outcome), last=last)
+            wait.tell(emit, outcome, last=last)
 
         return tell
 

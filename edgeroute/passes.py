@@ -77,7 +77,7 @@ class Passes(ABC):
 
     def stalled_s(self) -> float:
         """Seconds spent waiting for a disk so far, which no number of threads would change."""
-        return sum([store.stalled_s for store in self._stores])
+        return sum([store.stalled_s for store in self._stores]) if self._stores else 0.0
 
     def run_pass(self, pieces: list[Piece], batch: list[Request]) -> Logits | None:
         """Compute a decode pass, and let the number of threads follow what it took."""

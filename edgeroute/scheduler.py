@@ -164,9 +164,10 @@ class Scheduler(Passes):
         groups = itertools.groupby(running, lambda request: request.depth)
         return [list(group) for _, group in groups]
 
-    def use_the_pause(self) -> None:
-        """Do what is better done while nobody waits."""
-        self.forward.kv.clear_ahead()
+    def use_the_pause(self, nobody_waits: Callable[[], bool]) -> None:
+        """Do what is better done while nobody waits, in small steps."""
+        while nobody_waits() and self.forward.kv.clear_ahead():
+            pass
         if self.depth_guard is not None:
             self.depth_guard.check()
         if self._experts is not None:

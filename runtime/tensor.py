@@ -191,11 +191,13 @@ def host_view(tensor: Tensor, shape: tuple[int, int]) -> npt.NDArray[np.float32]
     Lifetime: the numbers are those of the last computation that wrote there; the view must
     not outlive the tensor.
     """
-    if not is_on_host(tensor):
-        return None
-    data = TensorStruct.from_address(tensor).data
-    numbers = (ctypes.c_float * (shape[0] * shape[1])).from_address(data)
-    return np.ctypeslib.as_array(numbers).reshape(shape)
+    return host_bytes(tensor).view(np.float32).reshape(shape) if is_on_host(tensor) else None
+
+
+def host_bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """View the bytes of a tensor that `is_on_host`: U8 (n_bytes,). It must not outlive them."""
+    size, data = ggml().ggml_nbytes(tensor), TensorStruct.from_address(tensor).data
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(data))
 
 
 def shape(tensor: Tensor) -> tuple[int, int, int, int]:

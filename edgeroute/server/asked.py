@@ -28,11 +28,8 @@ class Choice(Protocol):
     def take(self, chunk: Chunk) -> Iterable[Fields]:
         """Take a piece in; return what a stream shows of it."""
 
-    def plain(self, chunk: Chunk) -> Fields | None:
-        """Return what a stream shows of a piece that need not be taken in; None where it must.
-
-        Any thread may ask.
-        """
+    def plain(self, text: str) -> Fields | None:
+        """Return what a stream shows of a piece of text; None where pieces must be taken in."""
 
     def end(self) -> Iterable[Fields]:
         """Take the answer's end; return what was held back, and the last piece's fields last."""

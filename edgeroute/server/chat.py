@@ -125,11 +125,11 @@ class ChatChoice:
             deltas = [{"content": ""}]  # so that no token's figures are lost with its text
         return [_delta(each, found if i == 0 else None) for i, each in enumerate(deltas)]
 
-    def plain(self, chunk: Chunk) -> Fields | None:
-        """Return what a stream shows of a piece without calls or figures; see Choice."""
+    def plain(self, text: str) -> Fields | None:
+        """Return what a stream shows of a text without calls or figures; see Choice."""
         if self._reader is not None or self._spelling is not None:
             return None
-        return _delta({"content": chunk.text})
+        return _delta({"content": text})
 
     def end(self) -> Iterable[Fields]:
         """Take the end in; see Choice."""

@@ -122,9 +122,9 @@ class TextChoice:
         self._logprobs.append(found)
         return [_piece(chunk.text, found)] if chunk.text or found is not None else []
 
-    def plain(self, chunk: Chunk) -> Fields | None:
-        """Return what a stream shows of a piece without figures; see Choice."""
-        return _piece(chunk.text) if self._spelling is None else None
+    def plain(self, text: str) -> Fields | None:
+        """Return what a stream shows of a text without figures; see Choice."""
+        return _piece(text) if self._spelling is None else None
 
     def end(self) -> Iterable[Fields]:
         """Take the end in; see Choice."""

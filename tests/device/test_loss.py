@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def test_a_loss_while_nothing_runs(distant: Runtime, plain: Runtime, far: Far) -
 def test_a_loss_in_a_pause(
     distant: Runtime, plain: Runtime, far: Far, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pause(scheduler: Scheduler) -> None:
+    def pause(scheduler: Scheduler, _: Callable[[], bool]) -> None:
         if far.links[0].lost is None:
             far.cut()
             scheduler.check()

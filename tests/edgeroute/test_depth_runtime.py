@@ -181,7 +181,7 @@ def test_the_guard_is_heard_while_there_is_never_a_pause(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No cell is free and no pause is left alone: checks that are overdue are made all the same."""
-    monkeypatch.setattr("edgeroute.scheduler.Scheduler.use_the_pause", lambda self: None)
+    monkeypatch.setattr("edgeroute.scheduler.Scheduler.use_the_pause", lambda *_: None)
     monkeypatch.setattr("edgeroute.depth_guard.EARLY_S", 1e9)
     with Runtime(path, depth="liar", **SETTINGS) as runtime:
         guarded = runtime._loaded.depth
@@ -223,7 +223,7 @@ def test_a_plan_that_skips_layer_0_leaves_during_one_long_answer(
 def test_a_plan_that_keeps_its_promise_stays_on_under_the_clock(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeroute.scheduler.Scheduler.use_the_pause", lambda self: None)
+    monkeypatch.setattr("edgeroute.scheduler.Scheduler.use_the_pause", lambda *_: None)
     monkeypatch.setattr("edgeroute.depth_guard.EARLY_S", 0.0)
     monkeypatch.setattr("edgeroute.depth_guard.LATE_S", 0.0)
     monkeypatch.setattr("edgeroute.depth_guard.EARLY_SHARE", 1.0)

@@ -110,7 +110,7 @@ def test_a_pause_before_a_request_is_no_stall(
     """An hour of silence is one of an idle engine's, until somebody waits."""
     entered, free = threading.Event(), threading.Event()
 
-    def pause() -> None:
+    def pause(_: Callable[[], bool]) -> None:
         entered.set()
         assert free.wait(WAIT_S)
 

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from edgeroute.models.forward import Piece
+from edgeroute.runtime import kv_cache
 from edgeroute.runtime.kv_cache import Region
 from edgeroute.tools import synth
 from tests.edgeroute.adapter_lab import Model
@@ -62,21 +63,22 @@ def test_other_cells_give_the_same_bits(arch: str, n_together: int, tmp_path: Pa
         assert np.array_equal(answers(model, others, tokens), expected)
 
 
-def test_cells_are_cleared_ahead_once_somebody_has_asked(tmp_path: Path) -> None:
+def test_cells_are_cleared_ahead_once_somebody_has_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "m.gguf"
     synth.make("llama", path)
     with Model(path, None) as model:
         kv = model.loaded.kv
-        kv.clear_ahead()
-        assert kv.n_clear == 0
+        assert not kv.clear_ahead() and kv.n_clear == 0
         mine = region(model)
         assert kv.n_clear == 256
-        kv.clear_ahead()
-        kv.clear_ahead()
+        monkeypatch.setattr(kv_cache, "CLEAR_BYTES", 100 * kv.shape.bytes_per_cell)
+        assert [kv.clear_ahead() for _ in range(4)] == [True, True, False, False]
         assert kv.n_clear == 512
         kv.release(mine)
-        kv.clear_ahead()
-        assert kv.n_clear == 512
+        assert not kv.clear_ahead() and kv.n_clear == 512
         while kv.allocate(256) is not None:
-            kv.clear_ahead()
+            while kv.clear_ahead():
+                pass
         assert kv.n_clear == kv.n_cells
