@@ -3,6 +3,7 @@
 from edgeroute.models.base import Hparams, Rope
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor
+from edgeroute.runtime.ggml.structs import TensorStruct
 from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.tensor import F32_BYTES, strides
 from edgeroute.runtime.weights import TensorSpec, Use
@@ -35,6 +36,31 @@ def rotate(b: Builder, x: Tensor, rope: Rope, mode: int, factors: str | None = N
     )  # fmt: skip
 
 
+def rotate_both(
+    b: Builder, q: Tensor, k: Tensor, rope: Rope, mode: int, factors: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Apply rotary positions to queries and keys, by one operation where they lie side by side.
+
+    The sines of a position are computed once then, and each head keeps its bits.
+    """
+    one, two = TensorStruct.from_address(q), TensorStruct.from_address(k)
+    width, n_q, n, _ = one.ne
+    n_k = two.ne[1]
+    alike = one.view_src == two.view_src and list(one.nb) == list(two.nb) and width == two.ne[0]
+    if one.view_src is None or not alike or two.view_offs != one.view_offs + n_q * one.nb[1]:
+        return rotate(b, q, rope, mode, factors), rotate(b, k, rope, mode, factors)
+    head, column = one.nb[1], one.nb[2]
+    both = b.g.ggml_view_3d(
+        b.ctx, one.view_src, width, n_q + n_k, n, head, column, one.view_offs
+    )  # fmt: skip
+    turned = rotate(b, both, rope, mode, factors)
+    _, head, column, _ = strides(turned)
+    return (
+        b.g.ggml_view_3d(b.ctx, turned, width, n_q, n, head, column, 0),
+        b.g.ggml_view_3d(b.ctx, turned, width, n_k, n, head, column, n_q * head),
+    )
+
+
 def swiglu(b: Builder, prefix: str, x: Tensor, suffix: str = "") -> Tensor:
     """Gated feed-forward with SiLU: down(silu(gate(x)) * up(x)); `suffix` ends the names."""
     gate, up = b.linears([f"{prefix}.ffn_gate{suffix}", f"{prefix}.ffn_up{suffix}"], x)
@@ -57,9 +83,11 @@ def logits(b: Builder, x: Tensor, eps: float) -> Tensor:
     return b.linear("output", output_norm(b, x, eps))
 
 
-def spec(name: str, *ne: int, use: Use = "mul_mat", required: bool = True) -> TensorSpec:
+def spec(
+    name: str, *ne: int, use: Use = "mul_mat", required: bool = True, beside: str | None = None
+) -> TensorSpec:
     """Describe a tensor whose name in the file is `name`."""
-    return TensorSpec(name=name, ne=ne, use=use, required=required)
+    return TensorSpec(name=name, ne=ne, use=use, required=required, beside=beside)
 
 
 def norm(name: str, width: int) -> TensorSpec:
@@ -69,7 +97,9 @@ def norm(name: str, width: int) -> TensorSpec:
 
 def bias(name: str, width: int, *, required: bool = False) -> TensorSpec:
     """Describe a bias."""
-    return spec(f"{name}.bias", width, use="elementwise", required=required)
+    part = name.rpartition("attn_")
+    beside = f"{part[0]}attn_in" if part[2] in ("q", "k", "v") else None
+    return spec(f"{name}.bias", width, use="elementwise", required=required, beside=beside)
 
 
 def common_specs(hp: Hparams) -> list[TensorSpec]:
@@ -88,9 +118,9 @@ def attention_specs(hp: Hparams, il: int) -> list[TensorSpec]:
     n_q = hp.n_embd_head_k * hp.n_head
     return [
         norm(f"{p}.attn_norm", hp.n_embd),
-        spec(f"{p}.attn_q.weight", hp.n_embd, n_q),
-        spec(f"{p}.attn_k.weight", hp.n_embd, hp.n_embd_k_gqa),
-        spec(f"{p}.attn_v.weight", hp.n_embd, hp.n_embd_v_gqa),
+        spec(f"{p}.attn_q.weight", hp.n_embd, n_q, beside=f"{p}.attn_in"),
+        spec(f"{p}.attn_k.weight", hp.n_embd, hp.n_embd_k_gqa, beside=f"{p}.attn_in"),
+        spec(f"{p}.attn_v.weight", hp.n_embd, hp.n_embd_v_gqa, beside=f"{p}.attn_in"),
         spec(f"{p}.attn_output.weight", hp.n_embd_head_v * hp.n_head, hp.n_embd),
     ]
 
@@ -100,7 +130,7 @@ def ffn_specs(hp: Hparams, il: int) -> list[TensorSpec]:
     p = f"blk.{il}"
     return [
         norm(f"{p}.ffn_norm", hp.n_embd),
-        spec(f"{p}.ffn_gate.weight", hp.n_embd, hp.n_ff),
-        spec(f"{p}.ffn_up.weight", hp.n_embd, hp.n_ff),
+        spec(f"{p}.ffn_gate.weight", hp.n_embd, hp.n_ff, beside=f"{p}.ffn_in"),
+        spec(f"{p}.ffn_up.weight", hp.n_embd, hp.n_ff, beside=f"{p}.ffn_in"),
         spec(f"{p}.ffn_down.weight", hp.n_ff, hp.n_embd),
     ]

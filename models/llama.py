@@ -82,8 +82,7 @@ class Llama(moe.MoeLayers):
         q = self.heads(b, f"{p}.attn_q", q, hp.n_head)
         k = self.heads(b, f"{p}.attn_k", k, hp.n_head_kv)
         v = blocks.split_heads(b, v, hp.n_embd_head_v, hp.n_head_kv)
-        q = blocks.rotate(b, q, hp.rope, self.rope_mode, self.rope_factors)
-        k = blocks.rotate(b, k, hp.rope, self.rope_mode, self.rope_factors)
+        q, k = blocks.rotate_both(b, q, k, hp.rope, self.rope_mode, self.rope_factors)
         b.store_kv(il, k, v)
         return b.linear(f"{p}.attn_output", b.attend(il, q, self.kq_scale))
 

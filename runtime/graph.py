@@ -167,15 +167,20 @@ class Builder:
         found: dict[str, Tensor] = {}
         for joint in self.weights.joints([f"{name}.weight" for name in names]):
             whole, at = self.g.ggml_mul_mat(self.ctx, joint.tensor, x), 0
-            if len(joint.names) == 1:
-                found[joint.names[0]] = whole
+            stems = [name.removesuffix(".weight") for name in joint.names]
+            if len(stems) == 1:
+                found[stems[0]] = self._finished(stems[0], x, whole)
                 continue
+            bias = joint.bias if self._lora is None or self.batch.lora is None else None
+            if bias is not None:
+                whole = self.add(whole, bias)
             n, row = shape(x)[1], strides(whole)[1]
-            for each in joint.names:
-                n_out = shape(self.weights[each])[1]
-                found[each] = self.g.ggml_view_2d(self.ctx, whole, n_out, n, row, at)
+            for stem, name in zip(stems, joint.names, strict=True):
+                n_out = shape(self.weights[name])[1]
+                part = self.g.ggml_view_2d(self.ctx, whole, n_out, n, row, at)
+                found[stem] = self._finished(stem, x, part) if bias is None else part
                 at += n_out * F32_BYTES
-        return [self._finished(name, x, found[f"{name}.weight"]) for name in names]
+        return [found[name] for name in names]
 
     def _finished(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Add to a product what adapters and the file's bias add."""

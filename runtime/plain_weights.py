@@ -44,7 +44,7 @@ class PlainWeights:
 
     def joints(self, names: Sequence[str]) -> list[Joint]:
         """Join matrices of equal input where they lie side by side; see Weights."""
-        return self._joints.find({name: self[name] for name in names})
+        return self._joints.find(names, self.get)
 
     def close(self) -> None:
         """Free descriptors; safe to call twice."""

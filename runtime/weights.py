@@ -4,6 +4,7 @@ A model names the tensors it needs as TensorSpecs and asks a Weights for each. P
 in offload/ answer the same protocol.
 """
 
+import itertools
 import mmap
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _CPU_TENSOR_ALIGNMENT = 32  # Source: ggml-impl.h, TENSOR_ALIGNMENT
 _NOT_WEIGHTS = frozenset(
     GGMLType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 )  # ggml has no product for these, and does not check: it would call a null pointer
+_GATHERED_BYTES = 1 << 20  # of longer products, the barriers that joining spares are below 0.5 %
 _PROBE_TOKENS = 512  # as many as a prefill has, so that the answer holds for both
 
 
@@ -31,7 +33,9 @@ _PROBE_TOKENS = 512  # as many as a prefill has, so that the answer holds for bo
 class TensorSpec:
     """One tensor a model needs: its name, extents (fastest first) and what reads it.
 
-    `source` is the tensor in the file when that has another name (tied embeddings).
+    `source` is the tensor in the file when that has another name (tied embeddings). Those that
+    read one input, so that one product may serve them, have a `beside` in common; so have their
+    biases.
     """
 
     name: str
@@ -39,6 +43,7 @@ class TensorSpec:
     use: Use
     source: str | None = None
     required: bool = True
+    beside: str | None = None
 
     @property
     def file_name(self) -> str:
@@ -165,6 +170,8 @@ class ResidentWeights:
             tensor = new_tensor(self._descriptors, info.type, info.ne, spec.name)
             self._tensors[spec.name] = tensor
             self._homes[spec.name] = self._choose_home(spec, info)
+        if device.is_cpu:
+            self._gather()
         self.plain: dict[str, Tensor] = {}
         """Those of `also_plain`, by name."""
         for spec, info in self._pairs:
@@ -181,7 +188,7 @@ class ResidentWeights:
     def joints(self, names: Sequence[str]) -> list[Joint]:
         if not self._device.is_cpu:  # unproven on others
             return apart(self, names)
-        return self._joints.find({name: self._tensors[name] for name in names})
+        return self._joints.find(names, self._tensors.get)
 
     @property
     def file(self) -> GGUFFile:
@@ -329,6 +336,21 @@ class ResidentWeights:
             return self._device.buffer_type
         return None
 
+    def _gather(self) -> None:
+        """Copy small matrices of one input, and their biases, to where they lie side by side.
+
+        In a file, other tensors often stand between them.
+        """
+        families: dict[tuple[str, int], list[TensorInfo]] = {}
+        for spec, info in self._pairs:
+            if spec.beside is not None and self._homes[spec.name] is None:
+                families.setdefault((spec.beside, info.type), []).append(info)
+        scattered = {info.name for infos in families.values() if _may_gather(infos)
+                     for info in infos}  # fmt: skip
+        for spec, info in self._pairs:
+            if info.name in scattered:
+                self._homes[spec.name] = self._device.buffer_type
+
     def _make_plan(self) -> WeightsPlan:
         g = ggml()
         mapped: dict[str, int] = {}
@@ -349,6 +371,15 @@ class ResidentWeights:
             mapped_bytes=sum(mapped.values()), copied_bytes=copied, repacked=frozenset(repacked),
             plain=frozenset(self.plain),
         )  # fmt: skip
+
+
+def _may_gather(infos: Sequence[TensorInfo]) -> bool:
+    """Whether tensors are small enough to be copied, and do not lie side by side already."""
+    order = sorted(infos, key=lambda info: info.offset)
+    pairs = itertools.pairwise(order)
+    return sum(info.nbytes for info in infos) <= _GATHERED_BYTES and any(
+        one.offset + one.nbytes != other.offset for one, other in pairs
+    )
 
 
 def supports_product(

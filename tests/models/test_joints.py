@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from gguf import GGUFWriter
 
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.registry import describe
 from edgeroute.runtime import joints
+from edgeroute.runtime import weights as weights_module
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.joints import Joint, Joints
@@ -78,8 +80,9 @@ def test_joined_products_have_the_bits_of_single_ones(
     make(arch, path, weight_type=weight_type)
     joined = run(path, device, kv_type)
     monkeypatch.setattr(
-        Joints, "find", lambda self, each: [Joint(tensor, (name,)) for name, tensor in each.items()]
+        Joints, "find", lambda self, names, get: [Joint(get(name), (name,)) for name in names]
     )
+    monkeypatch.setattr(ResidentWeights, "_gather", lambda self: None)
     apart = run(path, device, kv_type)
     for a, b in zip(joined, apart, strict=True):
         assert np.isfinite(a).all() and np.array_equal(a, b)
@@ -114,7 +117,7 @@ def test_only_neighbours_of_one_type_and_width_are_joined(device: Device) -> Non
     buffer = place_all(list(tensors.values()), device)
     try:
         with Joints() as made:
-            found = made.find({name: tensors[name] for name in reversed(names)})
+            found = made.find(names[::-1], tensors.get)
             assert sorted(joint.names for joint in found) == [
                 ("a", "b"), ("c",), ("half",), ("wide",)
             ]  # fmt: skip
@@ -129,3 +132,51 @@ def test_only_neighbours_of_one_type_and_width_are_joined(device: Device) -> Non
     finally:
         buffer.free()
         descriptors.free()
+
+
+def scattered(path: Path, kind: str) -> None:
+    """Make a model whose output projection stands between queries, keys and values."""
+    write = GGUFWriter.write_header_to_file
+
+    def write_sorted(writer: GGUFWriter, *args: object) -> None:
+        # attn_k, attn_output, attn_q, attn_v: as many converters write them
+        writer.tensors[0] = dict(sorted(writer.tensors[0].items()))
+        write(writer, *args)  # type: ignore[arg-type]
+
+    arch, weight_type = kind.rsplit("-", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GGUFWriter, "write_header_to_file", write_sorted)
+        make(arch, path, weight_type=weight_type)
+
+
+@pytest.mark.parametrize("kind", ["llama-Q4_1", "qwen2-Q5_0", "qwen2-Q4_0", "gpt-oss-Q8_0"])
+def test_what_a_file_scatters_is_gathered(
+    kind: str, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries and keys of a Q4_0 model are repacked: they lie together, and now their biases do."""
+    path = tmp_path / "model.gguf"
+    scattered(path, kind)
+    qkv = [f"blk.1.attn_{part}.weight" for part in "qkv"]
+    with opened(path, device) as weights:
+        (found,) = weights.joints(qkv)
+        plan = weights.plan
+        assert found.names == tuple(qkv) and (found.bias is not None) == (kind[:5] != "llama")
+    together = run(path, device, "f16")
+    monkeypatch.setattr(ResidentWeights, "_gather", lambda self: None)
+    with opened(path, device) as weights:
+        assert len(weights.joints(qkv)) > 1 or weights.joints(qkv)[0].bias is None
+        sizes = weights.plan
+    assert plan.copied_bytes > sizes.copied_bytes
+    assert plan.mapped_bytes + plan.copied_bytes - sizes.mapped_bytes - sizes.copied_bytes < 4096
+    for a, b in zip(together, run(path, device, "f16"), strict=True):
+        assert np.isfinite(a).all() and np.array_equal(a, b)
+
+
+def test_long_products_stay_where_they_are(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    scattered(path, "llama-Q4_1")
+    monkeypatch.setattr(weights_module, "_GATHERED_BYTES", 1000)
+    with opened(path, device) as weights:
+        assert weights.plan.copied_bytes == 0
