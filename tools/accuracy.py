@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Final
 
 import click
+import numpy as np
+import numpy.typing as npt
 
 from edgeroute.depth_routing import load_router
 from edgeroute.runtime.depth import Step, Steps
@@ -28,7 +30,10 @@ from edgeroute.tools.answerer import MAX_REPEATS, Answerer, Plan, open_answerer
 from edgeroute.tools.questions import Draw, Question, is_right, key_of, make_questions
 
 Z_95: Final = 1.96
+RESAMPLES: Final = 10_000
+_BATCH: Final = 500
 _DRAWS: Final = 2000
+Doubles = npt.NDArray[np.float64]
 
 
 # judging
@@ -46,6 +51,24 @@ def wilson(n_right: int, n: int, z: float = Z_95) -> tuple[float, float]:
     middle = (share + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap(
+    statistic: Callable[[npt.NDArray[np.int64]], Doubles], n: int, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of a statistic over resampled questions.
+
+    Args:
+        statistic: given numbers of questions, I64 (k, n), returns F64 (k,).
+        n: questions.
+        seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    values = np.concatenate([
+        statistic(rng.integers(0, n, (_BATCH, n))) for _ in range(RESAMPLES // _BATCH)
+    ])  # fmt: skip
+    low, high = np.quantile(values, (0.025, 0.975))
+    return round(float(low), 4), round(float(high), 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

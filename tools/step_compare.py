@@ -19,14 +19,10 @@ import numpy.typing as npt
 
 from edgeroute.runtime.errors import EdgerouteError, UsageError
 from edgeroute.skippers.steps import Who
-from edgeroute.tools.accuracy import wilson
+from edgeroute.tools.accuracy import Doubles, bootstrap, wilson
 from edgeroute.tools.step_play import Played, replay
 from edgeroute.tools.step_tree import Journal, read_journals
 from edgeroute.tools.step_tried import parse_tried
-
-RESAMPLES: Final = 10_000
-_BATCH: Final = 500
-Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +190,7 @@ def pairs(table: Table, asked: Sequence[tuple[str, str]], *, seed: int = 0) -> l
         def difference(picked: npt.NDArray[np.int64], gap: Doubles = one - two) -> Doubles:
             return np.asarray(gap[picked].mean(axis=1), np.float64)
 
-        low, high = _interval(difference, len(one), seed)
+        low, high = bootstrap(difference, len(one), seed)
         found.append(Pair(first=first, second=second, difference=float((one - two).mean()),
                           low=low, high=high))  # fmt: skip
     return found
@@ -260,7 +256,7 @@ def _gains(outcomes: Mapping[str, _Outcomes], seed: int) -> dict[str, tuple[floa
 
         n = len(mine.right)
         value = float(gain(np.arange(n)[None, :])[0])
-        found[spec] = (round(value, 4), *(round(end, 4) for end in _interval(gain, n, seed)))
+        found[spec] = (round(value, 4), *(round(end, 4) for end in bootstrap(gain, n, seed)))
     return found  # type: ignore[return-value]
 
 
@@ -277,18 +273,6 @@ def _interpolated(share: Doubles, line: Sequence[tuple[Doubles, Doubles]]) -> Do
     order = np.argsort(shares, axis=0, kind="stable")
     rights, shares = (np.take_along_axis(each, order, axis=0) for each in (rights, shares))
     return np.array([np.interp(at, shares[:, i], rights[:, i]) for i, at in enumerate(share)])
-
-
-def _interval(
-    statistic: Callable[[npt.NDArray[np.int64]], Doubles], n: int, seed: int
-) -> tuple[float, float]:
-    """Return the 95 % interval of a statistic over resampled questions."""
-    rng = np.random.default_rng(seed)
-    values = np.concatenate([
-        statistic(rng.integers(0, n, (_BATCH, n))) for _ in range(RESAMPLES // _BATCH)
-    ])  # fmt: skip
-    low, high = np.quantile(values, (0.025, 0.975))
-    return round(float(low), 4), round(float(high), 4)
 
 
 def show(found: Sequence[Row]) -> str:

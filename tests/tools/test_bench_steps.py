@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgeroute.runtime.errors import UsageError
@@ -36,6 +37,18 @@ def test_a_pair_that_leaves_all_to_one_model_writes_what_that_does(pair: tuple[P
     assert found["glimpse:inf"]["large_share"] == found["glimpse:inf"]["read_large"] == 0
     read, written = found["verify:-9:-12"]["read_large"], found["verify:-9:-12"]["n_tokens"]
     assert isinstance(read, int) and isinstance(written, int) and read > 0 < written
+    large = found["large alone"]
+    assert (large["time_ratio"], large["time_95"]) == (1, (1, 1)) == (large["right_ratio"], (1, 1))
+
+
+def test_ratios_have_intervals_over_questions() -> None:
+    rng = np.random.default_rng(1)
+    theirs = rng.uniform(1, 3, 200)
+    value, (low, high) = steps._over(theirs * 0.5, theirs)
+    assert value == low == high == 0.5
+    value, (low, high) = steps._over(rng.permutation(theirs) * 0.5, theirs)
+    assert value == pytest.approx(0.5) and 0.45 < low < 0.48 < 0.52 < high < 0.56
+    assert steps._over(np.ones(3), np.zeros(3)) == (1.0, (1.0, 1.0))
 
 
 def test_a_large_model_behind_an_endpoint(pair: tuple[Path, Path]) -> None:

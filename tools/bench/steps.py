@@ -12,11 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from edgeroute.engine import Runtime, Settings
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import format_bytes, parse_bytes
 from edgeroute.skippers.step_policies import parse_steps
-from edgeroute.tools.accuracy import wilson
+from edgeroute.tools.accuracy import Doubles, bootstrap, wilson
 from edgeroute.tools.bench import pairs
 from edgeroute.tools.bench.disk_rate import DiskRate
 from edgeroute.tools.bench.experts import ExpertsParams
@@ -229,12 +232,14 @@ def run(params: BenchParams, progress: pairs.Progress, wanted: StepsParams) -> R
     return Report(
         bench="steps", params=bench.params,
         columns=("written by", "right", "95 %", "large tokens", "s an answer", "time of large",
-                 "refused", "read by large", "MB a token", "as large"),
+                 "95 %", "right of large", "95 %", "refused", "read by large", "MB a token",
+                 "as large"),
         rows=tuple(_row(name, bench, seconds[name], times[name]) for name in seconds),
         results=[_result(name, bench, seconds[name], times[name]) for name in seconds],
         criteria=tuple(_criteria(bench, seconds, times)),
         notes=(f"{wanted.n_questions} questions, seed {wanted.seed}; {where}; s an answer is the "
-               "mean over the questions, medians and quartiles are over runs", bench.note),
+               "mean over the questions, medians and quartiles are over runs, intervals over "
+               "resampled questions", bench.note),
     )  # fmt: skip
 
 
@@ -250,6 +255,7 @@ def _row(name: str, bench: _Bench, seconds: Series, time: Series) -> tuple[str, 
     return (
         name, f"{found['n_right']} of {found['n']}", f"{low:.2f} to {high:.2f}",
         f"{found['large_share']:.0%}", spread(seconds, 2), spread(time, 3),
+        _within(found["time_95"]), f"{found['right_ratio']:.2f}", _within(found["right_95"]),
         f"{found['n_refused']}", f"{found['read_large']}",
         f"{found['bytes_per_token'] / 1e6:.1f}", f"{found['n_equal']} of {found['n']}",
     )  # fmt: skip
@@ -262,7 +268,10 @@ def _result(name: str, bench: _Bench, seconds: Series, time: Series) -> dict[str
     large_share = sum(answer.n_large for answer in answers) / max(1, n_written)
     layers = stats.get("layers") or {}
     per_run = n_tokens / len(seconds.values)
-    both = zip(answers, bench.answers[LARGE], strict=True)
+    theirs = bench.answers[LARGE]
+    both = zip(answers, theirs, strict=True)
+    took, took_95 = _over(*(_by_question(bench, each, "seconds") for each in (answers, theirs)))
+    right, right_95 = _over(*(_by_question(bench, each, "right") for each in (answers, theirs)))
     return {
         "policy": name, "n": len(answers), "n_right": sum(answer.right for answer in answers),
         "n_equal": sum(ours.tokens == theirs.tokens for ours, theirs in both),
@@ -272,7 +281,29 @@ def _result(name: str, bench: _Bench, seconds: Series, time: Series) -> dict[str
         "read_large": sum(answer.read_large for answer in answers),
         "bytes_per_token": layers.get("bytes", 0) / max(1.0, per_run), "layers": layers,
         "steps": stats.get("steps"), "seconds": seconds.to_dict(), "time": time.to_dict(),
+        "time_ratio": took, "time_95": took_95, "right_ratio": right, "right_95": right_95,
     }  # fmt: skip
+
+
+def _by_question(bench: _Bench, answers: Sequence[Answer], what: str) -> Doubles:
+    """Sum one of the answers' figures up over the runs: F64 (n_questions,)."""
+    found = np.array([getattr(each, what) for each in answers], np.float64)
+    return np.asarray(found.reshape(-1, bench.wanted.n_questions).sum(axis=0), np.float64)
+
+
+def _over(ours: Doubles, theirs: Doubles) -> tuple[float, tuple[float, float]]:
+    """Return our sum over theirs, and its 95 % interval; 1 where theirs is none."""
+
+    def ratio(some: npt.NDArray[np.int64]) -> Doubles:
+        below = theirs[some].sum(axis=1)
+        shares: Doubles = ours[some].sum(axis=1) / np.where(below > 0, below, np.nan)
+        return np.nan_to_num(shares, nan=1.0)
+
+    return float(ratio(np.arange(len(ours))[None])[0]), bootstrap(ratio, len(ours))
+
+
+def _within(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 def _criteria(
