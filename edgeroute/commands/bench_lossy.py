@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from edgeroute.commands.bench_shared import bench_params, examples, finish, progress, timed
+from edgeroute.commands.bench_shared import bench_params, examples, finish, progress, slowed, timed
 
 MISS_SETTINGS = ("0.05:0", "0.1:0", "0.2:0", "0:0.1", "0:0.3", "0.1:0.1")
 ADAPTER_PARTS = ("decode", "mixed", "prefill", "switch", "routing")
@@ -184,8 +184,7 @@ def prune(keep: int, first: int | None, **options: Any) -> None:
               "limit]")  # fmt: skip
 @click.option("--questions", "n_questions", default=12, show_default=True,
               type=click.IntRange(1, 1000), help="Questions answered in a run.")  # fmt: skip
-@click.option("--disk-rate", metavar="BYTES", help="Read at most so many bytes a second, as from "
-              "a slower disk: 300MB.")  # fmt: skip
+@slowed
 @click.option("--remote-latency", "latency_ms", type=click.FloatRange(0, 60_000), metavar="MS",
               help="Put the large model behind an endpoint of this latency.")  # fmt: skip
 @click.option("--seed", default=7, show_default=True, help="Of the questions.")

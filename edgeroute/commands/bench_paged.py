@@ -11,6 +11,7 @@ from edgeroute.commands.bench_shared import (
     finish,
     phases,
     progress,
+    slowed,
     timed,
 )
 
@@ -93,6 +94,7 @@ def layers(**options: Any) -> None:
 
 @click.command(epilog=examples("speculate", "--model qwen2.5-coder-1.5b-instruct",
                                   "--model NAME --small NAME --limit 75% --source small",
+                                  "--model NAME --source self --disk-rate 1GB",
                                   "--limit none --source auto"))  # fmt: skip
 @timed
 @click.option("--limit", default="60%", show_default=True, metavar="BYTES|PERCENT|none",
@@ -105,6 +107,7 @@ def layers(**options: Any) -> None:
 @click.option("--small", metavar="NAME", help="The small model that drafts.")
 @click.option("--prompts", "n_prompts", default=4, show_default=True,
               type=click.IntRange(1, 20), help="Prompts answered in one run.")  # fmt: skip
+@slowed
 @click.option("--tokens", default=24, show_default=True, type=click.IntRange(8, 4096),
               help="Tokens of an answer.")  # fmt: skip
 def speculate(sources: tuple[str, ...], small: str | None, **options: Any) -> None:
@@ -122,6 +125,7 @@ def speculate(sources: tuple[str, ...], small: str | None, **options: Any) -> No
         limit=None if limit == "none" else limit, memory=options["memory"],
         sources=sources or (*bench.DEFAULT_SOURCES, *(["small"] if small else [])),
         small=None if small is None else resolve(small), n_prompts=options["n_prompts"],
+        disk_rate=options["disk_rate"],
         settings={"levers": "asked"},
     )  # fmt: skip
     finish(bench.run(bench_params(options), progress, wanted), options)

@@ -48,6 +48,13 @@ tokens = click.option("--tokens", default=128, show_default=True, type=click.Int
                        help="Tokens to decode in one run.")  # fmt: skip
 
 
+def slowed(command: F) -> F:
+    """Add the option that plays a slower disk."""
+    option = click.option("--disk-rate", metavar="BYTES", help="Read at most so many bytes a "
+                          "second, as from a slower disk: 300MB.")  # fmt: skip
+    return option(command)
+
+
 def phases(*, tokens: int, n_prompt: int, max_s: float, target: float) -> Callable[[F], F]:
     """Add the options of a bench under a memory limit, with their defaults."""
     options = (

@@ -73,6 +73,8 @@ def test_sources_are_checked() -> None:
         SpeculateParams(sources=("guess",))
     with pytest.raises(UsageError, match="needs a small model"):
         SpeculateParams(sources=("small",))
+    with pytest.raises(UsageError, match="give --limit"):
+        SpeculateParams(limit=None, disk_rate="1GB")
 
 
 def test_a_real_small_run_in_memory(tmp_path: Path) -> None:

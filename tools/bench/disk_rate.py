@@ -1,15 +1,23 @@
 """A kernel limit on what a worker reads from a disk per second, to play a slower one."""
 
+import contextlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.errors import UsageError
-from edgeroute.runtime.units import format_bytes
-from edgeroute.tools.bench.limit import join_and_make, new_group, own_groups, remove_group, sweep
+from edgeroute.runtime.units import format_bytes, parse_bytes
+from edgeroute.tools.bench.limit import (
+    MemoryLimit,
+    join_and_make,
+    new_group,
+    own_groups,
+    remove_group,
+    sweep,
+)
 
 _BLOCK: Final = Path("/sys/dev/block")
 
@@ -53,6 +61,31 @@ class DiskRate(Closing):
             OSError: it cannot be removed.
         """
         remove_group(self.folder)
+
+
+@contextlib.contextmanager
+def limited(
+    limit_bytes: int, disk_rate: str | int | None, path: Path, made: tuple[Any, ...]
+) -> Iterator[tuple[Any, ...]]:
+    """Give what a Worker takes to make an engine in fresh groups: of memory, and of a disk's rate.
+
+    Args:
+        limit_bytes: of memory.
+        disk_rate: bytes a second, or None for the disk's own rate.
+        path: a file on the disk.
+        made: the engine's factory and its arguments.
+
+    Raises:
+        UsageError: no such group can be made here.
+        EdgerouteError: the memory was too little.
+    """
+    with contextlib.ExitStack() as own:
+        limit = own.enter_context(MemoryLimit(limit_bytes))
+        made = limit.factory(*made)
+        if disk_rate is not None:
+            made = own.enter_context(DiskRate(path, parse_bytes(disk_rate))).factory(*made)
+        own.enter_context(limit.explaining())
+        yield made
 
 
 def _make(parent: Path, disk: str, bytes_per_s: int, *, v2: bool) -> Path:

@@ -14,9 +14,10 @@ from edgeroute.engine import Runtime, Settings
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.units import format_bytes, parse_bytes
 from edgeroute.tools.bench import pairs
+from edgeroute.tools.bench.disk_rate import limited
 from edgeroute.tools.bench.experts import ExpertsParams
 from edgeroute.tools.bench.layers import BUDGET_RATIO, N_UBATCH
-from edgeroute.tools.bench.limit import MemoryLimit, drop_page_cache
+from edgeroute.tools.bench.limit import drop_page_cache
 from edgeroute.tools.bench.pairs import Series
 from edgeroute.tools.bench.report import BenchParams, Criterion, Report, plain, spread
 from edgeroute.tools.bench.text import PROMPTS
@@ -40,6 +41,7 @@ class SpeculateParams:
         memory: edgeroute's own budget; None is 0.98 of the limit.
         sources: who drafts.
         small: path of the small model; where it is given, `auto` has it, too.
+        disk_rate: bytes a second that are read at most; None is what the disk gives.
         n_prompts: how many prompts are answered in a run.
     """
 
@@ -47,6 +49,7 @@ class SpeculateParams:
     memory: str | int | None = None
     sources: tuple[str, ...] = DEFAULT_SOURCES
     small: Path | None = None
+    disk_rate: str | int | None = None
     n_prompts: int = 4
     settings: Mapping[str, object] = field(default_factory=dict)
 
@@ -56,6 +59,8 @@ class SpeculateParams:
             raise UsageError(f"there is no source {unknown[0]!r}; there are {', '.join(SOURCES)}")
         if "small" in self.sources and self.small is None:
             raise UsageError("the source small needs a small model; name one by --small")
+        if self.disk_rate is not None and self.limit is None:
+            raise UsageError("where all is in memory no disk is read; give --limit, too")
 
     def limit_bytes(self, path: Path) -> int | None:
         """The limit for this model."""
@@ -153,10 +158,10 @@ class _Bench:
         for path in (self.params.path, self.wanted.small):
             if path is not None:
                 self.note = drop_page_cache(path).note
+        engine = (Answerer, self.params.path, settings)
         with (
-            MemoryLimit(self.limit_bytes) as limit,
-            limit.explaining(),
-            Worker(*limit.factory(Answerer, self.params.path, settings)) as worker,
+            limited(self.limit_bytes, self.wanted.disk_rate, self.params.path, engine) as made,
+            Worker(*made) as worker,
         ):
             return _answers(worker.call("answer", *args))
 

@@ -6,7 +6,6 @@ small model takes is missing for the large one's layers, which then stream. The 
 and `glimpse:inf` writes what one model alone does, so that what routing itself costs is seen.
 """
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,10 +20,10 @@ from edgeroute.runtime.units import format_bytes, parse_bytes
 from edgeroute.skippers.step_policies import parse_steps
 from edgeroute.tools.accuracy import Doubles, bootstrap, wilson
 from edgeroute.tools.bench import pairs
-from edgeroute.tools.bench.disk_rate import DiskRate
+from edgeroute.tools.bench.disk_rate import limited
 from edgeroute.tools.bench.experts import ExpertsParams
 from edgeroute.tools.bench.layers import BUDGET_RATIO, N_UBATCH
-from edgeroute.tools.bench.limit import MemoryLimit, drop_page_cache
+from edgeroute.tools.bench.limit import drop_page_cache
 from edgeroute.tools.bench.pairs import Series
 from edgeroute.tools.bench.remote_large import RemoteLarge
 from edgeroute.tools.bench.report import BenchParams, Criterion, Report, spread
@@ -203,15 +202,12 @@ class _Bench:
                 return _run_of(worker.call("answer", self.questions))
         for each in (self.params.path, self.wanted.small):
             self.note = drop_page_cache(each).note
-        with contextlib.ExitStack() as own:
-            limit = own.enter_context(MemoryLimit(self.limit_bytes))
-            made = limit.factory(Answerer, path, settings)
-            if self.wanted.disk_rate is not None:
-                rate = DiskRate(path, parse_bytes(self.wanted.disk_rate))
-                made = own.enter_context(rate).factory(*made)
-            own.enter_context(limit.explaining())
-            with Worker(*made) as worker:
-                return _run_of(worker.call("answer", self.questions))
+        engine = (Answerer, path, settings)
+        with (
+            limited(self.limit_bytes, self.wanted.disk_rate, path, engine) as made,
+            Worker(*made) as worker,
+        ):
+            return _run_of(worker.call("answer", self.questions))
 
 
 def run(params: BenchParams, progress: pairs.Progress, wanted: StepsParams) -> Report:
