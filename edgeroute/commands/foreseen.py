@@ -18,6 +18,8 @@ def foreseen(
 ) -> dict[str, float] | None:
     """Forecast the speed of an answer from what is remembered of this machine; nothing is measured.
 
+    What the answer had is remembered, too, and corrects the next forecast.
+
     Args:
         path: the model's file.
         params: settings of the Runtime.
@@ -30,9 +32,14 @@ def foreseen(
     """
     if stats["n_generated"] < LEAST_TOKENS or any(stats.get(name) for name in _LEVERS):
         return None
+    from edgeroute.tools.forecast import experience
     from edgeroute.tools.forecast.forecast import Ask
     from edgeroute.tools.forecast.predicted import predicted_tok_s
 
     ask = Ask(n_prompt=stats["n_prompt"], n_past=stats["n_prompt"] + stats["n_generated"] // 2)
     found = predicted_tok_s(path, dataclasses.replace(params, memory=budget_bytes), ask)
-    return None if found is None else dataclasses.asdict(found)
+    if found is None:
+        return None
+    before = experience.seen(path, params, found.likely)
+    experience.note(path, params, found.likely, stats["decode_tok_s"] or 0.0)
+    return dataclasses.asdict(experience.corrected(found, before))

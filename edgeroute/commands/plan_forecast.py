@@ -10,6 +10,7 @@ from edgeroute.models import store
 from edgeroute.offload.trace import read_trace
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.tools.forecast import experience
 from edgeroute.tools.forecast.calibrate import CalibrateParams, calibrate
 from edgeroute.tools.forecast.devices import find_device
 from edgeroute.tools.forecast.forecast import Ask, forecast
@@ -77,7 +78,22 @@ def foresee(file: GGUFFile, params: RunParams, where: Where, progress: Progress)
     plan = plan_file(file, params)
     ask = Ask(n_prompt=where.n_prompt, n_past=where.n_prompt, n_ubatch=params.n_ubatch)
     found = forecast(plan, cost, speeds, where.hits or _hits(cost, where.trace), ask)
+    if where.device is None:
+        found = _as_seen(found, file.path, params)
     return Foreseen(plan=plan, speeds=speeds, forecast=found)
+
+
+def _as_seen(found: Forecast, path: Path, params: RunParams) -> Forecast:
+    """Correct a forecast for this machine by what answers of the model had here."""
+    if found.decode_tok_s is None:
+        return found
+    seen = experience.seen(path, params, found.decode_tok_s.likely)
+    if seen is None:
+        return found
+    told = (f"decode as {seen.n} answers here had it: {seen.ratio:.2f} of what its products and "
+            "layers take by themselves")  # fmt: skip
+    return replace(found, decode_tok_s=experience.corrected(found.decode_tok_s, seen),
+                   notes=(*found.notes, told))  # fmt: skip
 
 
 def _here(

@@ -281,4 +281,6 @@ def test_a_speed_that_was_forecast_is_set_beside_the_one_that_was_had(
     assert path == tiny_path and isinstance(budget, int) and n_prompt > 1
     assert "forecast" not in run(*arguments, "--max-tokens", "8").stderr
     found = json.loads(run(*arguments, "--max-tokens", "20", "--json").stdout)["stats"]
-    assert found["forecast_tok_s"] == {"low": 11.0, "likely": 12.0, "high": 13.0}
+    said = found["forecast_tok_s"]  # by now as the first answer had it, whatever that was
+    assert said["low"] / 11.0 == pytest.approx(said["likely"] / 12.0)
+    assert said["high"] / 13.0 == pytest.approx(said["likely"] / 12.0) != 1.0
