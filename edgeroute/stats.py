@@ -105,7 +105,13 @@ class GenerationStats:
 
     @property
     def decode_tok_s(self) -> float:
-        """Tokens after the first per second."""
+        """Tokens after the first per second; in steps, all tokens per second of all steps, reading too.
+
+        Steps come as wholes, and the first of them may be the whole answer.
+        """
+        if self.steps:
+            spent_s = sum(part.seconds for part in self.steps)
+            return self.n_generated / spent_s if spent_s > 0 else 0.0
         return (self.n_generated - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
     def to_dict(self) -> dict[str, object]:

@@ -138,6 +138,9 @@ def test_a_check_that_takes_all_leaves_the_small_model_s_answer(pair: Runtime) -
     for defer in (0, 20):
         found = pair.generate(prompt, max_tokens=n, steps=f"verify:-1000:-1000:{defer}")
         assert found.token_ids == small.token_ids
+        stats = found.stats  # its tokens may have come in one moment: that is no speed
+        spent_s = sum(part.seconds for part in stats.steps or ())
+        assert stats.decode_tok_s == pytest.approx(stats.n_generated / spent_s)
     refused = pair.generate(prompt, max_tokens=n, steps="verify:0:0").stats.steps
     assert refused and {part.model for part in refused} == {"large"}
     assert sum(part.n_refused for part in refused) > 0
