@@ -105,7 +105,7 @@ class GenerationStats:
 
     @property
     def decode_tok_s(self) -> float:
-        """Tokens after the first per second; in steps, all tokens per second of what the steps took.
+        """Tokens after the first per second; in steps, all tokens per second that the steps took.
 
         Steps come as wholes, and the first of them may be the whole answer.
         """
