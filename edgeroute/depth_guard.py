@@ -17,7 +17,7 @@ from edgeroute.depth import Depth
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.request import Request
 from edgeroute.runtime.batch_shape import Span
-from edgeroute.runtime.kv_cache import Region
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sampler import log_softmax
 

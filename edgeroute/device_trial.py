@@ -21,11 +21,12 @@ from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.registry import describe
 from edgeroute.runtime.batch_shape import Span
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.depth import all_run
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import KvCache, Region
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.machine import usable_cores
 from edgeroute.runtime.weights import ResidentWeights, TensorSpec
 

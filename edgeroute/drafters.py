@@ -14,7 +14,7 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.layered import LayeredForward
 from edgeroute.request import Request, stoppable
 from edgeroute.runtime.batch_shape import Span
-from edgeroute.runtime.kv_cache import Region
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import Sequence, next_chunk_end
 from edgeroute.skippers.lookup import Lookup

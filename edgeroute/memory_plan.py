@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from edgeroute.config import RunParams
 from edgeroute.models.base import Hparams
 from edgeroute.runtime import machine
-from edgeroute.runtime.kv_cache import KvShape, round_cells
+from edgeroute.runtime.cells import round_cells
+from edgeroute.runtime.kv_cache import KvShape
 from edgeroute.runtime.ledger import COMPUTE_BUFFER
 from edgeroute.runtime.units import MIB, parse_bytes
 from edgeroute.runtime.weights import ResidentWeights, WeightsPlan

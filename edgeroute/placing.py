@@ -11,10 +11,10 @@ from edgeroute.device_support import Probe, unsupported
 from edgeroute.devices_open import Devices
 from edgeroute.memory_plan import kv_shape, logits_bytes, plan_parts
 from edgeroute.models.base import Hparams, Model
+from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.runtime.placement import Placement
 from edgeroute.runtime.units import format_bytes, parse_bytes
 from edgeroute.runtime.weights import ResidentWeights

@@ -19,13 +19,14 @@ from edgeroute.models.pruning import n_described
 from edgeroute.models.steps import build_step
 from edgeroute.models.stream import Stream
 from edgeroute.runtime.batch_shape import BatchShape, Span
+from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.device_group import DeviceGroup
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.graph_cache import GraphCache
-from edgeroute.runtime.kv_cache import KvCache, round_cells
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.lora import LoraSlots
 from edgeroute.runtime.placed_weights import Homes, PlacedWeights
 from edgeroute.runtime.placement import Placement

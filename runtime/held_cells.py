@@ -5,7 +5,8 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from edgeroute.runtime.kv_cache import KvCache, Region
+from edgeroute.runtime.cells import Region
+from edgeroute.runtime.kv_cache import KvCache
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.runtime.cells import Cells, Region
 from edgeroute.runtime.device import Buffer, Device
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.ggml.api import Tensor, ggml
@@ -36,9 +37,6 @@ from edgeroute.runtime.tensor import (
 ROTATION_MIN = 64
 """Heads of a multiple of this are rotated before they are quantised. Source: llama.cpp."""
 
-CELL_BUCKET = 256
-"""Cells per step of a region and of what attention reads. Source: llama.cpp pads alike."""
-
 KV_TYPES = dict(zip(KV_TYPE_NAMES, (F16, Q8_0), strict=True))
 Rotations = tuple[Tensor | None, Tensor | None]
 """What turns the keys and the values of a row."""
@@ -46,11 +44,6 @@ CLEAR_AHEAD_BYTES: Final = 16 << 20
 CLEAR_BYTES: Final = 1 << 20
 """At a time: whoever comes meanwhile waits for a third of a millisecond."""
 Q8_0_BLOCK_BYTES = 34
-
-
-def round_cells(n_cells: int) -> int:
-    """Round up to a whole number of buckets, at least one."""
-    return max(CELL_BUCKET, -(-n_cells // CELL_BUCKET) * CELL_BUCKET)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,15 +125,7 @@ class KvShape:
         return self.n_layer + self.n_repeat
 
 
-@dataclass(slots=True)
-class Region:
-    """Cells `start` to `start + n_cells` of the pool, owned by one sequence."""
-
-    start: int
-    n_cells: int
-
-
-class KvCache:
+class KvCache(Cells):
     """The pool: K and V tensors `[n_embd_head, n_cells, n_head_kv]` per row, and who owns cells.
 
     See KvShape for its rows. Cells are the same on all devices; their bytes go in and out in one
@@ -160,7 +145,7 @@ class KvCache:
         """
         kind = KV_TYPES[shape.kv_type]
         self.shape = shape
-        self.n_cells = round_cells(n_cells)
+        super().__init__(n_cells)
         rows_on = [device] * shape.n_rows if isinstance(device, Device) else list(device)
         if len(rows_on) != shape.n_rows:
             raise ValueError(f"{len(rows_on)} devices for {shape.n_rows} rows")
@@ -176,8 +161,6 @@ class KvCache:
                     rows.append(new_tensor(self._descriptors, kind, ne, f"{name}_l{il}"))
         self._buffers: dict[Device, Buffer] = {}
         self._turning: list[Buffer] = []
-        self._free: list[Region] = [Region(0, self.n_cells)]
-        self._largest = 0  # cells of a region
         turned: dict[Device, Rotations] = {}
         try:
             for each in devices:
@@ -207,10 +190,10 @@ class KvCache:
             return False
         ahead, step = (n // self.shape.bytes_per_cell for n in (CLEAR_AHEAD_BYTES, CLEAR_BYTES))
         end = tail.start + min(tail.n_cells, self._largest, ahead)
-        self._clear_to(min(end, self.n_clear + max(1, step)))
+        self._given(min(end, self.n_clear + max(1, step)))
         return self.n_clear < end
 
-    def _clear_to(self, end: int) -> None:
+    def _given(self, end: int) -> None:
         """Clear cells that are given away for the first time.
 
         Masked cells still meet a weight of zero: zero times an old NaN would be a NaN. Not all
@@ -259,72 +242,6 @@ class KvCache:
         """Bytes of the rows that are on a device."""
         buffer = self._buffers.get(device)
         return 0 if buffer is None else buffer.n_bytes
-
-    @property
-    def n_free_cells(self) -> int:
-        """Cells that no sequence owns."""
-        return sum(region.n_cells for region in self._free)
-
-    def allocate(self, n_cells: int) -> Region | None:
-        """Take a region of at least `n_cells` from the smallest gap that fits, or None."""
-        want = round_cells(n_cells)
-        gaps = [region for region in self._free if region.n_cells >= want]
-        if not gaps:
-            return None
-        gap = min(gaps, key=lambda region: region.n_cells)
-        region = Region(gap.start, want)
-        self._largest = max(self._largest, want)
-        gap.start += want
-        gap.n_cells -= want
-        if gap.n_cells == 0:
-            self._free.remove(gap)
-        self._clear_to(gap.start)
-        return region
-
-    def take_all(self) -> Region:
-        """Take all cells of a pool, for an owner who shares them out.
-
-        Raises:
-            ValueError: some have an owner.
-        """
-        region = self.allocate(self.n_cells)
-        if region is None:
-            raise ValueError("some cells of this pool have an owner")
-        return region
-
-    def release(self, region: Region) -> None:
-        """Give a region back; it must not be used again."""
-        self._free = _merge([*self._free, Region(region.start, region.n_cells)])
-        region.n_cells = 0
-
-    def would_fit(self, n_cells: int, regions: Sequence[Region]) -> bool:
-        """Tell whether releasing `regions` would make a gap of `n_cells`."""
-        want = round_cells(n_cells)
-        return any(gap.n_cells >= want for gap in _merge([*self._free, *regions]))
-
-    def shrink(self, region: Region, n_cells: int) -> None:
-        """Give back what lies beyond the first `n_cells` of a region."""
-        keep = round_cells(n_cells)
-        if keep < region.n_cells:
-            tail = Region(region.start + keep, region.n_cells - keep)
-            region.n_cells = keep
-            self.release(tail)
-
-    def grow(self, region: Region, n_cells: int) -> bool:
-        """Extend a region in place to at least `n_cells`; False where a neighbour is in the way."""
-        extra = round_cells(n_cells) - region.n_cells
-        if extra <= 0:
-            return True
-        end = region.start + region.n_cells
-        for gap in self._free:
-            if gap.start == end and gap.n_cells >= extra:
-                gap.start += extra
-                gap.n_cells -= extra
-                region.n_cells += extra
-                self._free = [each for each in self._free if each.n_cells]
-                self._clear_to(gap.start)
-                return True
-        return False
 
     def copy(self, source: Region, target: Region, n_cells: int) -> None:
         """Copy the first `n_cells` cells of one region into another, through host memory."""
@@ -438,14 +355,3 @@ def hadamard(n: int) -> npt.NDArray[np.float32]:
     while len(rows) < n:
         rows = np.block([[rows, rows], [rows, -rows]])
     return np.ascontiguousarray(rows, np.float32)
-
-
-def _merge(gaps: Sequence[Region]) -> list[Region]:
-    """Sort regions and join neighbours, into new records."""
-    merged: list[Region] = []
-    for gap in sorted(gaps, key=lambda each: each.start):
-        if merged and merged[-1].start + merged[-1].n_cells == gap.start:
-            merged[-1].n_cells += gap.n_cells
-        else:
-            merged.append(Region(gap.start, gap.n_cells))
-    return merged

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgeroute.runtime.cells import Region, round_cells
 from edgeroute.runtime.held_cells import HeldCells
-from edgeroute.runtime.kv_cache import KvCache, Region, round_cells
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.records import PrefixMode
 from edgeroute.runtime.sequence import Classes, Sequence, common_prefix, exact_reuse
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from edgeroute.runtime.kv_cache import Region
+from edgeroute.runtime.cells import Region
 
 FA_TILE = 64  # Source: ggml-cpu/common.h, GGML_FA_TILE_Q
 GEMM_ROWS = 4  # Source: ggml-cpu/repack.cpp, rows of one interleaved product

@@ -14,9 +14,10 @@ from edgeroute.config import RunParams
 from edgeroute.depth_routing import route_prefill
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.depth import Steps
 from edgeroute.runtime.errors import CapacityError, ComputeError, UsageError
-from edgeroute.runtime.kv_cache import KvCache, round_cells
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.template import encode_chat
 from edgeroute.skippers.depth_router import DepthRouter
 from edgeroute.tools.questions import Question, ends_answer, is_settled

@@ -17,8 +17,8 @@ import numpy as np
 from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.depth_file import DepthFile, depth_paths, fingerprint, first_writable
+from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.errors import UsageError
-from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers import auto
 from edgeroute.skippers.plan import DepthPlan

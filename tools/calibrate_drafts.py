@@ -26,9 +26,9 @@ from edgeroute.models.forward import Piece
 from edgeroute.models.standins import fill_before, tensor_name
 from edgeroute.paging_layers import FIRST_KEPT
 from edgeroute.runtime.batch_shape import BatchShape
+from edgeroute.runtime.cells import Region, round_cells
 from edgeroute.runtime.errors import ComputeError, UsageError
 from edgeroute.runtime.graph import Graph
-from edgeroute.runtime.kv_cache import Region, round_cells
 from edgeroute.skippers.plan import DepthPlan
 from edgeroute.tools.depth_file import DepthContent, write_depth_file
 from edgeroute.tools.depth_probe import Floats, Probe, Window, costs_of

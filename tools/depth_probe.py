@@ -15,9 +15,9 @@ import numpy.typing as npt
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.runtime.batch_shape import Span
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.depth import Step, Steps, all_run
 from edgeroute.runtime.errors import CapacityError, ComputeError
-from edgeroute.runtime.kv_cache import Region
 from edgeroute.runtime.sampler import log_softmax
 from edgeroute.skippers.static import Costs
 

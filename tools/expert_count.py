@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
-from edgeroute.runtime.kv_cache import round_cells
+from edgeroute.runtime.cells import round_cells
 from edgeroute.skippers.experts import (
     SCHEMES,
     Fitted,

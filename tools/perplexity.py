@@ -20,9 +20,9 @@ import numpy.typing as npt
 from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Piece
+from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.errors import ComputeError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.runtime.sampler import log_softmax
 from edgeroute.runtime.tokenizer import Tokenizer
 from edgeroute.tools.bench.peer import Peer, PeerParams

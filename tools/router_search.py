@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.runtime.batch_shape import Span
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.errors import ComputeError, EdgerouteError, UsageError
-from edgeroute.runtime.kv_cache import Region
 from edgeroute.runtime.whole_file import replacing
 from edgeroute.skippers.depth_router import (
     CHOICES,

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.errors import CapacityError, ComputeError, UsageError
-from edgeroute.runtime.kv_cache import KvCache, Region
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.template import encode_chat
 from edgeroute.skippers.step_bounds import StepBounds
 from edgeroute.skippers.step_signals import top_entropy

@@ -10,8 +10,8 @@ import pytest
 from edgeroute import Runtime
 from edgeroute.models.early_exit import EarlyExit
 from edgeroute.models.forward import Forward, Piece
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.depth import ExpertRule, Step, all_run
-from edgeroute.runtime.kv_cache import Region
 from edgeroute.skippers.plan import LayerDepth
 from edgeroute.tools import synth
 from edgeroute.tools.bench.rpc_servers import RpcServer

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edgeroute.models.forward import Piece
-from edgeroute.runtime.kv_cache import Region
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.lora import LoraRow
 from edgeroute.tools import synth
 from edgeroute.tools.bench.rpc_servers import RpcServer

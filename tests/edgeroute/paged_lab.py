@@ -26,9 +26,10 @@ from edgeroute.offload.disk import Disk, DiskFile
 from edgeroute.offload.expert_pool import ExpertLayer, PoolPlan, plan_pools
 from edgeroute.offload.expert_store import ExpertParams, ExpertStore
 from edgeroute.offload.transfer import Transfer
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import KvCache, Region
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.tools import synth
 from edgeroute.tools.synth_tensors import tensors

@@ -10,11 +10,12 @@ import pytest
 from edgeroute.models.early_exit import EarlyExit, Logits
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.registry import describe
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import KvCache, KvShape, Region
+from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.tools.synth import make
 

@@ -17,10 +17,11 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.registry import describe
 from edgeroute.row_bits import rows_of
 from edgeroute.runtime.batch_shape import Segment, group_segments
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import KvCache, KvShape, Region
+from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import CLASS_SINGLE, Sequence, chunk_classes, next_chunk_end
 from edgeroute.runtime.weights import ResidentWeights

@@ -8,7 +8,7 @@ import pytest
 
 from edgeroute.models.forward import Piece
 from edgeroute.runtime import kv_cache
-from edgeroute.runtime.kv_cache import Region
+from edgeroute.runtime.cells import Region
 from edgeroute.tools import synth
 from tests.edgeroute.adapter_lab import Model
 

@@ -12,10 +12,11 @@ import pytest
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.registry import describe
 from edgeroute.runtime.batch_shape import Span
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import KvCache, KvShape, Region
+from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.runtime.lora import LoraRow, LoraSlots, LoraTarget
 from edgeroute.runtime.token_choice import BY_ATTENTION, MIN_TOKENS, TokenRule
 from edgeroute.runtime.weights import ResidentWeights

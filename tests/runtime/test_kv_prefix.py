@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgeroute.runtime.cells import Region, round_cells
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.ggml.api import ggml
-from edgeroute.runtime.kv_cache import KvCache, KvShape, Region, round_cells
+from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import (
     CLASS_GROUPED,

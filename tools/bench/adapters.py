@@ -15,9 +15,9 @@ from typing import Any, Final, cast
 from edgeroute.engine import Settings
 from edgeroute.models.adapter_file import base_shapes
 from edgeroute.models.registry import describe
+from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.tools.bench import adapters_report, pairs
 from edgeroute.tools.bench.adapters_engines import (
     Adapted,

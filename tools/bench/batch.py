@@ -1,6 +1,6 @@
 """Four sequences decoding together, against llama.cpp's batched decode of four."""
 
-from edgeroute.runtime.kv_cache import round_cells
+from edgeroute.runtime.cells import round_cells
 from edgeroute.tools.bench import pairs, report
 from edgeroute.tools.bench.engines import Ours, Theirs
 from edgeroute.tools.bench.peer import PeerParams

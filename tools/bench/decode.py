@@ -1,7 +1,7 @@
 """Greedy decoding, one sequence: Runtime.generate against a loop of llama_decode and argmax."""
 
+from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.errors import UsageError
-from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.tools.bench import pairs, report
 from edgeroute.tools.bench.ceiling import bytes_per_token, read_bandwidth
 from edgeroute.tools.bench.engines import Ours, Theirs

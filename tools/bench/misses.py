@@ -25,8 +25,8 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.offload import expert_stats
 from edgeroute.offload.expert_store import ExpertStore
 from edgeroute.offload.sidecar import COPIES, sidecar_path
+from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.errors import ComputeError, UsageError
-from edgeroute.runtime.kv_cache import round_cells
 from edgeroute.runtime.sampler import log_softmax
 from edgeroute.runtime.units import format_bytes, parse_bytes
 from edgeroute.tools.bench import pairs

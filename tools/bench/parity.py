@@ -11,8 +11,8 @@ from edgeroute.config import RunParams
 from edgeroute.engine import Runtime
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Piece
+from edgeroute.runtime.cells import Region, round_cells
 from edgeroute.runtime.errors import ComputeError
-from edgeroute.runtime.kv_cache import Region, round_cells
 from edgeroute.tools.bench import pairs
 from edgeroute.tools.bench.peer import Peer, PeerParams
 from edgeroute.tools.bench.report import BenchParams, Criterion, Report

@@ -1,6 +1,6 @@
 """A prompt in one batch: Runtime.generate's prefill against one llama_decode."""
 
-from edgeroute.runtime.kv_cache import round_cells
+from edgeroute.runtime.cells import round_cells
 from edgeroute.tools.bench import pairs, report
 from edgeroute.tools.bench.engines import Ours, Theirs
 from edgeroute.tools.bench.peer import PeerParams

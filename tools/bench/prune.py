@@ -19,9 +19,9 @@ from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Piece
 from edgeroute.runtime.batch_shape import Span
+from edgeroute.runtime.cells import Region, round_cells
 from edgeroute.runtime.depth import Steps, all_run
 from edgeroute.runtime.errors import ComputeError
-from edgeroute.runtime.kv_cache import Region, round_cells
 from edgeroute.runtime.sampler import log_softmax
 from edgeroute.runtime.template import encode_chat
 from edgeroute.runtime.token_choice import BY_ATTENTION, TokenRule

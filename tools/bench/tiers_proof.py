@@ -32,10 +32,11 @@ from edgeroute.offload.expert_pool import plan_pools
 from edgeroute.offload.tier_counts import sum_counts
 from edgeroute.paging import MoeSource, moe_source, staging_bytes
 from edgeroute.paging_device import TierPlan, open_tiers
+from edgeroute.runtime.cells import Region
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import EdgerouteError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import KvCache, Region
+from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.tools import synth
 from edgeroute.tools.bench.rpc_servers import rpc_server

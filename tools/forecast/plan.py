@@ -17,9 +17,9 @@ from edgeroute.offload.expert_tier import DEFAULT_POLICY, check_tightest
 from edgeroute.paging import VOCABULARY_RATIO, MoeSource, moe_source, plan_paged
 from edgeroute.paging_layers import LayerSource
 from edgeroute.runtime import machine
+from edgeroute.runtime.cells import CELL_BUCKET, round_cells
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import CELL_BUCKET, round_cells
 from edgeroute.runtime.weights import ResidentWeights, TensorSpec
 from edgeroute.tools.forecast.plan_layers import Streaming, plan_streaming
 

@@ -12,9 +12,9 @@ from typing import Any, Final, cast
 
 from edgeroute.engine import Runtime
 from edgeroute.options import Options, Settings
+from edgeroute.runtime.cells import CELL_BUCKET
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.kv_cache import CELL_BUCKET
 from edgeroute.stats import Generation
 from edgeroute.tools.profile.prompts import Prompt
 
