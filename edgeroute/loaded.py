@@ -23,6 +23,7 @@ from edgeroute.memory_plan import kv_shape as kv_shape
 from edgeroute.memory_plan import less_reserve as less_reserve
 from edgeroute.memory_plan import plan_memory as plan_memory
 from edgeroute.memory_plan import plan_parts as plan_parts
+from edgeroute.memory_plan import resident_weights
 from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward
 from edgeroute.models.registry import describe
@@ -33,8 +34,7 @@ from edgeroute.runtime.device_group import DeviceGroup
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.ledger import COMPUTE_BUFFER, Ledger
-from edgeroute.runtime.plain_weights import TILED, PlainWeights
-from edgeroute.runtime.units import format_bytes
+from edgeroute.runtime.plain_weights import PlainWeights
 from edgeroute.runtime.weights import ResidentWeights
 
 if TYPE_CHECKING:
@@ -140,23 +140,13 @@ class LoadedModel:
         self._reserve_compute(params)
 
     def _plan_resident(self, params: RunParams) -> ResidentWeights:
-        """Plan for all weights in memory: in both layouts if that is asked for and fits."""
-        make = functools.partial(
-            ResidentWeights, self.file, self.device, self.model.specs(),
-            repack_experts=params.repack_experts,
+        """Plan for all weights in memory; say where they cannot be as they were asked for."""
+        weights, why = resident_weights(
+            self.file, self.device, self.model, params,
+            lambda some: self._plan(some, params).total_bytes, self.ledger.free_bytes,
         )  # fmt: skip
-        if not params.plain_prompts:
-            return make()
-        weights = make(also_plain=TILED)
-        needed, free = self._plan(weights, params).total_bytes, self.ledger.free_bytes
-        why = "no matrix is repacked that tiles would be quicker for"
-        if weights.plain:
-            if needed <= free:
-                return weights
-            why = f"both layouts need {format_bytes(needed)}, there are {format_bytes(free)}"
-        self.warnings += (f"plain_prompts does nothing here: {why}",)
-        weights.close()
-        return make()
+        self.warnings += (why,) if why else ()
+        return weights
 
     def _plan_misses(self, params: RunParams) -> "MissLevers | None":
         if not params.lossy:

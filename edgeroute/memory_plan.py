@@ -1,16 +1,21 @@
 """What a model takes in memory, by part, from its header and the settings alone."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgeroute.config import RunParams
-from edgeroute.models.base import Hparams
+from edgeroute.models.base import Hparams, Model
 from edgeroute.runtime import machine
 from edgeroute.runtime.cells import round_cells
+from edgeroute.runtime.device import Device
+from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.kv_cache import KvShape
 from edgeroute.runtime.ledger import COMPUTE_BUFFER
-from edgeroute.runtime.units import MIB, parse_bytes
+from edgeroute.runtime.plain_weights import TILED
+from edgeroute.runtime.units import MIB, format_bytes, parse_bytes
 from edgeroute.runtime.weights import ResidentWeights, WeightsPlan
 
 if TYPE_CHECKING:
@@ -75,6 +80,37 @@ def kv_shape(hparams: Hparams, params: RunParams, n_repeat: int = 0) -> KvShape:
         n_embd_head_v=hparams.n_embd_head_v, v_in_k=hparams.v_in_k, kv_type=params.kv_type,
         n_repeat=n_repeat,
     )  # fmt: skip
+
+
+def resident_weights(
+    file: GGUFFile, device: Device, model: Model, params: RunParams,
+    needs: Callable[[ResidentWeights], int], free_bytes: int,
+) -> tuple[ResidentWeights, str]:  # fmt: skip
+    """Plan for all weights in memory: in both layouts if that is asked for and fits.
+
+    Args:
+        file, device, model, params: what is to be loaded, where and how.
+        needs: tells the bytes that a model takes with these weights.
+        free_bytes: that there are.
+
+    Returns:
+        The weights, which the caller closes, and why they are not in both layouts; empty if they
+        are, or nobody asked.
+    """
+    make = functools.partial(
+        ResidentWeights, file, device, model.specs(), repack_experts=params.repack_experts
+    )
+    if not params.plain_prompts:
+        return make(), ""
+    weights = make(also_plain=TILED)
+    why = "no matrix is repacked that tiles would be quicker for"
+    if weights.plain:
+        needed = needs(weights)
+        if needed <= free_bytes:
+            return weights, ""
+        why = f"both layouts need {format_bytes(needed)}, there are {format_bytes(free_bytes)}"
+    weights.close()
+    return make(), f"plain_prompts does nothing here: {why}"
 
 
 def plan_memory(

@@ -10,6 +10,7 @@ from edgeroute.adapters import AdapterPlan, plan_adapters
 from edgeroute.config import RunParams
 from edgeroute.depth import DepthSource, NoDepth, open_depth
 from edgeroute.loaded import MemoryPlan, plan_parts
+from edgeroute.memory_plan import resident_weights
 from edgeroute.models.registry import describe
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
@@ -138,8 +139,6 @@ def _plan(path: Path, params: RunParams, budget: int) -> tuple[MemoryPlan, Adapt
         model = describe(file)
         # Whatever it runs on: when that is lost, it goes on in this machine's memory.
         device = own.enter_context(Device.open("cpu"))
-        weights = ResidentWeights(file, device, model.specs(), repack_experts=params.repack_experts)
-        own.callback(weights.close)
         depth: DepthSource | NoDepth | None = None
         if params.depth != "full":
             depth = open_depth(own, file, model.hparams, device, params)
@@ -147,4 +146,12 @@ def _plan(path: Path, params: RunParams, budget: int) -> tuple[MemoryPlan, Adapt
         if params.adapters is not None:
             adapters = plan_adapters(path, model, params, budget)
         source = None if depth is None or isinstance(depth, NoDepth) else depth
-        return plan_parts(model.hparams, weights, params, (source, adapters)), adapters
+
+        def parts(weights: ResidentWeights) -> MemoryPlan:
+            return plan_parts(model.hparams, weights, params, (source, adapters))
+
+        weights, _ = resident_weights(
+            file, device, model, params, lambda some: parts(some).total_bytes, budget
+        )
+        own.callback(weights.close)
+        return parts(weights), adapters

@@ -1,5 +1,6 @@
 """Both layouts of repacked weights: prompts have the bits of one, answers of the other."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -9,12 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgeroute import Runtime
+from edgeroute import Runtime, shelf_plan
 from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Piece
 from edgeroute.runtime import errors
+from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.plain_weights import WIDE_FROM
+from edgeroute.shelf_plan import ShelfModel
+from edgeroute.tools.forecast.placement import place
+from edgeroute.tools.forecast.plan import plan_model
 from edgeroute.tools.synth import make
 
 SETTINGS: dict[str, Any] = {"n_ctx": 512, "n_kv": 2048, "threads": 1}
@@ -72,6 +77,21 @@ def test_both_layouts_are_in_the_ledger(path: Path) -> None:
         infos = both.file.tensors
         assert more == sum(infos[name].nbytes for name in both.plan.weights.plain) > 0
         assert both.ledger.used_bytes - one.ledger.used_bytes == pytest.approx(more, rel=0.05)
+
+
+def test_plans_reckon_with_both_layouts(path: Path) -> None:
+    """Of `edgeroute plan`, of its forecasts, and of a server's shelf."""
+    beside = set()  # what a shelf adds to the parts
+    for plain_prompts in (False, True):
+        params = RunParams(**SETTINGS, plain_prompts=plain_prompts, memory=1 << 30)
+        with opened(path, plain_prompts=plain_prompts, memory=1 << 30) as loaded:
+            needed = loaded.plan.total_bytes
+        assert plan_model(path, params).memory.total_bytes == needed
+        with GGUFFile.open(path) as file:
+            assert place(file, params).needed_bytes == needed
+        shelf = ShelfModel(name="m", path=path, params=dataclasses.replace(params, memory=None))
+        beside.add(shelf_plan.plan_model(shelf, 1 << 30, "server").whole_bytes - needed)
+    assert len(beside) == 1
 
 
 def test_a_budget_for_one_layout_has_one(path: Path) -> None:

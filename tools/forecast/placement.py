@@ -8,6 +8,7 @@ from typing import Literal
 from edgeroute.bridges import DRAFTING
 from edgeroute.config import RunParams
 from edgeroute.loaded import MemoryPlan, budget_bytes, plan_memory
+from edgeroute.memory_plan import resident_weights
 from edgeroute.models.base import Model
 from edgeroute.models.registry import describe
 from edgeroute.offload.expert_pool import share_slots
@@ -16,7 +17,6 @@ from edgeroute.paging_layers import FIRST_KEPT, LayerSource, plan_layers
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.tools.forecast.plan import ModelPlan
 
 Verdict = Literal["FITS", "PAGES", "REFUSED"]
@@ -58,7 +58,10 @@ def place(file: GGUFFile, params: RunParams, *, smallest: bool = True) -> Placem
     with contextlib.ExitStack() as own:
         model = describe(file)
         device = own.enter_context(Device.open(params.device))
-        weights = ResidentWeights(file, device, model.specs(), repack_experts=params.repack_experts)
+        weights, _ = resident_weights(
+            file, device, model, params,
+            lambda some: plan_memory(model.hparams, some, params).total_bytes, budget_bytes(params),
+        )  # fmt: skip
         own.callback(weights.close)
         whole, budget = plan_memory(model.hparams, weights, params), budget_bytes(params)
         found = Placement(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgeroute.config import RunParams
 from edgeroute.loaded import MemoryPlan, budget_bytes, kv_shape, plan_memory
+from edgeroute.memory_plan import resident_weights
 from edgeroute.models.base import Hparams, Model, MoeHparams
 from edgeroute.models.registry import describe
 from edgeroute.offload.eviction_cliff import CliffReport
@@ -185,7 +186,10 @@ def plan_file(file: GGUFFile, params: RunParams) -> ModelPlan:
     with contextlib.ExitStack() as own:
         model = describe(file)
         device = own.enter_context(Device.open(params.device))
-        weights = ResidentWeights(file, device, model.specs(), repack_experts=params.repack_experts)
+        weights, _ = resident_weights(
+            file, device, model, params,
+            lambda some: plan_memory(model.hparams, some, params).total_bytes, budget_bytes(params),
+        )  # fmt: skip
         own.callback(weights.close)
         if model.hparams.moe is None:
             plan = _plan(file, model, weights, (params, None, weights))
