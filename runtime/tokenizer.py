@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -45,6 +46,8 @@ class Tokenizer(Closing):
 
     def __init__(self, model: int) -> None:
         self._lib = llama()
+        self._gate = threading.Condition()
+        self._n_encoding = 0
         self._model: int | None = model
         vocab = self._lib.llama_model_get_vocab(model)
         if vocab is None or self._lib.llama_vocab_type(vocab) == lib.VOCAB_NONE:
@@ -100,8 +103,15 @@ class Tokenizer(Closing):
         return cls(model)
 
     def close(self) -> None:
-        """Free the vocabulary; closing twice is fine."""
-        model, self._model = self._model, None
+        """Free the vocabulary, once texts that other threads encode are done; twice is fine.
+
+        Whoever asked for an answer may have left, and his model be closed, while a thread still
+        encodes his prompt.
+        """
+        with self._gate:
+            model, self._model = self._model, None
+            while self._n_encoding:
+                self._gate.wait()
         if model is not None:
             self._lib.llama_model_free(model)
 
@@ -270,11 +280,22 @@ class Tokenizer(Closing):
             size = -n
 
     def _tokenize(self, data: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
+        with self._gate:
+            vocab = self.vocab
+            self._n_encoding += 1
+        try:
+            return self._tokens(vocab, data, add_special, parse_special)
+        finally:
+            with self._gate:
+                self._n_encoding -= 1
+                self._gate.notify_all()
+
+    def _tokens(self, vocab: int, data: bytes, add_special: bool, parse_special: bool) -> list[int]:
         room = len(data) + 16
         while True:
             buffer = (ctypes.c_int32 * room)()
             n = self._lib.llama_tokenize(
-                self.vocab, data, len(data), buffer, room, add_special, parse_special
+                vocab, data, len(data), buffer, room, add_special, parse_special
             )
             if n >= 0:
                 return buffer[:n]

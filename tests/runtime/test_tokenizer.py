@@ -1,7 +1,9 @@
 """The tokenizer on the default model, and the fence around user text."""
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -235,3 +237,34 @@ def test_chat_errors_are_sentences(tokenizer: Tokenizer) -> None:
         encode_chat(tokenizer, [{"role": "user", "content": "x"}], template="{{ 1 / 0 }}")
     with pytest.raises(ContextError, match="room for 3"):
         encode_chat(tokenizer, [{"role": "user", "content": "x"}], max_tokens=3)
+
+
+def test_a_vocabulary_is_not_freed_while_a_text_is_encoded(
+    smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GGUFFile.open(smollm2_path) as file:
+        opened = Tokenizer.open(file)
+    begun, go_on, freed = threading.Event(), threading.Event(), threading.Event()
+    real = opened._tokens
+
+    def slow(*args: object) -> list[int]:
+        begun.set()
+        assert go_on.wait(60)
+        assert not freed.is_set()
+        return real(*args)  # type: ignore[arg-type]
+
+    def close() -> None:
+        opened.close()
+        freed.set()
+
+    monkeypatch.setattr(opened, "_tokens", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(opened.encode, "hello", add_special=False, parse_special=False)
+        assert begun.wait(60)
+        closing = pool.submit(close)
+        assert not freed.wait(0.1)
+        with pytest.raises(ClosedError):
+            opened.encode("more", add_special=False, parse_special=False)
+        go_on.set()
+        assert found.result(60)
+        closing.result(60)
