@@ -7,7 +7,6 @@ there, and a proof never makes anybody open anything.
 
 import functools
 import hashlib
-import json
 import math
 import platform
 import sys
@@ -20,7 +19,7 @@ from typing import Any, Final
 from edgeroute import __version__
 from edgeroute.lever_proofs import model_id
 from edgeroute.runtime.board_files import Tree
-from edgeroute.runtime.cache_file import cache_path, read_entries, replace_text
+from edgeroute.runtime.cache_file import cache_path, read_entries, write_entries
 from edgeroute.runtime.device import RPC_PREFIX, DeviceInfo
 from edgeroute.runtime.ggml.lib import libraries
 from edgeroute.runtime.gguf import GGUFFile
@@ -135,9 +134,9 @@ def save_proof(made_for: Subject, proof: DeviceProof) -> None:
     entries.pop(made_for, None)
     entries[made_for] = proof
     kept = list(entries.items())[-MAX_ENTRIES:]
-    replace_text(_path(made_for), json.dumps({"version": _VERSION, "entries": [
+    write_entries(_path(made_for), _VERSION, [
         {"subject": asdict(about), "proof": asdict(each)} for about, each in kept
-    ]}))  # fmt: skip
+    ])  # fmt: skip
 
 
 def _short(text: str) -> str:

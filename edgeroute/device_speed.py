@@ -18,7 +18,7 @@ from edgeroute.models.base import MoeModel
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.runtime import machine
 from edgeroute.runtime.batch_shape import Span
-from edgeroute.runtime.cache_file import cache_path, read_entries, replace_text
+from edgeroute.runtime.cache_file import cache_path, read_entries, write_entries
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, ComputeError, UnsupportedModelError
@@ -104,9 +104,9 @@ def device_speeds(
         found[device.info.name] = note.speed
     if fresh:
         kept = list(notes.items())[-_MAX_ENTRIES:]
-        replace_text(cache_path(NAME), json.dumps({"version": _VERSION, "entries": [
+        write_entries(cache_path(NAME), _VERSION, [
             {"key": key, "when": note.when, "speed": asdict(note.speed)} for key, note in kept
-        ]}))  # fmt: skip
+        ])  # fmt: skip
     return found
 
 

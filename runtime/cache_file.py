@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def read_entries(path: Path, version: int, most_bytes: int) -> list[Any]:
         return []
     listed = found.get("entries")
     return listed if isinstance(listed, list) else []
+
+
+def write_entries(path: Path, version: int, entries: Sequence[object]) -> None:
+    """Write a note that `read_entries` reads; without a writable cache folder nothing is kept."""
+    replace_text(path, json.dumps({"version": version, "entries": entries}))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -6,7 +6,6 @@ slower than it was then.
 """
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -15,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from edgeroute.config import RunParams
 from edgeroute.runtime import machine
-from edgeroute.runtime.cache_file import cache_path, read_entries, replace_text
+from edgeroute.runtime.cache_file import cache_path, read_entries, write_entries
 from edgeroute.tools.forecast.records import Range
 
 LAST: Final = 5
@@ -43,8 +42,7 @@ def note(model: Path, params: RunParams, likely: float, had: float) -> None:
         return
     key = _key(model, params)
     entries = [[key, time.time(), likely, had], *_entries()]
-    replace_text(cache_path(_FILE), json.dumps(
-        {"version": _VERSION, "entries": entries[:_MOST_ENTRIES]}))  # fmt: skip
+    write_entries(cache_path(_FILE), _VERSION, entries[:_MOST_ENTRIES])
 
 
 def seen(model: Path, params: RunParams, likely: float) -> Seen | None:
