@@ -16,13 +16,14 @@ TEXTS = frozenset((
     "memory", "kv_type", "device", "policy", "prefetch", "trace", "adapter_state", "small",
     "speculate", "depth", "depth_file", "steps", "steps_file", "steps_state", "remote", "sessions",
     "sessions_bytes", "levers", "overlap", "read_bytes",
-    "energy", "device_memory", "host_experts", "sidecar",
+    "energy", "device_memory", "run_ahead", "host_experts", "sidecar",
 ))  # fmt: skip
 PATHS = frozenset(("small", "depth_file", "steps_file", "steps_state", "sessions"))
 LIBRARIES = frozenset(("adapters", "small_adapters"))
 SPECULATE = ("auto", "off", "lookup", "self", "small")
 LEVERS = ("proven", "asked", "off")
 OVERLAP = ("auto", "on", "off")
+RUN_AHEAD = ("auto", "off")
 HOST_EXPERTS = ("auto", "on", "off")
 SIDECAR = ("auto", "on", "off")
 LOSSY = {"drop_misses": 1.0, "prefer_resident": 20.0, "degrade_misses": 1.0}
@@ -97,7 +98,7 @@ class RunParams:
             proved to win on this machine and model; whatever is on is watched, and switched off
             where it loses. `asked` takes the settings as they are given and watches nothing;
             `off` switches every lever off: no prefetch, policy `lru`, no overlap, no speculation,
-            full depth, no steps.
+            no running ahead, full depth, no steps.
         trace: a file to record which experts were chosen.
         adapters: LoRA adapters: a folder of them, one, or several. An empty tuple begins with
             none and lets them be added later.
@@ -118,6 +119,10 @@ class RunParams:
             steps while the model here writes the easy ones. Its key, if it wants one, is read from
             the environment: EDGEROUTE_REMOTE_KEY.
         remote_timeout_s: how long a remote model may be silent before the model here writes on.
+        run_ahead: `auto` computes up to four tokens of an answer in one pass where each is the
+            strongest (temperature 0, no grammar) and all weights are in memory, as long as that
+            is measured to pay; they come together then, at most 60 ms apart. Answers stay the
+            same, bit for bit. `off` computes one.
         speculate: who drafts tokens, several of which the model then verifies in one pass;
             answers stay the same, bit for bit. `auto` does so where layers stream, by whichever
             source is measured to pay; `lookup` (what followed in the text before), `self` (a
@@ -170,6 +175,7 @@ class RunParams:
     adapter_state: str | None = None
     small: str | None = None
     small_adapters: tuple[str, ...] | None = None
+    run_ahead: str = "auto"
     speculate: str = "auto"
     depth: str = "full"
     depth_file: str | None = None
@@ -208,6 +214,7 @@ class RunParams:
             ("speculate", SPECULATE),
             ("levers", LEVERS),
             ("overlap", OVERLAP),
+            ("run_ahead", RUN_AHEAD),
             ("host_experts", HOST_EXPERTS),
             ("sidecar", SIDECAR),
         ):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from edgeroute.device_loss import devices_at_risk
 from edgeroute.energy_book import open_book
 from edgeroute.row_bits import beside_prompts
+from edgeroute.run_ahead import open_run_ahead
 from edgeroute.runtime import machine
 from edgeroute.runtime.threads import ThreadPolicy
 from edgeroute.scheduler import Scheduler
@@ -43,6 +44,7 @@ def make_scheduler(
         from edgeroute.speculation import Speculation
 
         scheduler.speculation = Speculation(loaded, params, scheduler.is_eog)
+    scheduler.run_ahead = open_run_ahead(loaded)
     if params.steps_on:
         # One model alone should not wait for what two need.
         from edgeroute.step_choice import open_routing

@@ -12,12 +12,13 @@ from edgeroute.runtime.gguf import GGUFFile
 
 AUTO: Final[Mapping[str, object]] = {
     "prefetch": "auto", "policy": "auto", "overlap": "auto", "speculate": "auto",
-    "threads": None, "io_threads": None, "read_bytes": None, "direct_io": None,
+    "run_ahead": "auto", "threads": None, "io_threads": None, "read_bytes": None, "direct_io": None,
     "sidecar": "auto",
 }  # fmt: skip
 """Settings that a proof may decide, and their values that leave it to it."""
 OFF: Final[Mapping[str, Any]] = {
     "prefetch": "off", "policy": "lru", "overlap": "off", "speculate": "off", "depth": "full",
+    "run_ahead": "off",
     "steps": "off", "drop_misses": 0.0, "prefer_resident": 0.0, "degrade_misses": 0.0,
 }  # fmt: skip
 """What `levers="off"` sets."""

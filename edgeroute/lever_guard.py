@@ -2,8 +2,9 @@
 
 Every lever that can be toggled between steps has a gate that watches it: prefetch and overlap are
 compared in paired windows (`offload.prefetch_gate`, `offload.overlap_gate`), drafts by what their
-tokens took (`skippers.speculate`), eviction policies by replays of the latest routes, a depth plan
-by its divergence from the full model (`depth_guard`). Here their verdicts come together.
+tokens took (`skippers.speculate`), passes of several tokens by those of one (`run_ahead`), eviction
+policies by replays of the latest routes, a depth plan by its divergence from the full model
+(`depth_guard`). Here their verdicts come together.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ def lever_stats(loaded: "LoadedModel", scheduler: "Scheduler") -> dict[str, obje
     """
     found = {
         "prefetch": _prefetch(loaded), "policy": _policy(loaded), "overlap": _overlap(loaded),
-        "speculation": _speculation(loaded, scheduler), "depth": _depth(loaded),
+        "speculation": _speculation(loaded, scheduler),
+        "run_ahead": _run_ahead(loaded, scheduler), "depth": _depth(loaded),
         "steps": _steps(loaded, scheduler), "misses": _misses(loaded),
         "threads": _threads(loaded, scheduler),
     }  # fmt: skip
@@ -119,6 +121,14 @@ def _speculation(loaded: "LoadedModel", scheduler: "Scheduler") -> Lever | None:
     if policy.left_because and not policy.on:
         found |= {"switched_off": policy.left_because, "off_at_step": policy.left_at_pass}
     return found
+
+
+def _run_ahead(loaded: "LoadedModel", scheduler: "Scheduler") -> Lever | None:
+    if scheduler.run_ahead is None:
+        return None
+    setting = loaded.params.run_ahead
+    why = _why(loaded, "run_ahead", setting, "measured while running")
+    return {"setting": setting, "why": why} | scheduler.run_ahead.stats()
 
 
 def _depth(loaded: "LoadedModel") -> Lever | None:

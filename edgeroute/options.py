@@ -50,6 +50,7 @@ class Settings(TypedDict, total=False):
     depth: str | None
     depth_file: str | Path | None
     depth_max_kl: float | None
+    run_ahead: str | None
     speculate: str | None
     steps: str | None
     steps_file: str | Path | None

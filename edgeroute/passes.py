@@ -1,9 +1,10 @@
 """Passes over a model for the requests of a scheduler: computed, timed, and entered in books."""
 
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,15 @@ from edgeroute.runtime.threads import ThreadPolicy
 if TYPE_CHECKING:
     from edgeroute.adapters import Adapters
     from edgeroute.energy_book import EnergyBook
+    from edgeroute.models.ahead import Computed
     from edgeroute.offload.device_tier import DeviceTier
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
+    from edgeroute.run_ahead import RunAhead
     from edgeroute.step_routing import StepRouting
 
 Logits = npt.NDArray[np.float32]
+Found = TypeVar("Found")
 
 
 class Passes(ABC):
@@ -87,6 +91,16 @@ class Passes(ABC):
             self.threads.observe(len(pieces), time.perf_counter() - self.stalled_s() - began)
         return logits
 
+    def run_several(
+        self, pieces: list[Piece], batch: list[Request], n: int, ahead: "RunAhead"
+    ) -> "list[Computed] | None":
+        """Compute `n` tokens of each request of a batch, as `run_pass` computes one."""
+        began = time.perf_counter()
+        found = self._computed(pieces, batch, lambda: ahead.run(pieces, n))
+        if found is not None:
+            self.threads.observe(len(pieces), (time.perf_counter() - began) / n)
+        return found
+
     def compute(
         self, request: Request, piece: Piece, spans: tuple[Span, ...] | None = None
     ) -> Logits | None:
@@ -111,25 +125,32 @@ class Passes(ABC):
     def _run(
         self, pieces: list[Piece], requests: list[Request], spans: tuple[Span, ...] | None = None
     ) -> Logits | None:
-        """Run a batch; a failed one fails its own requests only. None when it was stopped."""
+        """Run a batch; None when it was stopped, or its requests were failed."""
+        depth = requests[0].depth  # the same for all of them
+        if depth is None or spans is not None:
+            compute = functools.partial(self.forward.run, pieces, spans, borrow=True)
+        else:
+            compute = functools.partial(depth.run, self.forward, pieces)
+        return self._computed(pieces, requests, compute)
+
+    def _computed(
+        self, pieces: list[Piece], requests: list[Request], compute: "Callable[[], Found | None]"
+    ) -> "Found | None":
+        """Compute a batch and enter it in books; a failed one fails its own requests only."""
         self.before_pass()
         self.forward.device.set_threads(self.threads.n_threads)
         began = time.perf_counter()
         try:
-            depth = requests[0].depth  # the same for all of them
-            if depth is None or spans is not None:
-                logits = self.forward.run(pieces, spans, borrow=True)
-            else:
-                logits = depth.run(self.forward, pieces)
+            found = compute()
             self.check()
             if self.adapters is not None or self.steps is not None:
                 self._book_compute()
-            if self.steps is not None and logits is not None:
+            if self.steps is not None and found is not None:
                 n_tokens = sum(len(piece.tokens) for piece in pieces)
                 self.steps.saw(n_tokens, time.perf_counter() - began)
             if self.energy is not None:
                 self.energy.passed(pieces, requests, time.perf_counter() - began)
-            return logits
+            return found
         except EdgerouteError as error:
             for request in requests:
                 self.fail(request, error)

@@ -8,7 +8,7 @@ import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from edgeroute.admission import Admission
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgeroute.offload.device_tier import DeviceTier
     from edgeroute.offload.expert_store import ExpertStore
     from edgeroute.offload.layer_store import LayerStore
+    from edgeroute.run_ahead import RunAhead
     from edgeroute.sessions import Sessions
     from edgeroute.speculation import Speculation
 
@@ -61,6 +62,7 @@ class Scheduler(Passes):
         self.max_batch = max_batch
         self.is_eog = functools.cache(is_eog)  # asked of every token, and 15 us in libllama
         self.speculation: Speculation | None = None
+        self.run_ahead: RunAhead | None = None
         self.depth: DepthSource | None = None
         self.depth_guard: DepthGuard | None = None
         self.sessions: Sessions | None = None
@@ -306,16 +308,30 @@ class Scheduler(Passes):
             sequence = sequence_of(request)
             pieces.append(Piece(tokens=sequence.tokens[-1:], pos=sequence.n_past,
                                 region=sequence.region, lora=request.lora))  # fmt: skip
-        logits = self.run_pass(pieces, batch)
-        if logits is None:
-            return
+        ahead = None if self.prompts.queue else self.run_ahead
+        n = 1 if ahead is None else ahead.n_tokens_each(pieces, batch)
+        if ahead is not None and n > 1:
+            rows: list[Request | None] = [*batch]
+            for computed, fed in self.run_several(pieces, batch, n, ahead) or ():
+                self._choose(rows, computed)
+                if fed is not None:
+                    rows = [each if each is not None and _goes_on(each, int(token)) else None
+                            for each, token in zip(rows, fed, strict=True)]  # fmt: skip
+        elif (logits := self.run_pass(pieces, batch)) is not None:
+            self._choose(batch, logits)
+        if ahead is not None:
+            ahead.took(len(pieces), n)
+
+    def _choose(self, rows: Sequence[Request | None], logits: Logits) -> None:
+        """Choose the next token of each answer that a pass was computed for."""
         self.n_decode_steps += 1
-        self.n_decode_tokens += len(batch)
-        for i, request in enumerate(batch):  # iterating over the array costs an IndexError
-            sequence = sequence_of(request)
-            sequence.n_past += 1
-            sequence.classes.append(CLASS_SINGLE)
-            self.sample(request, logits[i])
+        for i, request in enumerate(rows):  # iterating over the array costs an IndexError
+            if request is not None:
+                self.n_decode_tokens += 1
+                sequence = sequence_of(request)
+                sequence.n_past += 1
+                sequence.classes.append(CLASS_SINGLE)
+                self.sample(request, logits[i])
 
     def _leave(self, request: Request) -> None:
         for group in self._groups:
@@ -352,3 +368,8 @@ class Scheduler(Passes):
             self.finish(request, "stop")
         elif len(request.token_ids) >= request.max_tokens:
             self.finish(request, "length")
+
+
+def _goes_on(request: Request, token: int) -> bool:
+    """Whether an answer has not ended, and this is its last token."""
+    return request.sequence is not None and request.sequence.tokens[-1] == token

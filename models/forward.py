@@ -9,35 +9,33 @@ import numpy.typing as npt
 from edgeroute.models.base import Hparams, Model
 from edgeroute.models.blocks import output_norm
 from edgeroute.models.embedder import Embedder
+from edgeroute.models.feeding import Feeder, fill_lora
 from edgeroute.models.pruning import fill_choice, n_described
 from edgeroute.models.standins import fill_switches
 from edgeroute.models.steps import build_step
 from edgeroute.models.stream import Stream
-from edgeroute.runtime.batch_shape import BatchShape, Segment, Span, causal_mask
+from edgeroute.runtime.batch_shape import BatchShape, Segment, Span
 from edgeroute.runtime.cells import Region, round_cells
 from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.ggml.api import Tensor, ggml
-from edgeroute.runtime.graph import Builder, Graph, Inputs, MaskSlot
+from edgeroute.runtime.graph import Builder, Graph
 from edgeroute.runtime.graph_cache import GraphCache
+from edgeroute.runtime.graph_inputs import Inputs
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.lora import (
     LoraRow,
     LoraShape,
     LoraSlots,
-    lora_factors,
-    lora_ids,
     lora_shape,
 )
 from edgeroute.runtime.plain_weights import WIDE_FROM, PlainWeights
 from edgeroute.runtime.tensor import (
     F32,
-    Table,
     get_bytes,
     host_view,
     set_bytes,
-    set_ids,
 )
 from edgeroute.runtime.token_choice import BY_ATTENTION, TokenRule
 from edgeroute.runtime.weights import Weights
@@ -89,11 +87,8 @@ class Forward:
         """Which tokens a step computes that keeps a part of a prompt. Graphs are built for it:
         clear them after a change."""
         self.whole = self.spans(all_run(range(model.hparams.n_layer)))
-        self._strip = Table(causal_mask(kv.n_cells))
-        self._strip_swa = Table(causal_mask(kv.n_cells, model.n_swa)) if model.n_swa else None
+        self._feeder = Feeder(kv.n_cells, model.n_swa)
         self._stream: Stream | None = None
-        self._rows = Table(np.arange(kv.n_cells, dtype=np.int64))
-        self._positions = Table(np.arange(kv.n_cells, dtype=np.int32))
 
     @staticmethod
     def spans(steps: Sequence[Step], plan: str = "") -> tuple[Span, ...]:
@@ -142,7 +137,7 @@ class Forward:
         if self.embedder is not None:
             return self.embedder.look_up(tokens)
         span, shape = Span((), embed=True, output=False), shape_of(len(tokens), 0, n_out=0)
-        b = self._builder(span, shape, 0)
+        b = self.builder(span, shape, 0)
         with self.graphs.passing(b.finish(self.model.embed(b))) as graph:
             set_bytes(b.tokens(), np.array(tokens, np.int32))
             if not self.device.compute(graph.pointer):
@@ -265,7 +260,7 @@ class Forward:
         return graph
 
     def _build(self, span: Span, shape: BatchShape) -> Graph:
-        b = self._builder(span, shape, n_described(span.steps))
+        b = self.builder(span, shape, n_described(span.steps))
         x = self._begin(b) if span.embed else self._stream_view(b)
         for i, step in enumerate(span.steps):
             last = span.output and i == len(span.steps) - 1
@@ -282,9 +277,9 @@ class Forward:
             return self.model.embed(b)
         return b.more(EMBEDDINGS, F32, self.model.hparams.n_embd, b.n_tokens)
 
-    def _builder(self, span: Span, shape: BatchShape, n_layer: int) -> Builder:
-        """Begin a graph with room for `n_layer` layers."""
-        n_nodes = room_for_nodes(self.model.hparams, n_layer, shape)
+    def builder(self, span: Span, shape: BatchShape, n_layer: int, n_passes: int = 1) -> Builder:
+        """Begin a graph with room for `n_passes` passes over `n_layer` layers."""
+        n_nodes = n_passes * room_for_nodes(self.model.hparams, n_layer, shape)
         plain = self.plain if shape.n_tokens >= WIDE_FROM else None
         b = Builder(span, shape, plain or self.weights, self.kv, n_nodes)
         b.standins = self.standins
@@ -315,34 +310,20 @@ class Forward:
 
     def _fill(self, graph: Graph, pieces: Sequence[Piece], shape: BatchShape) -> None:
         """Write a batch's numbers into a graph's inputs."""
-        inputs, on_host = graph.inputs, graph.inputs.on_host
-        if inputs.tokens is not None:
-            ids = [token for piece in pieces for token in piece.tokens]
-            set_ids(inputs.tokens, ids, on_host=on_host)
-        first = 0
-        for piece in pieces:
-            n = len(piece.tokens)
-            if inputs.pos is not None:
-                self._positions.write(inputs.pos, first, piece.pos, n, on_host=on_host)
-            if inputs.rows is not None:
-                cell = piece.region.start + piece.pos
-                self._rows.write(inputs.rows, first, cell, n, on_host=on_host)
-            first += n
-        if inputs.out_ids is not None:
-            set_ids(inputs.out_ids, _out_ids(pieces), on_host=on_host)
+        self.write_inputs(graph.inputs, pieces, shape)
+
+    def write_inputs(self, inputs: Inputs, pieces: Sequence[Piece], shape: BatchShape) -> None:
+        """Write a batch's numbers into inputs of its shape."""
+        self._feeder.write(inputs, pieces, shape.segments)
         if inputs.more:
             self._fill_more(inputs, pieces, shape)
-        for strip, masks in ((self._strip, inputs.masks), (self._strip_swa, inputs.masks_swa)):
-            if strip is not None:
-                for slot, piece, segment in zip(masks, pieces, shape.segments, strict=False):
-                    _write_mask(strip, slot, piece, segment, on_host=on_host)
 
     def _fill_more(self, inputs: Inputs, pieces: Sequence[Piece], shape: BatchShape) -> None:
         """Write what only some graphs ask for."""
         if self.embedder is not None and (given := inputs.more.get(EMBEDDINGS)) is not None:
             set_bytes(given, self.embedder.look_up([t for piece in pieces for t in piece.tokens]))
         if shape.lora is not None:
-            _fill_lora(inputs, pieces, shape.lora)
+            fill_lora(inputs, pieces, shape.lora)
         places = [(p.pos, len(p.tokens), p.n_out) for p in pieces]
         fill_switches(inputs, places)
         fill_choice(inputs, places, self.token_rule)
@@ -377,39 +358,3 @@ def _segment(piece: Piece) -> Segment:
     if not 0 < n_tokens >= piece.n_out or end > region.n_cells:
         raise ComputeError(f"tokens {piece.pos} to {end} do not fit {region}")
     return Segment(region.start, round_cells(end), n_tokens)
-
-
-def _write_mask(
-    strip: Table, slot: MaskSlot, piece: Piece, segment: Segment, *, on_host: bool
-) -> None:
-    """Write the mask rows of a piece, F16 (n_tokens, n_kv), each a slice of the strip."""
-    first = len(strip.values) // 2 - 1 - piece.pos
-    if segment.n_tokens == 1:
-        strip.write(slot.tensor, slot.at, first, segment.n_kv, on_host=on_host)
-        return
-    rows = np.lib.stride_tricks.sliding_window_view(strip.values, segment.n_kv)
-    last = first - segment.n_tokens
-    set_bytes(slot.tensor, np.ascontiguousarray(rows[first : last if last >= 0 else None : -1]))
-
-
-def _fill_lora(inputs: Inputs, pieces: Sequence[Piece], lora: LoraShape) -> None:
-    """Write the adapter slots of each sequence and token, and the factors on them."""
-    if (slots := inputs.more.get("lora_rows")) is not None:
-        set_bytes(slots, lora_ids([(piece.lora, 1) for piece in pieces], lora.n_used))
-    for end, rows in (
-        ("", [(piece.lora, len(piece.tokens)) for piece in pieces]),
-        ("_out", [(piece.lora, piece.n_out) for piece in pieces]),
-    ):
-        if (ids := inputs.more.get(f"lora_ids{end}")) is not None:
-            set_bytes(ids, lora_ids(rows, lora.n_used))
-        if (factors := inputs.more.get(f"lora_factors{end}")) is not None:
-            set_bytes(factors, lora_factors(rows, lora.n_used))
-
-
-def _out_ids(pieces: Sequence[Piece]) -> list[int]:
-    ids: list[int] = []
-    end = 0
-    for piece in pieces:
-        end += len(piece.tokens)
-        ids += range(end - piece.n_out, end)
-    return ids

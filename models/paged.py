@@ -241,7 +241,7 @@ class PagedForward(PairsForward):
         model, until = self.model, stage.until
         ends = until is None and stage.narrow
         span = Span(stage.dense, embed=stage.before is None, output=ends, plan=stage.plan)
-        b = self._builder(span, batch, n_described(stage.dense) + 2)
+        b = self.builder(span, batch, n_described(stage.dense) + 2)
         x = self._begin(b) if stage.before is None else self._combine(b, stage)
         for i, step in enumerate(stage.dense):
             last = until is None and stage.narrow and i == len(stage.dense) - 1

@@ -223,7 +223,7 @@ class PairsForward(Forward):
     def _pairs_graph(self, il: int, n_pairs: int, *, copied: bool = False) -> Graph:
         """Build experts' outputs for pairs of token and expert, written to rows of the carry."""
         batch = shape_of(1, round_cells(1), n_out=1)
-        b = self._builder(Span((), embed=False, output=False), batch, 0)
+        b = self.builder(Span((), embed=False, output=False), batch, 0)
         if copied:
             assert self.copies is not None
             b.weights = self.copies
@@ -240,7 +240,7 @@ class PairsForward(Forward):
     def _rows_graph(self, n_pairs: int) -> Graph:
         """Build what writes given outputs of pairs to rows of the carry."""
         batch = shape_of(1, round_cells(1), n_out=1)
-        b = self._builder(Span((), embed=False, output=False), batch, 0)
+        b = self.builder(Span((), embed=False, output=False), batch, 0)
         outs = self._carry.views(b, self._carry.n_tokens, 1).rows
         block = b.more("block", F32, self.model.hparams.n_embd, n_pairs)
         rows = b.more("rows", I64, n_pairs)

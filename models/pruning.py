@@ -16,7 +16,8 @@ from edgeroute.runtime.batch_shape import Segment
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.ggml.api import Tensor
-from edgeroute.runtime.graph import Builder, Inputs
+from edgeroute.runtime.graph import Builder
+from edgeroute.runtime.graph_inputs import Inputs
 from edgeroute.runtime.lora import LoraShape
 from edgeroute.runtime.lora_graph import LoraInputs
 from edgeroute.runtime.tensor import F16, F32, set_bytes, shape, strides

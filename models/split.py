@@ -78,7 +78,7 @@ class _Lane(Forward):
 
     def _build_part(self, part: _Part, shape: BatchShape) -> Graph:
         span = part.span
-        b = self._builder(span, shape, n_described(span.steps))
+        b = self.builder(span, shape, n_described(span.steps))
         n_before = shape.n_out if part.narrow_before else None
         x = self._begin(b) if span.embed else self._stream_view(b, n_before)
         for i, step in enumerate(span.steps):

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.runtime.ggml.api import Tensor
-from edgeroute.runtime.graph import Builder, Inputs
+from edgeroute.runtime.graph import Builder
+from edgeroute.runtime.graph_inputs import Inputs
 from edgeroute.runtime.tensor import F32, set_bytes, shape
 
 PARTS = ("attn", "ffn", "layer")

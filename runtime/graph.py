@@ -4,9 +4,9 @@ A Builder offers ggml's operations to the architectures in models/. A Graph is w
 out: its inputs, its output, and the descriptors that keep them alive.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from edgeroute.runtime.cell_views import CellViews
 from edgeroute.runtime.depth import ExpertRule
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
+from edgeroute.runtime.graph_inputs import Inputs, MaskSlot
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.lora import LoraShape, LoraSlots
 from edgeroute.runtime.lora_graph import LoraInputs, LoraUse
@@ -26,52 +27,14 @@ from edgeroute.runtime.tensor import (
     I32,
     I64,
     Descriptors,
+    host_bytes,
+    host_view,
     is_on_host,
-    is_placed,
     shape,
     strides,
 )
 from edgeroute.runtime.token_choice import BY_ATTENTION, TokenRule
 from edgeroute.runtime.weights import Weights
-
-
-class MaskSlot(NamedTuple):
-    """Where a segment's mask rows, F16 [n_kv, n_tokens], begin in a mask tensor."""
-
-    tensor: Tensor
-    at: int
-
-
-@dataclass(slots=True)
-class Inputs:
-    """Input tensors of a graph; a span without embedding or attention lacks some."""
-
-    tokens: Tensor | None = None  # I32 [n_tokens]
-    pos: Tensor | None = None  # I32 [n_tokens]
-    rows: Tensor | None = None  # I64 [n_tokens], cells that the new keys and values go to
-    out_ids: Tensor | None = None  # I32 [n_out]
-    masks: list[MaskSlot] = field(default_factory=list)  # one per segment
-    masks_swa: list[MaskSlot] = field(default_factory=list)
-    more: dict[str, Tensor] = field(default_factory=dict)  # what only one kind of forward has
-    on_host: bool = False  # whether all but `more` are, see `is_on_host`
-
-    def settle(self) -> None:
-        """Look where the inputs of a placed graph are; drop those that no operation reads.
-
-        They have no memory to be written to. Operations that were described and are not computed
-        leave such inputs behind.
-        """
-        for name in ("tokens", "pos", "rows", "out_ids"):
-            tensor = getattr(self, name)
-            if tensor is not None and not is_placed(tensor):
-                setattr(self, name, None)
-        for masks in (self.masks, self.masks_swa):
-            if not all(is_placed(slot.tensor) for slot in masks):
-                masks.clear()
-        self.more = {name: each for name, each in self.more.items() if is_placed(each)}
-        masked = (slot.tensor for slot in (*self.masks, *self.masks_swa))
-        own = (self.tokens, self.pos, self.rows, self.out_ids, *masked)
-        self.on_host = all(is_on_host(tensor) for tensor in own if tensor is not None)
 
 
 class Builder:
@@ -98,6 +61,8 @@ class Builder:
         """Which of the chosen experts compute in this pass over a layer: see Step."""
         self.token_rule: TokenRule = BY_ATTENTION
         """Which tokens of a prompt a step computes that keeps a part of them."""
+        self._tokens: Tensor | None = None
+        self._passes: list[Pass] = []
         self._lora: LoraUse | None = None
         self._groups = group_segments(batch.segments)
         self._cell_views: list[tuple[Tensor, int]] = []
@@ -110,10 +75,32 @@ class Builder:
         if self.batch.lora is not None:
             self._lora = LoraUse(slots)
 
+    # several passes in one graph
+
+    def following(self) -> "Builder":
+        """Begin the next pass of the same graph, over the strongest token of each logits column.
+
+        It has inputs of its own. The batch is of one token a sequence, all with logits.
+        """
+        tokens = self.g.ggml_argmax(self.ctx, self._passes[-1].logits)
+        self.g.ggml_set_output(tokens)
+        self._passes[-1].tokens = tokens
+        other = copy.copy(self)
+        other.inputs, other._tokens = Inputs(), tokens
+        return other
+
+    def end_pass(self, logits: Tensor) -> None:
+        """Let one of several passes end in logits, which stay until the graph is run again."""
+        self.g.ggml_set_output(logits)
+        self.g.ggml_build_forward_expand(self.graph, logits)
+        self._passes.append(Pass(self.inputs, logits))
+
     # inputs, made on first use
 
     def tokens(self) -> Tensor:
         """Token ids, I32 [n_tokens]."""
+        if self._tokens is not None:
+            return self._tokens
         if self.inputs.tokens is None:
             self.inputs.tokens = self._input(I32, "tokens", self.n_tokens)
         return self.inputs.tokens
@@ -371,7 +358,26 @@ class Builder:
         self.g.ggml_set_output(output)
         self.g.ggml_build_forward_expand(self.graph, output)
         cells = CellViews(self._cell_views, self.batch.segments[0].start)
-        return Graph(self.graph, self.inputs, output, self._descriptors, cells)
+        return Graph(self.graph, self.inputs, output, self._descriptors, cells, passes=self._passes)
+
+
+@dataclass(slots=True)
+class Pass:
+    """One of several passes that a graph makes, each over tokens that the one before chose."""
+
+    inputs: Inputs
+    logits: Tensor  # F32 [n_vocab, n_out]
+    tokens: Tensor | None = None  # I32 [n_out], the strongest; the last pass chooses none
+    host_logits: npt.NDArray[np.float32] | None = None
+    host_tokens: npt.NDArray[np.int32] | None = None
+
+    def settle(self) -> None:
+        """Look where inputs and results of a placed graph are."""
+        self.inputs.settle()
+        n_vocab, n_out, _, _ = shape(self.logits)
+        self.host_logits = host_view(self.logits, (n_out, n_vocab))
+        if self.tokens is not None and is_on_host(self.tokens):
+            self.host_tokens = host_bytes(self.tokens).view(np.int32)
 
 
 @dataclass(slots=True)
@@ -384,6 +390,15 @@ class Graph:
     descriptors: Descriptors
     cells: CellViews
     host_output: npt.NDArray[np.float32] | None = None
+    passes: list[Pass] = field(default_factory=list)
+    """Of a graph that makes several."""
+
+    def settle(self) -> None:
+        """Look where inputs are, once the graph is placed."""
+        for each in self.passes:
+            each.settle()
+        if not self.passes:
+            self.inputs.settle()
 
     def free(self) -> None:
         """Free the descriptors; safe to call twice."""

@@ -117,7 +117,7 @@ class GraphCache:
                 f"{n_nodes} operations wants more than the {format_bytes(before)} it had; lower "
                 "n_ctx or n_ubatch, or give the device less to hold"
             )
-        graph.inputs.settle()
+        graph.settle()
         if self.n_bytes != before:
             self.clear()
         self._n_built += 1

@@ -86,7 +86,7 @@ class Sampler(Closing):
                 self._remember(token_id)
         self._grammar = tokenizer.constraint(params)
         self._shape = (self.n_vocab,)
-        self._plain = (  # the strongest token, and nothing else to do: the common case
+        self.plain = (  # the strongest token, and nothing else to do: the common case
             params.temperature <= 0
             and params.logprobs is None
             and not n_last
@@ -117,7 +117,7 @@ class Sampler(Closing):
         """
         if logits.shape != self._shape:
             raise ComputeError(f"expected {self.n_vocab} logits, got an array of {logits.shape}")
-        if self._plain:
+        if self.plain:
             return _argmax(logits)
         adjusted = self._adjust(logits)
         chosen = self._choose(adjusted)

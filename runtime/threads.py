@@ -88,7 +88,7 @@ class ThreadPolicy:
     def usual_s(self, n_tokens: int) -> float | None:
         """Median seconds of recent steps at the current number of threads, if there are enough."""
         times = self._usual.get((self.n_threads, n_tokens))
-        return _median(times) if times and len(times) >= TRIAL_STEPS else None
+        return median(times) if times and len(times) >= TRIAL_STEPS else None
 
     def _read_load(self) -> None:
         if self._meter.age_s >= READ_EVERY_S:
@@ -138,11 +138,11 @@ class ThreadPolicy:
         Every step is set against steps of its own size; where there were none it counts as fast.
         """
         before = self._usual.get((self._trial_from or 1, n_tokens))
-        self._trial.append(seconds / _median(before) if before else 0.0)
+        self._trial.append(seconds / median(before) if before else 0.0)
         hopeless = self._trial[-1] > VERY_SLOW_RATIO
         if len(self._trial) < TRIAL_STEPS and not hopeless:
             return
-        won = not hopeless and _median(self._trial) < GAIN_RATIO
+        won = not hopeless and median(self._trial) < GAIN_RATIO
         if won:
             self._backoff_s = BACKOFF_FIRST_S
             self._trial_from = None
@@ -159,7 +159,7 @@ class ThreadPolicy:
             self._n_slow = 0
 
 
-def _median(values: Collection[float]) -> float:
+def median(values: Collection[float]) -> float:
     """Return the median of at least one value.
 
     Not of the standard library: its module brings fractions, decimals and hashes with it, for

@@ -31,8 +31,9 @@ from edgeroute.runtime.errors import (
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import Graph, Inputs
+from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.graph_cache import GraphCache
+from edgeroute.runtime.graph_inputs import Inputs
 from edgeroute.runtime.tensor import (
     F16,
     F32,

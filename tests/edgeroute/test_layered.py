@@ -182,6 +182,7 @@ def test_answers_and_statistics_of_a_runtime(path: Path) -> None:
         assert layers["streamed"] >= 2 and layers["resident"] >= 2
         assert layers["bytes"] > 0 and layers["stall_s"] >= 0
         assert sum(stats["memory"].values()) <= stats["budget_bytes"]
+        assert "run_ahead" not in stats["levers"]  # each pass reads layers: drafts share them
 
 
 class _Faults:

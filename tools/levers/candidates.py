@@ -14,7 +14,7 @@ CONTROLS: Final = ("random",)
 """Predictors and policies that nobody should want."""
 MAX_PLANS: Final = 6
 LEVERS: Final = (
-    "prefetch", "policy", "overlap", "speculate", "threads", "direct_io", "read_bytes",
+    "prefetch", "policy", "overlap", "speculate", "run_ahead", "threads", "direct_io", "read_bytes",
     "io_threads", "sidecar", "repack_experts", "plain_prompts", "kv_type", "n_ubatch", "depth",
     "steps", "adapters",
 )  # fmt: skip
@@ -83,6 +83,8 @@ def candidates(facts: Facts, *, controls: bool = False) -> list[Candidate]:
             pair = {"small": facts.small, "steps": "off"}
             found.append(Candidate(lever="speculate", settings=pair | {"speculate": "small"},
                                    off=pair | {"speculate": "off"}))  # fmt: skip
+    if facts.pages is None and facts.small is None:
+        found += _each("run_ahead", ["auto"], "off")
     found += _each("threads", list(range(1, facts.cores + 1)), None)
     if facts.pages:
         found += _each("direct_io", [False], True)
