@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 MOST: Final = 4
 """Tokens of an answer at once: eight gained no more (BENCHLOG, 2026-11-23, seventh)."""
-MOST_OUT: Final = 8
-"""Tokens of all answers at once, whose logits stay in memory together."""
+MOST_OUT: Final = 4
+"""Tokens of all answers at once: ggml's argmax takes a row after another, by one thread, and with
+four answers costs what the host's work between two passes does."""
 BURST_S: Final = 0.06
 """How long nobody may hear anything: what arrives or is cancelled meanwhile waits for it."""
 KEPT: Final = 16
