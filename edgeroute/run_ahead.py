@@ -14,54 +14,67 @@ if TYPE_CHECKING:
     from edgeroute.request import Request
 
 MOST: Final = 4
-"""Tokens of an answer at once: eight gained no more (BENCHLOG, 2026-11-23, seventh)."""
+"""Tokens of an answer at once: eight gained no more."""
 MOST_OUT: Final = 4
-"""Tokens of all answers at once: ggml's argmax takes a row after another, by one thread, and with
-four answers costs what the host's work between two passes does."""
+"""Tokens of all answers at once: with four answers nothing was gained."""
 BURST_S: Final = 0.06
 """How long nobody may hear anything: what arrives or is cancelled meanwhile waits for it."""
-KEPT: Final = 16
-LOSS_RATIO: Final = 1.02
-"""Time of a token over that in passes of one, from which on it loses."""
-PAUSE_TOKENS: Final = 512
-"""Passes of one after a loss, until it is tried again."""
+TURN_TOKENS: Final = 8
+"""Of each answer, after which a trial goes over to the other way."""
+TRIAL_TOKENS: Final = 96
+"""Of each answer and way, after which a trial is decided."""
+HOLD_TOKENS: Final = 4096
+"""Of each answer, until it is tried again."""
+PAUSE_S: Final = 0.002
+"""Between two passes that follow each other; with more, somebody else was served."""
 
 
-class _Race:
-    """Time of a token when a pass computes one of each answer, and when it computes several."""
+class Race:
+    """Time of a token when a pass computes one of each answer, and when it computes several.
+
+    Both take turns in a trial, for a machine is not as quick now as it was; then the winner runs.
+    """
 
     def __init__(self) -> None:
-        self._single: deque[float] = deque(maxlen=KEPT)
-        self._several: deque[float] = deque(maxlen=KEPT)
-        self._left = 0
-        self.lost = 0.0
+        self._took = _no_times()
+        self._n_tokens = {False: 0, True: 0}
+        self._left = 0  # tokens until the next trial
+        self._turn, self._turn_left = False, TURN_TOKENS
+        self.ratio: float | None = None
+        """Time of a token in passes of several over that in passes of one, in the last trial."""
 
-    def took(self, n_passes: int, seconds: float) -> None:
-        if n_passes > 1:
-            self._several.append(seconds / n_passes)
-        else:
-            self._single.append(seconds)
-            self._left -= 1
-        ratio = self.ratio
-        if ratio is not None and ratio > LOSS_RATIO and self._left <= 0:
-            self.lost = ratio
-            self._left = PAUSE_TOKENS
-            self._several.clear()
+    @property
+    def lost(self) -> bool:
+        """Whether several tokens at once lost the last trial."""
+        return self.ratio is not None and self.ratio >= 1.0
+
+    @property
+    def several(self) -> bool:
+        """Whether the next pass should compute several tokens."""
+        return not self.lost if self._left > 0 else self._turn
 
     @property
     def single_s(self) -> float | None:
-        return median(self._single) if self._single else None
+        """Least time of a token in passes of one lately, as far as it is known."""
+        return min(self._took[False], default=None)
 
-    @property
-    def ratio(self) -> float | None:
-        """Time of a token in passes of several over that in passes of one, once it is known."""
-        if len(self._single) < KEPT or len(self._several) < KEPT:
-            return None
-        return median(self._several) / median(self._single)
-
-    @property
-    def open(self) -> bool:
-        return self._left <= 0
+    def took(self, n_passes: int, seconds: float) -> None:
+        """Note a pass over `n_passes` tokens of each answer, and what the host did after it."""
+        if self._left > 0:
+            self._left -= n_passes
+            if self._left <= 0:
+                self._took, self._n_tokens = _no_times(), {False: 0, True: 0}
+            return
+        several = n_passes > 1
+        self._took[several].append(seconds / n_passes)
+        self._n_tokens[several] += n_passes
+        if several == self._turn:
+            self._turn_left -= n_passes
+            if self._turn_left <= 0:
+                self._turn, self._turn_left = not self._turn, TURN_TOKENS
+        if min(self._n_tokens.values()) >= TRIAL_TOKENS:
+            self.ratio = median(self._took[True]) / median(self._took[False])
+            self._left = HOLD_TOKENS
 
 
 class RunAhead:
@@ -70,18 +83,18 @@ class RunAhead:
     def __init__(self, forward: Forward, clock: Callable[[], float] = time.perf_counter) -> None:
         self._ahead = Ahead(forward)
         self._clock = clock
-        self._races: dict[int, _Race] = {}
+        self._races: dict[int, Race] = {}
         self._last: tuple[int, float] = 0, 0.0
+        self._asked = 0.0
         self.n_passes = 0
         self.n_tokens = 0
 
     def n_tokens_each(self, pieces: Sequence[Piece], batch: Sequence["Request"]) -> int:
         """Return how many tokens of each answer the next pass should compute."""
+        self._asked = self._clock()
         n = min(MOST, MOST_OUT // len(batch))
-        if n < 2:
-            return 1
         race = self._races.get(len(batch))
-        if race is None or not race.open or (single_s := race.single_s) is None:
+        if n < 2 or race is None or not race.several or (single_s := race.single_s) is None:
             return 1
         while n > 1 and n * single_s > BURST_S:
             n //= 2
@@ -100,8 +113,8 @@ class RunAhead:
     def took(self, n_answers: int, n: int) -> None:
         """Note that a pass is over, and what the host had to do with it: to be called each time."""
         now, (n_before, before) = self._clock(), self._last
-        if n_before == n_answers:  # else it is not the time of one round
-            self._races.setdefault(n_answers, _Race()).took(n, now - before)
+        if n_before == n_answers and self._asked - before < PAUSE_S:
+            self._races.setdefault(n_answers, Race()).took(n, now - before)
         self._last = n_answers, now
 
     def stats(self) -> dict[str, object]:
@@ -110,18 +123,23 @@ class RunAhead:
         `time_ratio` is the time of a token over that in passes of one, by the number of answers
         that share a pass.
         """
-        ratios = {str(n): round(race.ratio, 4) for n, race in sorted(self._races.items())
-                  if race.ratio is not None}  # fmt: skip
+        races = sorted(self._races.items())
+        lost = {n: race.ratio for n, race in races if race.lost}
         found: dict[str, object] = {
-            "on": all(race.open for race in self._races.values()), "passes": self.n_passes,
-            "tokens": self.n_tokens, "time_ratio": ratios,
+            "on": not lost, "passes": self.n_passes, "tokens": self.n_tokens,
+            "time_ratio": {str(n): round(race.ratio, 4) for n, race in races if race.ratio},
         }  # fmt: skip
-        if lost := {n: race.lost for n, race in sorted(self._races.items()) if not race.open}:
+        if lost:
             found["switched_off"] = "; ".join(
                 f"a token took {ratio:.2f} times as long with {n} answers at once"
                 for n, ratio in lost.items()
             )
         return found
+
+
+def _no_times() -> dict[bool, deque[float]]:
+    """Begin to note seconds of a token, by whether a pass computed several: the latest ones."""
+    return {several: deque(maxlen=TRIAL_TOKENS) for several in (False, True)}
 
 
 def _may(request: "Request", n: int) -> bool:

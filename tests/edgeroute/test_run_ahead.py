@@ -1,5 +1,6 @@
 """Several tokens of an answer in one pass: the same answers, and off where it does not pay."""
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,13 @@ from edgeroute import Generation, Runtime
 from edgeroute.models import ahead
 from edgeroute.models.ahead import Ahead, Computed
 from edgeroute.models.forward import Piece
-from edgeroute.run_ahead import KEPT, LOSS_RATIO, PAUSE_TOKENS, RunAhead, _Race
+from edgeroute.run_ahead import (
+    HOLD_TOKENS,
+    TRIAL_TOKENS,
+    TURN_TOKENS,
+    Race,
+    RunAhead,
+)
 from edgeroute.tools import synth
 from tests.edgeroute.engine_lab import SETTINGS
 
@@ -29,9 +36,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are built at the first wish, and nothing is ever found to lose."""
+    """Graphs are built at the first wish, and it is done wherever it may be."""
     monkeypatch.setattr(ahead, "WISHES", 0)
-    monkeypatch.setattr("edgeroute.run_ahead.LOSS_RATIO", np.inf)
+    monkeypatch.setattr(Race, "several", True)
 
 
 @pytest.fixture
@@ -187,25 +194,50 @@ def test_a_cancelled_answer_ends(runtime: Runtime) -> None:
 # whether it pays
 
 
-def test_a_loss_switches_it_off_for_a_while() -> None:
-    race = _Race()
-    for _ in range(KEPT):
-        race.took(1, 1.0)
-        race.took(4, 4 * 1.01 * LOSS_RATIO)
-    assert not race.open and race.lost == pytest.approx(1.01 * LOSS_RATIO)
-    for _ in range(PAUSE_TOKENS - 1):
-        race.took(1, 1.0)
-    assert not race.open
-    race.took(1, 1.0)
-    assert race.open and race.ratio is None  # it is tried again, from the beginning
+def run(race: Race, seconds: dict[bool, float], n_tokens: int) -> list[bool]:
+    """Let a race choose; passes of one and of four take this long a token."""
+    chosen: list[bool] = []
+    while len(chosen) < n_tokens:
+        several = race.several
+        n = 4 if several else 1
+        race.took(n, n * seconds[several])
+        chosen += [several] * n
+    return chosen
 
 
-def test_a_gain_keeps_it_on() -> None:
-    race = _Race()
-    for _ in range(5 * KEPT):
-        race.took(1, 1.0)
-        race.took(4, 3.9)
-    assert race.open and race.ratio == pytest.approx(0.975)
+def test_both_ways_take_turns_until_the_trial_is_decided() -> None:
+    race = Race()
+    chosen = run(race, {False: 1.0, True: 0.9}, 2 * TRIAL_TOKENS)
+    turns = [several for several, _ in itertools.groupby(chosen)]
+    assert len(turns) >= 2 * TRIAL_TOKENS / TURN_TOKENS - 1
+    assert all(sum(1 for _ in group) == TURN_TOKENS
+               for _, group in itertools.groupby(chosen[:-TURN_TOKENS]))  # fmt: skip
+
+
+@pytest.mark.parametrize(("several_s", "wins"), [(0.98, True), (1.02, False)])
+def test_the_winner_runs_until_it_is_tried_again(several_s: float, wins: bool) -> None:
+    race = Race()
+    seconds = {False: 1.0, True: several_s}
+    run(race, seconds, 2 * TRIAL_TOKENS + TURN_TOKENS)
+    assert race.ratio == pytest.approx(several_s) and race.lost != wins
+    held = run(race, seconds, HOLD_TOKENS // 2)
+    assert set(held) == {wins}
+    run(race, seconds, HOLD_TOKENS // 2)
+    again = run(race, {False: 1.0, True: 2.0 - several_s}, 3 * TRIAL_TOKENS)
+    assert set(again) == {True, False}
+    assert race.lost == wins  # it goes the other way now
+
+
+def test_a_time_in_which_another_was_served_does_not_count() -> None:
+    now = 0.0
+    decide = RunAhead(Stub(), clock=lambda: now)  # type: ignore[arg-type]
+    batch: Any = [Stub()]
+    for pause in (1.0, 1.0, 0.0):
+        now += pause
+        assert decide.n_tokens_each([], batch) == 1
+        now += 0.005
+        decide.took(1, 1)
+    assert decide._races[1].single_s == pytest.approx(0.005)
 
 
 class Stub:
@@ -228,9 +260,11 @@ def test_nobody_waits_long_for_tokens_that_come_together(
     decide = RunAhead(Stub(), clock=lambda: now)  # type: ignore[arg-type]
     batch: Any = [Stub() for _ in range(n_answers)]
     assert decide.n_tokens_each([], batch) == 1  # nothing is known yet
-    for _ in range(3):
+    for _ in range(TURN_TOKENS):
         decide.took(n_answers, 1)
+        assert decide.n_tokens_each([], batch) == 1
         now += seconds
+    decide.took(n_answers, 1)
     assert decide.n_tokens_each([], batch) == expected
     batch[-1].n_left = 3
     assert decide.n_tokens_each([], batch) == (expected if expected <= 3 else 1)
