@@ -45,6 +45,13 @@ class Asking:
             UsageError: an option is unknown or out of range, or the prompt does not fit.
             GrammarError, TemplateError: a constraint or the chat template cannot be used.
         """
+        with self._loaded.in_use():
+            return self._request(prompt, options, emit, streaming=streaming)
+
+    def _request(
+        self, prompt: str | None, options: Options, emit: Callable[[Outcome], None], *,
+        streaming: bool,
+    ) -> Request:  # fmt: skip
         unknown = options.keys() - KNOWN
         if unknown:
             raise UsageError(f"generate has no option {', '.join(sorted(map(repr, unknown)))}")
@@ -90,6 +97,13 @@ class Asking:
             UsageError: no text or too many, an empty one, or an adapter that is unknown or auto.
             ContextError: a text has more tokens than the context has room for.
         """
+        with self._loaded.in_use():
+            return self._embedding(inputs, emit, adapter=adapter, timeout_s=timeout_s)
+
+    def _embedding(
+        self, inputs: Sequence[str | Sequence[int]], emit: Callable[[Outcome], None], *,
+        adapter: str | Mapping[str, float] | None, timeout_s: float | None,
+    ) -> "EmbedRequest":  # fmt: skip
         from edgeroute.embedding import MAX_INPUTS, EmbedRequest
 
         if isinstance(inputs, str) or not isinstance(inputs, Sequence) or not inputs:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgeroute.device_loss import devices_at_risk
 from edgeroute.energy_book import open_book
-from edgeroute.row_bits import beside_prompts
+from edgeroute.row_bits import beside_prompts, why_no_drafts
 from edgeroute.run_ahead import open_run_ahead
 from edgeroute.runtime import machine
 from edgeroute.runtime.threads import ThreadPolicy
@@ -39,7 +39,7 @@ def make_scheduler(
     scheduler.devices = devices_at_risk(loaded)
     scheduler.compute_ledger = loaded.compute_ledger
     scheduler.energy = open_book(loaded, params.energy)
-    if loaded.why_no_drafts(params.speculate) is None:
+    if why_no_drafts(loaded, params.speculate) is None:
         # Models that do not draft should not wait for its import.
         from edgeroute.speculation import Speculation
 

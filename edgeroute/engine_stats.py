@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from edgeroute.lever_guard import lever_stats
+from edgeroute.row_bits import why_no_drafts
 
 if TYPE_CHECKING:
     from edgeroute.loaded import LoadedModel
@@ -62,7 +63,7 @@ def experts_stats(loaded: "LoadedModel", store: "ExpertStore | DeviceTier") -> d
 def drafts_stats(loaded: "LoadedModel", scheduler: "Scheduler") -> dict[str, object]:
     """Return what drafts have brought, or why there are none, as plain JSON types."""
     if scheduler.speculation is None:
-        return {"on": False, "why": loaded.why_no_drafts(loaded.params.speculate)}
+        return {"on": False, "why": why_no_drafts(loaded, loaded.params.speculate)}
     return scheduler.speculation.stats()
 
 

@@ -10,6 +10,8 @@ policies by replays of the latest routes, a depth plan by its divergence from th
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from edgeroute.row_bits import why_no_drafts
+
 if TYPE_CHECKING:
     from edgeroute.lever_proofs import Proof
     from edgeroute.loaded import LoadedModel
@@ -112,7 +114,7 @@ def _overlap(loaded: "LoadedModel") -> Lever | None:
 def _speculation(loaded: "LoadedModel", scheduler: "Scheduler") -> Lever | None:
     setting, speculation = loaded.params.speculate, scheduler.speculation
     if speculation is None:
-        return {"on": False, "setting": setting, "why": loaded.why_no_drafts(setting)}
+        return {"on": False, "setting": setting, "why": why_no_drafts(loaded, setting)}
     policy = speculation.policy
     found: Lever = {
         "on": policy.on, "setting": setting,

@@ -391,21 +391,18 @@ class LoadedModel:
         """Tokens that a pass may verify beside the next with the bits of one token each."""
         return self.max_batch - 1
 
-    def why_no_drafts(self, speculate: str) -> str | None:
-        """Say why no tokens are drafted where RunParams.speculate is this; None if some are.
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the vocabularies while a thread that does not own the model asks something of it.
 
-        Nothing is drafted unasked where a pass over k tokens costs k passes, and nothing at all
-        where an answer could have other bits than without.
+        Raises:
+            ClosedError: the model was closed.
         """
-        if speculate == "off":
-            return "it is switched off"
-        if self.model.hparams.moe is not None:
-            return "with experts, several tokens in a pass may differ in their last bits"
-        if self.longest_draft < 1:
-            return "with float weights, several tokens in a pass differ in their last bits"
-        if speculate == "auto" and self.layers is None:
-            return "all weights are in memory, where a pass over k tokens costs about k passes"
-        return None
+        with contextlib.ExitStack() as held:
+            held.enter_context(self.tokenizer.in_use())
+            if self.small is not None:
+                held.enter_context(self.small.tokenizer.in_use())
+            yield
 
     def before_close(self, action: Callable[[], None]) -> None:
         """Have something done before anything is freed."""

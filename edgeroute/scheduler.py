@@ -311,16 +311,25 @@ class Scheduler(Passes):
         ahead = None if self.prompts.queue else self.run_ahead
         n = 1 if ahead is None else ahead.n_tokens_each(pieces, batch)
         if ahead is not None and n > 1:
-            rows: list[Request | None] = [*batch]
-            for computed, fed in self.run_several(pieces, batch, n, ahead) or ():
-                self._choose(rows, computed)
-                if fed is not None:
-                    rows = [each if each is not None and _goes_on(each, int(token)) else None
-                            for each, token in zip(rows, fed, strict=True)]  # fmt: skip
+            self._decode_several(pieces, batch, n, ahead)
         elif (logits := self.run_pass(pieces, batch)) is not None:
             self._choose(batch, logits)
         if ahead is not None:
             ahead.took(len(pieces), n)
+
+    def _decode_several(
+        self, pieces: list[Piece], batch: list[Request], n: int, ahead: "RunAhead"
+    ) -> None:
+        """Compute `n` tokens for each request; those behind an answer's end, or behind another
+        token than the next pass was fed, count for nothing."""
+        rows: list[Request | None] = [*batch]
+        for logits, fed in self.run_several(pieces, batch, n, ahead) or ():
+            if not any(rows):
+                return
+            self._choose(rows, logits)
+            if fed is not None:
+                rows = [each if each is not None and _goes_on(each, int(token)) else None
+                        for each, token in zip(rows, fed, strict=True)]  # fmt: skip
 
     def _choose(self, rows: Sequence[Request | None], logits: Logits) -> None:
         """Choose the next token of each answer that a pass was computed for."""

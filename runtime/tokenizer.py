@@ -1,9 +1,10 @@
 """Text to token ids and back, through the vocabulary inside a GGUF file."""
 
+import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -41,13 +42,14 @@ class Tokenizer(Closing):
     typed never becomes a control token.
 
     Lifetime: owns the C vocabulary until `close()`; grammars made from it must be freed
-    first. Encoding and decoding are safe from several threads.
+    first. Encoding and decoding are safe from several threads; those that do not own the model
+    hold it `in_use`, which texts and pieces of tokens and what is encoded do by themselves.
     """
 
     def __init__(self, model: int) -> None:
         self._lib = llama()
         self._gate = threading.Condition()
-        self._n_encoding = 0
+        self._n_users = 0
         self._model: int | None = model
         vocab = self._lib.llama_model_get_vocab(model)
         if vocab is None or self._lib.llama_vocab_type(vocab) == lib.VOCAB_NONE:
@@ -103,17 +105,34 @@ class Tokenizer(Closing):
         return cls(model)
 
     def close(self) -> None:
-        """Free the vocabulary, once texts that other threads encode are done; twice is fine.
+        """Free the vocabulary, once no other thread has it `in_use`; twice is fine.
 
         Whoever asked for an answer may have left, and his model be closed, while a thread still
         encodes his prompt.
         """
         with self._gate:
             model, self._model = self._model, None
-            while self._n_encoding:
+            while self._n_users:
                 self._gate.wait()
         if model is not None:
             self._lib.llama_model_free(model)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[int]:
+        """Let nobody free the C vocabulary, whose address it gives; for threads that do not own it.
+
+        Raises:
+            ClosedError: the tokenizer was closed; also meanwhile, by what is asked of it.
+        """
+        with self._gate:
+            vocab = self.vocab
+            self._n_users += 1
+        try:
+            yield vocab
+        finally:
+            with self._gate:
+                self._n_users -= 1
+                self._gate.notify_all()
 
     @property
     def vocab(self) -> int:
@@ -170,8 +189,9 @@ class Tokenizer(Closing):
 
     def text(self, token_id: int) -> str:
         """A token as the vocabulary spells it, special tokens included."""
-        raw = self._lib.llama_vocab_get_text(self.vocab, self._check(token_id))
-        return (raw or b"").decode(errors="replace")
+        with self.in_use() as vocab:
+            raw = self._lib.llama_vocab_get_text(vocab, self._check(token_id))
+            return (raw or b"").decode(errors="replace")
 
     def encode(
         self, text: str, *, add_special: bool, parse_special: bool, max_tokens: int | None = None
@@ -272,23 +292,17 @@ class Tokenizer(Closing):
 
     def _render(self, token_id: int, special: bool) -> bytes:
         size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = self._lib.llama_token_to_piece(self.vocab, token_id, buffer, size, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
+        with self.in_use() as vocab:
+            while True:
+                buffer = ctypes.create_string_buffer(size)
+                n = self._lib.llama_token_to_piece(vocab, token_id, buffer, size, 0, special)
+                if n >= 0:
+                    return buffer.raw[:n]
+                size = -n
 
     def _tokenize(self, data: bytes, *, add_special: bool, parse_special: bool) -> list[int]:
-        with self._gate:
-            vocab = self.vocab
-            self._n_encoding += 1
-        try:
+        with self.in_use() as vocab:
             return self._tokens(vocab, data, add_special, parse_special)
-        finally:
-            with self._gate:
-                self._n_encoding -= 1
-                self._gate.notify_all()
 
     def _tokens(self, vocab: int, data: bytes, add_special: bool, parse_special: bool) -> list[int]:
         room = len(data) + 16

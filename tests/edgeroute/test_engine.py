@@ -5,12 +5,14 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import edgeroute
-from edgeroute import Runtime
+from edgeroute import Runtime, asking
 from edgeroute.runtime import errors, graph_cache
 
 PROMPTS = [f"{n}. The story of the {n} little lighthouses begins like this:" for n in range(16)]
@@ -270,6 +272,37 @@ def test_close_ends_running_and_later_calls(tiny_path: Path) -> None:
             pass
     with pytest.raises(errors.ClosedError, match="closed"):
         runtime.generate("hello")
+
+
+def test_close_waits_for_whoever_still_asks(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar is compiled in the caller's thread, over a vocabulary that closing frees."""
+    begun, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    real = asking.Sampler
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        assert not closed.is_set()
+        return real(*args)
+
+    runtime = Runtime(tiny_path, n_ctx=512, threads=1)
+    monkeypatch.setattr(asking, "Sampler", slow)
+
+    def close() -> None:
+        runtime.close()
+        closed.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        answer = pool.submit(runtime.generate, "x", max_tokens=4, grammar='root ::= "ab" [0-9]+')
+        assert begun.wait(60)
+        closing = pool.submit(close)
+        assert not closed.wait(0.2)
+        go_on.set()
+        with pytest.raises(errors.ClosedError):
+            answer.result(60)
+        closing.result(60)
 
 
 def test_a_bug_in_the_engine_reaches_every_caller(

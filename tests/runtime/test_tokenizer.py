@@ -268,3 +268,20 @@ def test_a_vocabulary_is_not_freed_while_a_text_is_encoded(
         go_on.set()
         assert found.result(60)
         closing.result(60)
+
+
+def test_a_vocabulary_in_use_is_freed_by_its_last_user(smollm2_path: Path) -> None:
+    with GGUFFile.open(smollm2_path) as file:
+        opened = Tokenizer.open(file)
+    with ThreadPoolExecutor(1) as pool:
+        with opened.in_use(), opened.in_use() as vocab:
+            assert vocab == opened.vocab
+            closing = pool.submit(opened.close)
+            with pytest.raises(TimeoutError):
+                closing.result(0.1)
+            for ask in (lambda: opened.piece(70), lambda: opened.text(70), lambda: opened.vocab):
+                with pytest.raises(ClosedError):
+                    ask()
+        closing.result(60)
+    with pytest.raises(ClosedError), opened.in_use():
+        pass

@@ -12,6 +12,7 @@ from edgeroute.lever_guard import switched_off
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.depth_file import DepthFile, find_depth_file
 from edgeroute.models.forward import Piece
+from edgeroute.row_bits import why_no_drafts
 from edgeroute.runtime import machine
 from edgeroute.runtime.errors import ComputeError, UsageError
 from edgeroute.skippers.plan_json import plans_from_json
@@ -181,7 +182,7 @@ class Judge:
             moe = loaded.model.hparams.moe is not None
             return Facts(
                 pages="experts" if loaded.experts else "layers" if loaded.layers else None,
-                drafts=loaded.why_no_drafts("lookup") is None,
+                drafts=why_no_drafts(loaded, "lookup") is None,
                 repacks=moe and loaded.experts is None and bool(loaded.plan.weights.repacked),
                 twofold=loaded.experts is None and bool(loaded.plan.weights.repacked),
                 sidecar=_reads_sidecar(loaded), cores=machine.usable_cores(), plans=plans,
