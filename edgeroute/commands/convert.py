@@ -17,18 +17,23 @@ from edgeroute.runtime.units import format_bytes
 if TYPE_CHECKING:
     from edgeroute.tools.convert.page_order import Ordered
 
-_EPILOG = """\b
+_PACK_EXAMPLES = """\b
 Examples:
   edgeroute convert pack olmoe-1b-7b.gguf
   edgeroute generate -m olmoe-1b-7b.gguf --memory 2GiB --prefetch off --trace routes.trace "..."
   edgeroute convert pack olmoe-1b-7b.gguf --order routes.trace --force --json
+"""
+_COPIES_EXAMPLES = """\b
+Examples:
   edgeroute convert copies olmoe-1b-7b.gguf --type Q3_K
+  edgeroute bench misses --model olmoe-1b-7b.gguf --memory 2GiB
+  edgeroute generate -m olmoe-1b-7b.gguf --memory 2GiB --degrade-misses 0.4 "..."
 """
 
 _TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
 
 
-@click.group(epilog=_EPILOG)
+@click.group(epilog=_PACK_EXAMPLES)
 def command() -> None:
     """Rewrite models for this engine."""
 
@@ -36,7 +41,7 @@ def command() -> None:
 command.add_command(convert_moe.command, "moe")
 
 
-@command.command(epilog=_EPILOG)
+@command.command(epilog=_PACK_EXAMPLES)
 @click.argument("model")
 @click.option("--order", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="A trace of this model: experts that are missing together lie together. Or a "
@@ -72,7 +77,7 @@ def pack(model: str, order: Path | None, replace: bool, as_json: bool) -> None:
     )
 
 
-@command.command(epilog=_EPILOG)
+@command.command(epilog=_COPIES_EXAMPLES)
 @click.argument("model")
 @click.option("--type", "kind", metavar="NAME", type=click.Choice(_TYPES),
               help=f"Type of the copies: {', '.join(_TYPES)}.  [default: the best of at most 60 % "

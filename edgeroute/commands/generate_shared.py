@@ -66,7 +66,8 @@ _RUNTIME_OPTIONS = (
                  "model: it drafts for it (see --speculate) or writes steps of answers (--steps)."),
     click.option("--steps", metavar="WHO", help="Who writes the steps of an answer, --small or "
                  "the model: auto (as `edgeroute calibrate --steps` chose, where it pays), off, or "
-                 "a policy such as glimpse:1.2, verify:-0.5:-4, random:0.3, small or large."),
+                 "a policy such as glimpse:1.2, verify:-0.5:-4, random:0.3, small or large.  "
+                 "[default: auto]"),
     click.option("--remote", metavar="URL", help="Have the large model's steps written by an "
                  "OpenAI-compatible server, such as http://workstation:8080/v1; where it fails, "
                  "the answer is completed here."),
