@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from edgeroute.device_loss import devices_at_risk
 from edgeroute.energy_book import open_book
-from edgeroute.row_bits import beside_prompts, why_no_drafts
+from edgeroute.lever_guard import why_no_drafts
+from edgeroute.row_bits import beside_prompts
 from edgeroute.run_ahead import open_run_ahead
 from edgeroute.runtime import machine
 from edgeroute.runtime.threads import ThreadPolicy

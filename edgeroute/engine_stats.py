@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from edgeroute.lever_guard import lever_stats
-from edgeroute.row_bits import why_no_drafts
+from edgeroute.lever_guard import lever_stats, why_no_drafts
 
 if TYPE_CHECKING:
     from edgeroute.loaded import LoadedModel

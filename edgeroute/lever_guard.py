@@ -10,8 +10,6 @@ policies by replays of the latest routes, a depth plan by its divergence from th
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from edgeroute.row_bits import why_no_drafts
-
 if TYPE_CHECKING:
     from edgeroute.lever_proofs import Proof
     from edgeroute.loaded import LoadedModel
@@ -37,6 +35,23 @@ def lever_stats(loaded: "LoadedModel", scheduler: "Scheduler") -> dict[str, obje
     return {"mode": loaded.params.levers} | {
         name: lever for name, lever in found.items() if lever is not None
     }
+
+
+def why_no_drafts(loaded: "LoadedModel", speculate: str) -> str | None:
+    """Say why a model drafts no tokens where RunParams.speculate is this; None if it does.
+
+    Nothing is drafted unasked where a pass over k tokens costs k passes, and nothing at all
+    where an answer could have other bits than without.
+    """
+    if speculate == "off":
+        return "it is switched off"
+    if loaded.model.hparams.moe is not None:
+        return "with experts, several tokens in a pass may differ in their last bits"
+    if loaded.longest_draft < 1:
+        return "with float weights, several tokens in a pass differ in their last bits"
+    if speculate == "auto" and loaded.layers is None:
+        return "all weights are in memory, where a pass over k tokens costs about k passes"
+    return None
 
 
 def switched_off(levers: Mapping[str, Any]) -> list[str]:

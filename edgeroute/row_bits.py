@@ -82,20 +82,3 @@ def beside_prompts(loaded: "LoadedModel") -> Rows:
     weights = loaded.plan.weights
     group = 1 if weights.plain == weights.repacked else loaded.rows.group
     return loaded.rows._replace(group=group, tiled=WIDE_FROM)
-
-
-def why_no_drafts(loaded: "LoadedModel", speculate: str) -> str | None:
-    """Say why a model drafts no tokens where RunParams.speculate is this; None if it does.
-
-    Nothing is drafted unasked where a pass over k tokens costs k passes, and nothing at all
-    where an answer could have other bits than without.
-    """
-    if speculate == "off":
-        return "it is switched off"
-    if loaded.model.hparams.moe is not None:
-        return "with experts, several tokens in a pass may differ in their last bits"
-    if loaded.longest_draft < 1:
-        return "with float weights, several tokens in a pass differ in their last bits"
-    if speculate == "auto" and loaded.layers is None:
-        return "all weights are in memory, where a pass over k tokens costs about k passes"
-    return None

@@ -8,11 +8,10 @@ from typing import Any, Final, cast
 
 from edgeroute.config import merge_settings
 from edgeroute.engine import Options, Runtime, Settings
-from edgeroute.lever_guard import switched_off
+from edgeroute.lever_guard import switched_off, why_no_drafts
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.depth_file import DepthFile, find_depth_file
 from edgeroute.models.forward import Piece
-from edgeroute.row_bits import why_no_drafts
 from edgeroute.runtime import machine
 from edgeroute.runtime.errors import ComputeError, UsageError
 from edgeroute.skippers.plan_json import plans_from_json
