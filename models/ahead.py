@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.pruning import n_described
-from edgeroute.models.steps import build_step
 from edgeroute.runtime.batch_shape import BatchShape
 from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.errors import ComputeError
@@ -117,9 +116,7 @@ class Ahead:
         for i in range(n_passes):
             if i:
                 b = b.following()
-            x = model.embed(b)
-            for j, step in enumerate(span.steps, 1):
-                x = build_step(b, model, step, x, last=j == len(span.steps))
+            x = forward.pass_layers(b, span.steps, model.embed(b), narrow=True)
             logits = model.head(b, b.select_outputs(x))
             b.end_pass(logits)
         return b.finish(logits)

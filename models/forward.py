@@ -262,14 +262,21 @@ class Forward:
     def _build(self, span: Span, shape: BatchShape) -> Graph:
         b = self.builder(span, shape, n_described(span.steps))
         x = self._begin(b) if span.embed else self._stream_view(b)
-        for i, step in enumerate(span.steps):
-            last = span.output and i == len(span.steps) - 1
-            x = build_step(b, self.model, step, x, last=last)
+        x = self.pass_layers(b, span.steps, x, narrow=span.output)
         if span.output:
             return b.finish(self.model.head(b, b.select_outputs(x)))
         if span.norm:
             x = output_norm(b, x, self.model.hparams.norm_rms_eps)
         return b.finish(b.g.ggml_cpy(b.ctx, x, self._stream_view(b)))
+
+    def pass_layers(self, b: Builder, steps: Sequence[Step], x: Tensor, *, narrow: bool) -> Tensor:
+        """Build steps over the residual stream `x`: F32 [n_embd, n].
+
+        With `narrow` the last of them drops the tokens whose logits nobody wants.
+        """
+        for i, step in enumerate(steps, 1):
+            x = build_step(b, self.model, step, x, last=narrow and i == len(steps))
+        return x
 
     def _begin(self, b: Builder) -> Tensor:
         """Begin with token embeddings, F32 [n_embd, n_tokens]: looked up in the graph, or given."""

@@ -19,7 +19,7 @@ from edgeroute.models.misses import DoingWithout
 from edgeroute.models.moe import THRESHOLDS, n_ranked
 from edgeroute.models.paged_pairs import MAX_PAIRS, PairsForward, apart_from
 from edgeroute.models.pruning import n_described
-from edgeroute.models.steps import build_attn, build_step
+from edgeroute.models.steps import build_attn
 from edgeroute.runtime.batch_shape import BatchShape, Span
 from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.depth import Step, Steps
@@ -243,10 +243,8 @@ class PagedForward(PairsForward):
         span = Span(stage.dense, embed=stage.before is None, output=ends, plan=stage.plan)
         b = self.builder(span, batch, n_described(stage.dense) + 2)
         x = self._begin(b) if stage.before is None else self._combine(b, stage)
-        for i, step in enumerate(stage.dense):
-            last = until is None and stage.narrow and i == len(stage.dense) - 1
-            x = build_step(b, model, step, x, last=last)
-        if until is None and stage.narrow:
+        x = self.pass_layers(b, stage.dense, x, narrow=ends)
+        if ends:
             return b.finish(model.head(b, b.select_outputs(x)))
         if until is None:
             x = output_norm(b, x, model.hparams.norm_rms_eps)

@@ -16,7 +16,6 @@ from edgeroute.models.blocks import output_norm
 from edgeroute.models.embedder import Embedder
 from edgeroute.models.forward import Forward, Piece, shape_of
 from edgeroute.models.pruning import n_described
-from edgeroute.models.steps import build_step
 from edgeroute.models.stream import Stream
 from edgeroute.runtime.batch_shape import BatchShape, Span
 from edgeroute.runtime.cells import round_cells
@@ -81,9 +80,7 @@ class _Lane(Forward):
         b = self.builder(span, shape, n_described(span.steps))
         n_before = shape.n_out if part.narrow_before else None
         x = self._begin(b) if span.embed else self._stream_view(b, n_before)
-        for i, step in enumerate(span.steps):
-            last = (span.output or part.narrow_after) and i == len(span.steps) - 1
-            x = build_step(b, self.model, step, x, last=last)
+        x = self.pass_layers(b, span.steps, x, narrow=span.output or part.narrow_after)
         if span.output:
             return b.finish(self.model.head(b, b.select_outputs(x)))
         if span.norm:

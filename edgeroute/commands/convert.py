@@ -33,7 +33,7 @@ Examples:
 _TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
 
 
-@click.group(epilog=_PACK_EXAMPLES)
+@click.group(epilog=_PACK_EXAMPLES + _COPIES_EXAMPLES.partition("Examples:\n")[2])
 def command() -> None:
     """Rewrite models for this engine."""
 
