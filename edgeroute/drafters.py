@@ -6,17 +6,20 @@ runs on the engine thread.
 
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Several
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from edgeroute.models.forward import Forward, Piece
+from edgeroute.models.forward import Branch, Forward, Piece
 from edgeroute.models.layered import LayeredForward
 from edgeroute.request import Request, stoppable
-from edgeroute.runtime.batch_shape import Span
+from edgeroute.runtime.batch_shape import Span, change_places
 from edgeroute.runtime.cells import Region
 from edgeroute.runtime.prefix import PrefixCache
 from edgeroute.runtime.sequence import Sequence, next_chunk_end
+from edgeroute.skippers.guesses import ROOT, Growth, Guess, above, chain
 from edgeroute.skippers.lookup import Lookup
 from edgeroute.small import N_UBATCH
 
@@ -26,9 +29,8 @@ if TYPE_CHECKING:
 CATCH_UP: Final = 32
 """Tokens that a small model may be behind and still draft at once."""
 
-SURE: Final = 0.1
-"""Chance, by the draft's own probabilities, that all of it is right, below which it ends: one
-token more costs about a tenth of a token's time where layers stream."""
+WIDTH: Final = 4
+"""Guesses for one place at most, where several can be verified."""
 
 Spans = tuple[Span, ...]
 Ends = Callable[[int], bool]
@@ -41,7 +43,7 @@ class Drafter(Protocol):
     def offers(self, request: Request, most: int) -> Mapping[str, int]:
         """Return the sources that can draft now, at most `most` tokens, with how many each."""
 
-    def draft(self, request: Request, n_tokens: int) -> list[int]:
+    def draft(self, request: Request, n_tokens: int) -> list[Guess]:
         """Guess up to `n_tokens`; fewer where an end is guessed or the request was cancelled."""
 
     def end(self, request: Request) -> None:
@@ -64,9 +66,9 @@ class LookupDrafter:
         length = text.match()
         return {f"lookup.{length}": most} if length else {}
 
-    def draft(self, request: Request, n_tokens: int) -> list[int]:
+    def draft(self, request: Request, n_tokens: int) -> list[Guess]:
         """Return what followed the match."""
-        return self._texts[request.id].propose(n_tokens)
+        return chain(self._texts[request.id].propose(n_tokens))
 
     def end(self, request: Request) -> None:
         """Forget a request's text."""
@@ -109,39 +111,57 @@ class SelfDrafter:
         ready = part is not None and self._goes_on(part, sequence.region, sequence.n_past)
         return {"self": most} if ready else {}
 
-    def draft(self, request: Request, n_tokens: int) -> list[int]:
-        """Decode greedily with the steps that are left, while that is likely to be right."""
-        part = self._part(request)
+    def draft(self, request: Request, n_tokens: int) -> list[Guess]:
+        """Decode with the steps that are left, and guess what is likeliest to be got to."""
+        part, sequence = self._part(request), _sequence(request)
         if part is None:
             return []
-        sequence = _sequence(request)
-        draft: list[int] = []
-        token, sure = sequence.tokens[-1], 1.0
-        for pos in range(sequence.n_past, sequence.n_past + n_tokens):
-            if request.interrupted() or not self._goes_on(part, sequence.region, pos):
-                break
-            piece = Piece(tokens=(token,), pos=pos, region=sequence.region, lora=request.lora)
-            logits = self._forward.run([piece], part.spans, borrow=True)
-            if logits is None:
-                break
-            token = int(logits[0].argmax())
-            if self._ends(token):
-                break
-            draft.append(token)
-            sure /= float(np.exp(logits[0] - logits[0][token]).sum())
-            if sure < SURE:
-                break
-        return draft
+        states = {ROOT: self._state(part, sequence.region, sequence.n_past - 1)}
+        width = WIDTH if may_branch(self._forward, sequence, n_tokens) else 1
+        growth = Growth(n_tokens, width)
+        at: int | None = ROOT
+        while at is not None and not request.interrupted():
+            if at == ROOT or growth.bears(at):
+                piece = piece_of(request, growth.guesses, at)
+                before = ROOT if at == ROOT else growth.guesses[at].after
+                logits = self._run(part, piece, states[before])
+                if logits is None:
+                    break
+                growth.offer(at, self._likely(logits[0], width))
+                states[at] = self._state(part, sequence.region, piece.cell)
+            at = growth.grow()
+        return growth.guesses
+
+    def _run(
+        self, part: Part, piece: Piece, before: npt.NDArray[np.float32] | None
+    ) -> npt.NDArray[np.float32] | None:
+        """Compute a token's draft; None where a stop was asked for, or nobody knows `before`."""
+        forward = self._forward
+        if part.entered is not None and isinstance(forward, LayeredForward):
+            if before is None:
+                return None
+            forward.go_on_from(before)
+        return forward.run([piece], part.spans, borrow=True)
+
+    def _likely(self, logits: npt.NDArray[np.float32], width: int) -> list[tuple[int, float]]:
+        """Return the likeliest tokens that end nothing, with their probabilities, best first."""
+        best = np.argpartition(logits, -width)[-width:]
+        best = best[np.argsort(-logits[best], kind="stable")]
+        total = float(np.exp(logits - logits[best[0]]).sum())
+        shares = np.exp(logits[best] - logits[best[0]]) / total
+        found = zip(best.tolist(), shares.tolist(), strict=True)
+        return [(token, share) for token, share in found if not self._ends(token)]
 
     def _goes_on(self, part: Part, region: Region, pos: int) -> bool:
-        """Tell a bridge, if there is one, what came before `pos`; False where nobody knows."""
+        """Whether a bridge, if there is one, knows what came before `pos`."""
+        return part.entered is None or self._state(part, region, pos - 1) is not None
+
+    def _state(self, part: Part, region: Region, cell: int) -> npt.NDArray[np.float32] | None:
+        """Return what was behind the block at a token of the last pass, for a bridge over it."""
         forward = self._forward
         if part.entered is None or not isinstance(forward, LayeredForward):
-            return True
-        state = forward.state_before(part.entered, region, pos - 1)
-        if state is not None:
-            forward.go_on_from(state)
-        return state is not None
+            return None
+        return forward.state_before(part.entered, region, cell)
 
     def end(self, request: Request) -> None:
         """Nothing is kept."""
@@ -197,7 +217,7 @@ class SmallDrafter:
         ready = known and self.missing(request) <= CATCH_UP
         return {"small": most} if ready else {}
 
-    def draft(self, request: Request, n_tokens: int) -> list[int]:
+    def draft(self, request: Request, n_tokens: int) -> list[Guess]:
         """Read what was missed, then decode greedily."""
         sequence = self._sequences[request.id]
         tokens = tokens_of(request)
@@ -214,7 +234,7 @@ class SmallDrafter:
                 break
             draft.append(token)
             feed = [token]
-        return draft
+        return chain(draft)
 
     def end(self, request: Request) -> None:
         """Keep a request's cells for a prompt that begins alike."""
@@ -270,6 +290,33 @@ class SmallDrafter:
 def tokens_of(request: Request) -> list[int]:
     """Return prompt and answer so far."""
     return _sequence(request).tokens
+
+
+def may_branch(forward: Forward, sequence: Sequence, n_tokens: int) -> bool:
+    """Whether guesses behind a sequence may be a tree: each keeps the bits of the answer's own.
+
+    Cells of the branch that comes true move to where a chain would have had them.
+    """
+    n_swa = forward.model.n_swa
+    first, last = sequence.n_past + 1, sequence.n_past + n_tokens
+    return (
+        forward.kv.is_host and (n_swa is None or n_tokens < n_swa)
+        and change_places(first, last, forward.device.n_threads)
+    )  # fmt: skip
+
+
+def piece_of(request: Request, guesses: Several[Guess], at: int) -> Piece:
+    """Describe a guess behind a request's tokens, or by ROOT the last of these, to a forward."""
+    sequence = _sequence(request)
+    if at == ROOT:
+        return Piece(tokens=sequence.tokens[-1:], pos=sequence.n_past, region=sequence.region,
+                     lora=request.lora)  # fmt: skip
+    before, first = above(guesses, at), sequence.n_past + 1
+    branch = None
+    if len(before) < at:  # not all guesses so far are those that it follows
+        branch = Branch(cell=first + at, n_shared=first, above=tuple(first + i for i in before))
+    return Piece(tokens=(guesses[at].token,), pos=first + len(before), region=sequence.region,
+                 lora=request.lora, branch=branch)  # fmt: skip
 
 
 def _sequence(request: Request) -> Sequence:

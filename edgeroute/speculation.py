@@ -1,19 +1,22 @@
 """Several tokens in a pass: drafts, their verification's bookkeeping, and what it brought.
 
-A draft's tokens are computed as pieces of one token each, in the order of their positions: keys
-and values of all are written before any attention reads them, and every piece has the shapes
-that it has alone, so its logits have the bits that plain decoding would have computed.
+A draft's tokens are computed as pieces of one token each, in the order of their cells: keys and
+values of all are written before any attention reads them, and every piece has the shapes that it
+has alone, so its logits have the bits that plain decoding would have computed. A draft may be a
+tree, several guesses for one place: each sees those that it follows, in cells behind the answer's,
+and those of the branch that comes true are moved to where they would have been.
 
 The answer is that of plain decoding, sampling included. A draft is a guess without a
 distribution, a point mass, and for such a guess d the rule of speculative sampling is: keep d
 with the probability p(d) that the model gives it, else draw from p without d. Drawing one token
-from p and comparing it with d does just that. So the request's own sampler draws at every
-position, grammar and penalties included, with one random number per token of the answer: the
-same seed gives the same text with and without speculation.
+from p and comparing it with d, or with each of several, does just that. So the request's own
+sampler draws at every position, grammar and penalties included, with one random number per token
+of the answer: the same seed gives the same text with and without speculation.
 Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding".
 """
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from edgeroute.config import RunParams
@@ -31,6 +34,7 @@ from edgeroute.models.forward import Forward
 from edgeroute.models.layered import LayeredForward
 from edgeroute.request import Request
 from edgeroute.runtime.depth import all_run
+from edgeroute.skippers.guesses import Guess
 from edgeroute.skippers.speculate import LENGTHS, Speculator
 from edgeroute.speculation_shadow import MOST_GUESSES, Shadows
 from edgeroute.stats import Speculated
@@ -47,10 +51,10 @@ SKIP_EVERY: Final = 4
 
 
 class Draft(NamedTuple):
-    """Guessed tokens, who guessed them, and the seconds it took."""
+    """Guesses, who made them, and the seconds it took."""
 
     source: str | None
-    tokens: list[int]
+    guesses: list[Guess]
     seconds: float
 
 
@@ -103,36 +107,38 @@ class Speculation:
         if choice.source is None:
             return Draft(None, [], 0.0)
         drafter = self._drafters[choice.source.partition(".")[0]]
-        tokens = drafter.draft(request, choice.n_tokens)
-        return Draft(choice.source, tokens, time.perf_counter() - began)
+        guesses = drafter.draft(request, choice.n_tokens)
+        return Draft(choice.source, guesses, time.perf_counter() - began)
 
     def begin(self, request: Request, draft: Draft) -> None:
         """Count a pass that verifies a draft, before its tokens are sampled."""
         for count in self._counts(request):
             count.passes += 1
-            count.drafted += len(draft.tokens)
+            count.drafted += len(draft.guesses)
             count.draft_s += draft.seconds
             count.on = self.policy.on
-            if draft.source is not None and draft.tokens:
-                count.sources[draft.source.partition(".")[0]] += len(draft.tokens)
+            if draft.source is not None and draft.guesses:
+                count.sources[draft.source.partition(".")[0]] += len(draft.guesses)
 
     def accept(self, request: Request) -> None:
         """Count a drafted token that the model drew itself."""
         for count in self._counts(request):
             count.accepted += 1
 
-    def learn(self, draft: Draft, judged: tuple[int, int], seconds: tuple[float, float]) -> None:
-        """Note what a pass took, and how much of a draft was accepted.
+    def learn(
+        self, draft: Draft, right: Sequence[bool | None], seconds: tuple[float, float]
+    ) -> None:
+        """Note what a pass took, and what became of a draft.
 
         Args:
             draft: what was verified.
-            judged: tokens of it that the answer got to, and those of them that were accepted.
+            right: of each guess, whether it was right; None where the answer did not get so far.
             seconds: of the pass, and how many of them were arithmetic.
         """
         pass_s, computing_s = seconds
-        self.policy.observe_pass(len(draft.tokens) + 1, pass_s, computing_s)
-        if draft.source is not None and judged[0]:
-            self.policy.observe_draft(draft.source, *judged, (draft.seconds, pass_s))
+        self.policy.observe_pass(len(draft.guesses) + 1, pass_s, computing_s)
+        if draft.source is not None and any(each is not None for each in right):
+            self.policy.observe_draft(draft.source, right, (draft.seconds, pass_s))
 
     def end(self, request: Request) -> None:
         """Forget a request."""
@@ -153,8 +159,8 @@ class Speculation:
         tokens = tokens_of(request)
         shadows.judge(request.id, tokens)
         for name in [name for name in offers if name.startswith("lookup.")]:
-            guess = self._drafters["lookup"].draft(request, MOST_GUESSES)
-            shadows.note(request.id, name, len(tokens), guess)
+            guesses = self._drafters["lookup"].draft(request, MOST_GUESSES)
+            shadows.note(request.id, name, len(tokens), [each.token for each in guesses])
             if not self.policy.judged(name):
                 del offers[name]
 

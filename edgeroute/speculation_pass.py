@@ -3,10 +3,11 @@
 import time
 from typing import TYPE_CHECKING
 
-from edgeroute.models.forward import Piece
+from edgeroute.drafters import piece_of
 from edgeroute.request import Request, sequence_of
 from edgeroute.runtime.errors import EdgerouteError
 from edgeroute.runtime.sequence import CLASS_SINGLE
+from edgeroute.skippers.guesses import ROOT, next_guess, outcome
 
 if TYPE_CHECKING:
     from edgeroute.passes import Logits
@@ -23,12 +24,8 @@ def speculate(scheduler: "Scheduler", request: Request, speculation: "Speculatio
         return
     if request.interrupted():
         return  # the next round lets it go; what was drafted lies behind its cells
-    sequence = sequence_of(request)
-    tokens = [sequence.tokens[-1], *draft.tokens]
-    pieces = [
-        Piece(tokens=(token,), pos=sequence.n_past + i, region=sequence.region,
-              lora=request.lora) for i, token in enumerate(tokens)
-    ]  # fmt: skip
+    guesses = draft.guesses
+    pieces = [piece_of(request, guesses, at) for at in range(ROOT, len(guesses))]
     stalled_s, began = scheduler.stalled_s(), time.perf_counter()
     logits = scheduler.run_pass(pieces, [request])
     if logits is None:
@@ -37,28 +34,29 @@ def speculate(scheduler: "Scheduler", request: Request, speculation: "Speculatio
     stalled_s = scheduler.stalled_s() - stalled_s
     scheduler.n_decode_steps += 1
     scheduler.n_decode_tokens += 1
-    judged = _verify(scheduler, (request, speculation, draft), logits)
-    speculation.learn(draft, judged, (pass_s, pass_s - stalled_s))
+    right = _verify(scheduler, (request, speculation, draft), logits)
+    speculation.learn(draft, right, (pass_s, pass_s - stalled_s))
 
 
 def _verify(
     scheduler: "Scheduler", what: "tuple[Request, Speculation, Draft]", logits: "Logits"
-) -> tuple[int, int]:
-    """Draw tokens until one is not the drafted one, or the answer ends.
-
-    Returns:
-        Drafted tokens that were compared with a drawn one, and those that were equal.
-    """
+) -> list[bool | None]:
+    """Draw tokens until nobody guessed one, or the answer ends; see `guesses.outcome`."""
     request, speculation, draft = what
-    sequence, guesses = sequence_of(request), draft.tokens
+    sequence, guesses = sequence_of(request), draft.guesses
     speculation.begin(request, draft)
-    for i in range(len(guesses) + 1):
+    first, kept = sequence.n_past + 1, list[int]()
+    at: int | None = ROOT
+    while at is not None:
+        if at != ROOT:
+            speculation.accept(request)
+            kept.append(at)
+            if first + at != sequence.n_past:  # others were guessed for its place, too
+                scheduler.forward.move(sequence.region, first + at, sequence.n_past)
         sequence.n_past += 1
         sequence.classes.append(CLASS_SINGLE)
-        scheduler.sample(request, logits[i])
+        scheduler.sample(request, logits[at + 1])
         if request.sequence is None:
-            return i, i
-        if i == len(guesses) or sequence.tokens[-1] != guesses[i]:
-            return min(i + 1, len(guesses)), i
-        speculation.accept(request)
-    raise AssertionError("the loop ends by itself")
+            return outcome(guesses, kept, ended=True)
+        at = next_guess(guesses, at, sequence.tokens[-1])
+    return outcome(guesses, kept, ended=False)

@@ -8,7 +8,7 @@ import numpy as np
 from edgeroute.runtime.batch_shape import Segment, causal_mask
 from edgeroute.runtime.graph_inputs import Inputs, MaskSlot
 from edgeroute.runtime.lora import LoraShape, lora_factors, lora_ids
-from edgeroute.runtime.tensor import Table, set_bytes, set_ids
+from edgeroute.runtime.tensor import Table, set_bytes, set_ids, set_range
 
 if TYPE_CHECKING:
     from edgeroute.models.forward import Piece
@@ -40,7 +40,7 @@ class Feeder:
             if inputs.pos is not None:
                 self._positions.write(inputs.pos, first, piece.pos, n, on_host=on_host)
             if inputs.rows is not None:
-                cell = piece.region.start + piece.pos
+                cell = piece.region.start + piece.cell
                 self._rows.write(inputs.rows, first, cell, n, on_host=on_host)
             first += n
         if inputs.out_ids is not None:
@@ -56,12 +56,17 @@ def _write_mask(
 ) -> None:
     """Write the mask rows of a piece, F16 (n_tokens, n_kv), each a slice of the strip."""
     first = len(strip.values) // 2 - 1 - piece.pos
-    if segment.n_tokens == 1:
+    if piece.branch is not None:
+        row = strip.values[first : first + segment.n_kv].copy()
+        row[piece.branch.n_shared :] = -np.inf
+        row[[*piece.branch.above, piece.branch.cell]] = 0
+        set_range(slot.tensor, row.view(np.uint8), slot.at * row.itemsize)
+    elif segment.n_tokens == 1:
         strip.write(slot.tensor, slot.at, first, segment.n_kv, on_host=on_host)
-        return
-    rows = np.lib.stride_tricks.sliding_window_view(strip.values, segment.n_kv)
-    last = first - segment.n_tokens
-    set_bytes(slot.tensor, np.ascontiguousarray(rows[first : last if last >= 0 else None : -1]))
+    else:
+        rows = np.lib.stride_tricks.sliding_window_view(strip.values, segment.n_kv)
+        last = first - segment.n_tokens
+        set_bytes(slot.tensor, np.ascontiguousarray(rows[first : last if last >= 0 else None : -1]))
 
 
 def fill_lora(inputs: Inputs, pieces: Sequence["Piece"], lora: LoraShape) -> None:

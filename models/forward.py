@@ -48,10 +48,27 @@ EMBEDDINGS = "embeddings"
 """The input of graphs that are given token embeddings."""
 
 
+class Branch(NamedTuple):
+    """Where a token is kept that is one of several for its position, and what it sees.
+
+    Cells count from the first of the sequence's region.
+
+    Attributes:
+        cell: its own.
+        n_shared: leading cells that all branches see.
+        above: cells behind those that it sees, in rising order, all before its own.
+    """
+
+    cell: int
+    n_shared: int
+    above: tuple[int, ...]
+
+
 class Piece(NamedTuple):
     """New tokens of one sequence: ids, the position of the first, and where its cells are.
 
-    `n_out` of the last tokens get logits; `lora` is what an adapter adds to all of them.
+    `n_out` of the last tokens get logits; `lora` is what an adapter adds to all of them. A token
+    with a `branch` is alone; others have the cell of their position, and see all before it.
     """
 
     tokens: Sequence[int]
@@ -59,6 +76,12 @@ class Piece(NamedTuple):
     region: Region
     n_out: int = 1
     lora: LoraRow | None = None
+    branch: Branch | None = None
+
+    @property
+    def cell(self) -> int:
+        """Where its first token is kept, from the region's first cell on."""
+        return self.pos if self.branch is None else self.branch.cell
 
 
 class Forward:
@@ -157,8 +180,8 @@ class Forward:
 
         Args:
             pieces: tokens within a piece see those before them. Several of one sequence, one
-                token each and in the order of their positions, have the bits of as many runs:
-                keys of all are stored before any of them attends.
+                token each and in the order of their cells, have the bits of as many runs: keys of
+                all are stored before any of them attends.
             spans: what to compute, in order; None is the whole model in one graph.
             borrow: return the device's own memory where the host can read it; those logits
                 are valid until the next run. A copy of them costs 1 % of a decode step.
@@ -231,6 +254,11 @@ class Forward:
             )
         if self._stream is not None:
             set_bytes(self._stream.tensor, np.ascontiguousarray(states, np.float32))
+
+    def move(self, region: Region, cell: int, to: int) -> None:
+        """Move a token of a region to the cell of its position, once its branch is the answer."""
+        source, target = (Region(region.start + at, 1) for at in (cell, to))
+        self.kv.copy(source, target, 1)
 
     def close(self) -> None:
         """Free graphs and the compute buffer; safe to call twice."""
@@ -360,8 +388,8 @@ def shape_of(n_tokens: int, n_kv: int, *, n_out: int) -> BatchShape:
 
 
 def _segment(piece: Piece) -> Segment:
-    n_tokens, region = len(piece.tokens), piece.region
-    end = piece.pos + n_tokens
+    n_tokens, region, cell = len(piece.tokens), piece.region, piece.cell
+    end = cell + n_tokens
     if not 0 < n_tokens >= piece.n_out or end > region.n_cells:
-        raise ComputeError(f"tokens {piece.pos} to {end} do not fit {region}")
+        raise ComputeError(f"tokens {cell} to {end} do not fit {region}")
     return Segment(region.start, round_cells(end), n_tokens)

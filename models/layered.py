@@ -52,6 +52,8 @@ class LayeredForward(Forward):
         self._steps_of: dict[tuple[Span, ...], list[_Step]] = {}
         self._left: tuple[int, Sequence[Piece]] = -1, ()
         """What the stream holds: the layer that it is before, and whose tokens' states."""
+        self._moved: dict[int, int] = {}
+        """Cells of these tokens that were moved since, to where from."""
         self._before = np.zeros(model.hparams.n_embd, np.float32)
         self.bridge: Crossing | None = None
         """Serves while just its block streams."""
@@ -82,6 +84,7 @@ class LayeredForward(Forward):
         """
         shape = self.shape(pieces)
         self._left = -1, ()
+        self._moved.clear()
         self._pager.reconsider()
         if self._pager.streamed is not self._cut_for:  # other layers stream than at the last pass
             self.graphs.clear()
@@ -104,19 +107,29 @@ class LayeredForward(Forward):
             return np.empty((0, self.model.hparams.n_vocab), np.float32)
         return self.logits(graph, shape, borrow)
 
-    def state_before(self, il: int, region: Region, pos: int) -> npt.NDArray[np.float32] | None:
+    def state_before(self, il: int, region: Region, cell: int) -> npt.NDArray[np.float32] | None:
         """Return the residual stream before layer `il` of a token of the last pass: F32 (n_embd,).
 
         None where the last pass had no such token, or did not begin a graph at that layer.
+
+        Args:
+            il: the layer.
+            region: the token's.
+            cell: where it is kept, from the region's first on.
         """
         left, pieces = self._left
-        row = 0
+        row, cell = 0, self._moved.get(cell, cell)
         for piece in pieces if left == il else ():
-            if piece.region == region and 0 <= pos - piece.pos < len(piece.tokens):
-                states = self.residual(row + pos - piece.pos + 1)
+            if piece.region == region and 0 <= cell - piece.cell < len(piece.tokens):
+                states = self.residual(row + cell - piece.cell + 1)
                 return states[len(states) - 1 :].reshape(-1)
             row += len(piece.tokens)
         return None
+
+    def move(self, region: Region, cell: int, to: int) -> None:
+        """Move a token of a region, and remember whose state is whose."""
+        super().move(region, cell, to)
+        self._moved[to] = cell
 
     def go_on_from(self, state: npt.NDArray[np.float32]) -> None:
         """Tell bridges of the next pass what was behind their block at the token before."""

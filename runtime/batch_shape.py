@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.depth import Steps
 from edgeroute.runtime.lora import LoraShape
 
@@ -85,6 +86,19 @@ def group_segments(segments: Sequence[Segment]) -> list[tuple[Segment, ...]]:
                 continue
         groups.append([segment])
     return [tuple(group) for group in groups]
+
+
+def change_places(first: int, last: int, n_threads: int) -> bool:
+    """Whether a lone query has equal bits wherever its cells `first` to `last` are among them.
+
+    It visits cells in their order and passes over those that it does not see. From SPLIT_KV_MIN
+    on each thread visits a part of them, and no cell may come to another thread.
+    """
+    n_kv = round_cells(first + 1)
+    if n_kv != round_cells(last + 1):
+        return False
+    part = -(-n_kv // max(1, n_threads))
+    return n_kv < SPLIT_KV_MIN or first // part == last // part
 
 
 def causal_mask(n_ctx: int, window: int | None = None) -> np.ndarray:

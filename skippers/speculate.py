@@ -12,7 +12,7 @@ the expected gain exceeds a cost, with hysteresis).
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -92,33 +92,44 @@ class Line:
 
 
 class Acceptance:
-    """How often the i-th token of a draft is accepted, those before it given; recent ones most."""
+    """How often the i-th guess of a draft is right, those it follows among it; recent ones most.
 
-    DECAY, PRIOR, PRIOR_WEIGHT = 0.95, 0.7, 2.0
+    What was rarely tried is taken to be right as much less often than the guess before it as
+    guesses are on average.
+    """
+
+    DECAY, PRIOR, PRIOR_WEIGHT = 0.94, 0.7, 2.0
 
     def __init__(self, longest: int) -> None:
         self._tried = [0.0] * longest
-        self._accepted = [0.0] * longest
+        self._right = [0.0] * longest
+        self._before = [0.0] * longest
+        """How often the one before it was right when it was tried."""
 
-    def observe(self, n_drafted: int, n_accepted: int) -> None:
-        """Note a draft. What follows the first refused token says nothing."""
-        for i in range(min(n_drafted, n_accepted + 1)):
-            self._tried[i] = self._tried[i] * self.DECAY + 1.0
-            self._accepted[i] = self._accepted[i] * self.DECAY + (i < n_accepted)
+    def observe(self, right: Sequence[bool | None]) -> None:
+        """Note which guesses of a draft were right; None for those that say nothing."""
+        self.fade(self.DECAY)
+        before = True
+        for i, each in enumerate(right):
+            if each is not None:
+                self._tried[i] += 1.0
+                self._right[i] += each
+                self._before[i] += before
+                before = each
 
     def fade(self, share: float) -> None:
         """Let what was seen so far count less."""
-        self._tried = [share * each for each in self._tried]
-        self._accepted = [share * each for each in self._accepted]
+        for counts in (self._tried, self._right, self._before):
+            counts[:] = [share * each for each in counts]
 
     def expected(self, n_drafted: int) -> float:
         """Return how many tokens a pass yields with a draft of that length, one at least."""
         weight = self.PRIOR_WEIGHT
-        mean = (sum(self._accepted) + weight * self.PRIOR) / (sum(self._tried) + weight)
-        total, reached = 1.0, 1.0
-        for tried, accepted in zip(self._tried[:n_drafted], self._accepted, strict=False):
-            reached *= (accepted + weight * mean) / (tried + weight)
-            total += reached
+        mean = (sum(self._right) + weight * self.PRIOR) / (sum(self._before) + weight)
+        total, share = 1.0, 1.0
+        for tried, right in zip(self._tried[:n_drafted], self._right, strict=False):
+            share = (right + weight * share * min(1.0, mean)) / (tried + weight)
+            total += share
         return total
 
 
@@ -250,12 +261,16 @@ class Speculator:
         self._pass_s.slope_guess = guess + (each_s - guess) / min(self._n_passes, Line.MEMORY)
 
     def observe_draft(
-        self, name: str, drafted: int, accepted: int, seconds: tuple[float, float]
+        self, name: str, right: Sequence[bool | None], seconds: tuple[float, float]
     ) -> None:
-        """Note a draft, how much of it was accepted, and the seconds of draft and pass."""
+        """Note a draft, which of its guesses were right, and the seconds of draft and pass.
+
+        Of a guess that an answer did not get to, nobody knows: None.
+        """
         source, (draft_s, pass_s) = self._source(name), seconds
+        drafted, accepted = len(right), sum(each is True for each in right)
         source.draft_s.observe(drafted, draft_s)
-        source.accepts.observe(drafted, accepted)
+        source.accepts.observe(right)
         source.tokens = 0.9 * source.tokens + accepted + 1
         source.seconds = 0.9 * source.seconds + draft_s + pass_s
         source.n_recent += 1
@@ -273,7 +288,7 @@ class Speculator:
         """Note a guess that was not drafted, how many tokens of it came to be compared with the
         answer, and how many of these were right."""
         source = self._source(name)
-        source.accepts.observe(guessed, right)
+        source.accepts.observe([i < right for i in range(guessed)])
         source.judged += 1
 
     def judged(self, name: str) -> bool:

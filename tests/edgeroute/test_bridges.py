@@ -22,6 +22,7 @@ from edgeroute.paging_layers import BRIDGE, FIRST_KEPT
 from edgeroute.runtime.depth import all_run
 from edgeroute.runtime.errors import DepthFileError, EdgerouteError, ModelFileError
 from edgeroute.runtime.gguf import GGUFFile
+from edgeroute.skippers.guesses import Guess, above, chain
 from edgeroute.skippers.plan import DepthPlan, LayerDepth
 from edgeroute.skippers.speculate import PLAIN, Choice, Speculator
 from edgeroute.tools import synth
@@ -259,15 +260,33 @@ class _Says:
         rest = np.log((1 - chance) / 9)
         self._logits = np.full((1, 10), rest, np.float32)
         self._logits[0, 7] = np.log(chance)
+        self.kv = SimpleNamespace(is_host=False)
+        self.model = SimpleNamespace(n_swa=None)
+        self.device = SimpleNamespace(n_threads=1)
+        self.ran = 0
 
     def run(self, pieces: Any, spans: Any, *, borrow: bool) -> Any:
+        self.ran += 1
         return self._logits
 
 
-@pytest.mark.parametrize(("chance", "length"), [(0.2, 2), (0.4, 3), (0.6, 5), (0.999, 8)])
-def test_a_draft_ends_where_it_is_hardly_right(chance: float, length: int) -> None:
+def drafted(forward: Any, n_tokens: int = 8) -> list[Guess]:
     sequence = SimpleNamespace(tokens=[1], n_past=0, region=None)
     request: Any = SimpleNamespace(sequence=sequence, interrupted=lambda: False, lora=None)
-    forward: Any = _Says(chance)
-    drafter = SelfDrafter(forward, lambda _: Part(()), lambda _: False)
-    assert drafter.draft(request, 8) == [7] * length
+    return SelfDrafter(forward, lambda _: Part(()), lambda _: False).draft(request, n_tokens)
+
+
+@pytest.mark.parametrize(("chance", "length"), [(0.2, 2), (0.4, 3), (0.6, 5), (0.999, 8)])
+def test_a_chain_ends_where_it_is_hardly_right(chance: float, length: int) -> None:
+    assert drafted(_Says(chance)) == chain([7] * length)
+
+
+@pytest.mark.parametrize(("chance", "depth", "ran"), [(0.2, 2, 2), (0.5, 4, 4), (0.999, 8, 8)])
+def test_a_tree_grows_where_its_draft_is_sure(chance: float, depth: int, ran: int) -> None:
+    """Guesses for one place where it is not, one behind the other where it is."""
+    forward = _Says(chance)
+    forward.kv.is_host = True
+    found = drafted(forward)
+    assert len(found) == 8
+    assert max(len(above(found, i)) for i in range(8)) + 1 == depth
+    assert forward.ran == ran

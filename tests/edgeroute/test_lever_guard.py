@@ -143,7 +143,7 @@ def play_drafts(speculator: Speculator, n_passes: int, accepted: int) -> list[in
         lengths.append(n)
         speculator.observe_pass(n + 1, 1.0 + n, 1.0 + n)
         if source is not None:
-            speculator.observe_draft(source, n, min(accepted, n), (0.01, 1.0 + n))
+            speculator.observe_draft(source, [i < accepted for i in range(n)], (0.01, 1.0 + n))
     return lengths
 
 
@@ -162,7 +162,7 @@ def test_drafts_that_pay_stay() -> None:
         source, n = speculator.choose({"lookup": 4})
         speculator.observe_pass(n + 1, 1.0 + 0.1 * n, 0.1)
         if source is not None:
-            speculator.observe_draft(source, n, n, (0.01, 1.0 + 0.1 * n))
+            speculator.observe_draft(source, [True] * n, (0.01, 1.0 + 0.1 * n))
     assert speculator.on and not speculator.left_because
 
 

@@ -15,6 +15,7 @@ from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import CapacityError, UsageError
 from edgeroute.runtime.sequence import CLASS_SINGLE
 from edgeroute.runtime.units import MIB
+from edgeroute.skippers import guesses
 from edgeroute.skippers.speculate import PLAIN, Choice, Speculator
 from edgeroute.speculation import Speculation
 from edgeroute.stats import Generation
@@ -100,8 +101,8 @@ class _Fake:
     def offers(self, request: Request, most: int) -> Mapping[str, int]:
         return {"fake": most}
 
-    def draft(self, request: Request, n_tokens: int) -> list[int]:
-        return self._guess(request, n_tokens)[:n_tokens]
+    def draft(self, request: Request, n_tokens: int) -> list[guesses.Guess]:
+        return guesses.chain(self._guess(request, n_tokens)[:n_tokens])
 
     def end(self, request: Request) -> None:
         self.ended.append(request.id)
@@ -419,9 +420,10 @@ def test_drafts_of_resident_layers_read_nothing(path: Path) -> None:
                     store._transfer.wait(room.ticket)
             before = [room.holds for room in store._ring], store._transfer.stats.n_reads
             draft = drafter.draft(request, n_tokens)
+            tokens = [each.token for each in draft]
             assert ([room.holds for room in store._ring], store._transfer.stats.n_reads) == before
             seen.append((len(draft), len(store.streamed)))
-            return draft
+            return tokens
 
         plant(runtime, watched, 4)
         answer(runtime)

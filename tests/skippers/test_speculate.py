@@ -20,6 +20,11 @@ from edgeroute.skippers.speculate import (
 LONGEST = 15
 
 
+def chain(drafted: int, accepted: int) -> list[bool]:
+    """What became of guesses one behind the other, the first of which were right."""
+    return [i < accepted for i in range(drafted)]
+
+
 @dataclass
 class World:
     """Passes of `pass_s(k)` seconds, of which `waiting` is no arithmetic; and sources of drafts.
@@ -50,7 +55,7 @@ class World:
                 while accepted < choice.n_tokens and rng.random() < chance:
                     accepted += 1
                 draft_s = each_s * choice.n_tokens
-                policy.observe_draft(choice.source, k - 1, accepted, (draft_s, pass_s))
+                policy.observe_draft(choice.source, chain(k - 1, accepted), (draft_s, pass_s))
             computing_s = k * self.pass_s(1) * (1 - self.waiting) if self.waiting else pass_s
             policy.observe_pass(k, pass_s, computing_s)
             seconds += pass_s + draft_s
@@ -186,22 +191,22 @@ def test_a_line_through_noisy_means() -> None:
 def test_expected_tokens() -> None:
     sure, never = Acceptance(15), Acceptance(15)
     for _ in range(200):
-        sure.observe(8, 8)
-        never.observe(8, 0)
+        sure.observe(chain(8, 8))
+        never.observe(chain(8, 0))
     assert sure.expected(0) == never.expected(0) == 1.0
     assert 8.8 < sure.expected(8) <= 9.0
     assert 1.0 < never.expected(8) < 1.05
     mixed = Acceptance(15)
     for i in range(400):
-        mixed.observe(4, 2 if i % 2 else 0)  # half the time two, never three
+        mixed.observe(chain(4, 2 if i % 2 else 0))  # half the time two, never three
     assert mixed.expected(4) == pytest.approx(2.0, abs=0.15)
 
 
 def test_counts_of_a_source() -> None:
     policy = Speculator(LONGEST)
     policy.observe_pass(5, 0.6, 0.1)
-    policy.observe_draft("self", 4, 3, (0.1, 0.6))
-    policy.observe_draft("self", 4, 0, (0.1, 0.6))
+    policy.observe_draft("self", chain(4, 3), (0.1, 0.6))
+    policy.observe_draft("self", chain(4, 0), (0.1, 0.6))
     found = policy.stats()["self"]
     assert isinstance(found, dict)
     assert (found["drafted"], found["accepted"], found["passes"]) == (8, 3, 2)
@@ -214,7 +219,7 @@ def test_counts_are_read_while_sources_come() -> None:
     class Reading:
         @property
         def rounds(self) -> int:
-            policy.observe_draft(f"source {len(policy._sources)}", 1, 1, (0.1, 0.6))
+            policy.observe_draft(f"source {len(policy._sources)}", [True], (0.1, 0.6))
             return 0
 
     policy._sources["first"] = Reading()  # type: ignore[assignment]
