@@ -149,6 +149,9 @@ class _Source:
 
     accepts: Acceptance
     draft_s: Line = field(default_factory=Line)
+    each_s: float | None = None
+    """Seconds of a guess, lately: what one more is taken to cost until drafts of several lengths
+    were measured."""
     on: bool = False
     trial: int = TRIAL_ROUNDS
     """Drafts left of the trial that is under way."""
@@ -270,6 +273,9 @@ class Speculator:
         source, (draft_s, pass_s) = self._source(name), seconds
         drafted, accepted = len(right), sum(each is True for each in right)
         source.draft_s.observe(drafted, draft_s)
+        each_s = draft_s / drafted if drafted else 0.0
+        known_s = each_s if source.each_s is None else source.each_s
+        source.each_s = known_s + (each_s - known_s) / Line.MEMORY
         source.accepts.observe(right)
         source.tokens = 0.9 * source.tokens + accepted + 1
         source.seconds = 0.9 * source.seconds + draft_s + pass_s
@@ -336,7 +342,8 @@ class Speculator:
         if plain_s is None:
             n = min(most, FORCED_FIRST)
             return (Choice(name, n), 1.0 / n) if n > 0 else (PLAIN, math.inf)
-        source.draft_s.slope_guess = DRAFT_GUESS * plain_s
+        each_s = source.each_s
+        source.draft_s.slope_guess = DRAFT_GUESS * plain_s if each_s is None else each_s
         for n in self._lengths:
             pass_s = self._pass_s.seconds(n + 1)
             if n > most or pass_s is None:

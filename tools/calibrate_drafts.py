@@ -2,11 +2,14 @@
 
 A bridge is one map of low rank, in closed form, from the stream before a block of layers, and
 the stream behind it at the token before, to what the block adds. One is fitted for every block
-that memory may leave out, and judged by drafting on text that was kept apart: how often the
-first guess is the full model's own. Writes them as a drafts file, which `edgeroute.bridges` reads.
+that memory may leave out; where torch is there, those over most of the layers are trained on by
+what their guesses are worth (`train_bridges`). They are judged by drafting on text that was kept
+apart: how often the first guess is the full model's own. Writes them as a drafts file, which
+`edgeroute.bridges` reads.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +28,11 @@ from edgeroute.models.depth_file import depth_paths, fingerprint, first_writable
 from edgeroute.models.forward import Piece
 from edgeroute.models.standins import fill_before, tensor_name
 from edgeroute.paging_layers import FIRST_KEPT
+from edgeroute.runtime import machine
 from edgeroute.runtime.batch_shape import BatchShape
 from edgeroute.runtime.cells import Region, round_cells
-from edgeroute.runtime.errors import ComputeError, UsageError
+from edgeroute.runtime.errors import ComputeError, UnsupportedModelError, UsageError
+from edgeroute.runtime.extras import check_extra
 from edgeroute.runtime.graph import Graph
 from edgeroute.skippers.plan import DepthPlan
 from edgeroute.tools.depth_file import DepthContent, write_depth_file
@@ -41,15 +46,20 @@ Progress = Callable[[str, int, int], None]
 """Takes a phase, how much of it is done, and of how much."""
 
 RANK: Final = 1024
-N_FIT: Final = 40
+N_FIT: Final = 80
 """Windows to fit to, at most."""
+MEMORY_PART: Final = 0.2
+"""Of the memory that is free, what the streams of all windows may take."""
+TRAINED_FROM: Final = 0.5
+"""Of the layers: shorter blocks stream too little for drafts to pay much, and are not trained."""
 N_JUDGING, GUESSES, N_JUDGED = 6, 32, 4
 """Windows to judge by, guesses in each, and bridges that are judged by guesses."""
 LEAST_SHARE: Final = 0.25
 """Of the layers, in the shortest block: where less streams, a pass over k tokens costs k."""
-SIDE_BY_SIDE: Final = 4
-"""Texts that the model goes on with in one window."""
-N_WRITTEN: Final = 3 * len(OPENINGS) // SIDE_BY_SIDE
+SIDE_BY_SIDE, PER_WINDOW = 16, 2
+"""Texts that the model goes on with at once, and how many of them make a window."""
+AT_ONCE: Final = SIDE_BY_SIDE // PER_WINDOW
+N_WRITTEN: Final = 3 * len(OPENINGS) // PER_WINDOW
 """Windows that it writes: each text is gone on with in three ways."""
 N_RANKED: Final = 8
 """Likeliest tokens, of which the first that ends no text is taken."""
@@ -110,15 +120,21 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftsReport:
-    """What was found; `n_guesses` each judged bridge was judged by."""
+    """What was found; `n_guesses` each judged bridge was judged by.
+
+    `n_trained` bridges guess better than least squares made them; `untrained_because` none was
+    tried to.
+    """
 
     path: Path
     model: str
     bridges: tuple[Judged, ...]
+    n_trained: int
     n_fitted: int
     n_guesses: int
     n_bytes: int
     seconds: float
+    untrained_because: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """Return all figures as plain JSON types."""
@@ -215,6 +231,7 @@ class Streams:
     def __init__(self, n_window: int, layers: Sequence[int]) -> None:
         self._n_window, self.layers = n_window, layers
         self._strengths: tuple[float, ...] = STRENGTHS
+        self._tokens: list[Sequence[int]] = []
         self._parts: dict[int, list[npt.NDArray[np.float16]]] = {il: [] for il in layers}
 
     @property
@@ -225,8 +242,23 @@ class Streams:
     def read(self, probe: DraftProbe, text: Sequence[int]) -> None:
         """Add a window, at half precision: what a fit needs, at half the memory."""
         most = np.finfo(np.float16).max
+        self._tokens.append(text)
         for il, stream in probe.states(text, self.layers).items():
             self._parts[il].append(np.clip(stream, -most, most).astype(np.float16))
+
+    @property
+    def n_checked(self) -> int:
+        """Of the last windows, those kept apart."""
+        return max(1, self.n_windows // CHECKED_ONE_IN)
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """The text: int32 (n_windows, n_window)."""
+        return np.array(self._tokens, np.int32)
+
+    def windows(self, il: int) -> npt.NDArray[np.float16]:
+        """Return the stream before a layer by windows: F16 (n_windows, n_window, n_embd)."""
+        return np.stack(self._parts[il])
 
     def stream(self, il: int) -> Floats:
         """Return the stream before a layer: F32 (n_tokens, n_embd)."""
@@ -247,7 +279,7 @@ class Streams:
             inputs=np.concatenate([unit_power(near, eps), unit_power(before, eps), ones], axis=1),
             targets=far - near, weights=token_weights(far, self._n_window),
         )  # fmt: skip
-        n_fit = (self.n_windows - max(1, self.n_windows // CHECKED_ONE_IN)) * self._n_window
+        n_fit = (self.n_windows - self.n_checked) * self._n_window
         fit, check = (
             Sample(inputs=whole.inputs[at], targets=whole.targets[at], weights=whole.weights[at])
             for at in (np.s_[:n_fit], np.s_[n_fit:])
@@ -279,16 +311,18 @@ def calibrate_drafts(model: Path, params: DraftsParams, progress: Progress) -> D
         probe = stack.enter_context(contextlib.closing(DraftProbe(loaded)))
         texts = calibration_texts(probe.encode, params.files, params.n_window, N_FIT + N_CHECK)
         streams = Streams(params.n_window, (FIRST_KEPT, *ends))
-        until = began + 60 * params.budget_minutes * READ_PART
-        n_texts = len(texts.fit) + min(len(texts.fit), N_WRITTEN)
-        for i, text in enumerate(_texts(probe, texts.fit)):
+        until = began + 60 * params.budget_minutes
+        n_texts = min(len(texts.fit) + min(len(texts.fit), N_WRITTEN),
+                      _most_windows(loaded, streams, params.n_window))  # fmt: skip
+        for i, text in enumerate(itertools.islice(_texts(probe, texts.fit), n_texts)):
             streams.read(probe, text)
             progress("text", i + 1, n_texts)
-            if i >= CHECKED_ONE_IN and time.monotonic() > until:
+            if i >= CHECKED_ONE_IN and time.monotonic() > began + READ_PART * (until - began):
                 break
+        training = _Training(loaded, streams, ends, params.threads)
         fitted = []
         for i, end in enumerate(ends):
-            fitted.append(_fit(loaded, streams, end, params.rank))
+            fitted.append(_fit(loaded, streams, end, params.rank, training.by(until, ends[i:])))
             progress("bridges", i + 1, len(ends))
         out = params.out or first_writable(*depth_paths(loaded.file, SUFFIX))
         write_depth_file(out, DepthContent(
@@ -299,21 +333,81 @@ def calibrate_drafts(model: Path, params: DraftsParams, progress: Progress) -> D
         check = [text.tolist() for text in texts.check[:N_JUDGING]]
         judged = _judge(loaded, probe, (out, fitted), check, progress)
         return DraftsReport(
-            path=out, model=loaded.file.path.name, bridges=judged,
+            path=out, model=loaded.file.path.name, bridges=judged, n_trained=training.n_better,
             n_fitted=streams.n_windows * params.n_window, n_bytes=out.stat().st_size,
             n_guesses=len(check) * min(GUESSES, params.n_window // 2),
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - began, untrained_because=training.why_not,
         )  # fmt: skip
+
+
+def _most_windows(loaded: LoadedModel, streams: Streams, n_window: int) -> int:
+    """Return how many windows memory holds the streams of."""
+    each = 2 * n_window * loaded.model.hparams.n_embd * len(streams.layers)
+    return max(CHECKED_ONE_IN, int(MEMORY_PART * machine.memory().available_bytes) // each)
 
 
 def _texts(probe: DraftProbe, given: npt.NDArray[np.int32]) -> Iterator[list[int]]:
     """Give the windows of a text, and by turns what the model writes itself."""
-    groups = [OPENINGS[at : at + SIDE_BY_SIDE] for at in range(0, len(OPENINGS), SIDE_BY_SIDE)]
+    written = _written(probe, given.shape[1])
     for i, text in enumerate(given):
         if i < N_WRITTEN:
-            place, group = divmod(i, len(groups))
-            yield probe.write(groups[group], len(text), place)
+            yield next(written)
         yield text.tolist()
+
+
+def _written(probe: DraftProbe, n_window: int) -> Iterator[list[int]]:
+    """Give windows that the model writes: in one way of all openings, then in another."""
+    groups = [OPENINGS[at : at + SIDE_BY_SIDE] for at in range(0, len(OPENINGS), SIDE_BY_SIDE)]
+    for i in itertools.count():
+        place, group = divmod(i, len(groups))
+        text = probe.write(groups[group], AT_ONCE * n_window, place)
+        yield from (text[at : at + n_window] for at in range(0, len(text), n_window))
+
+
+Refine = Callable[[int, Floats, Floats], tuple[Floats, Floats]]
+"""Takes the end of a block and the two halves of a map, and returns better ones."""
+
+
+class _Training:
+    """Trains the bridges over most of the layers, where that can be done here.
+
+    Attributes:
+        n_better: bridges that became better.
+        why_not: why none is trained; empty where they are.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, streams: Streams, ends: Sequence[int], threads: int
+    ) -> None:
+        self.n_better, self.why_not = 0, ""
+        self._streams = streams
+        n_layer = loaded.model.hparams.n_layer
+        self._ends = [end for end in ends if end >= TRAINED_FROM * n_layer] or [ends[-1]]
+        try:
+            check_extra("training bridges", "torch")
+            from edgeroute.tools.train_bridges import trainer
+
+            self._trainer = trainer(loaded.file, self._ends[0], streams.tokens, threads)
+        except (UsageError, UnsupportedModelError) as error:
+            self.why_not = str(error)
+
+    def by(self, until: float, left: Sequence[int]) -> Refine:
+        """Return what trains the first bridge of `left` in its part of the time until then."""
+        n_left = sum(end in self._ends for end in left)
+
+        def refine(end: int, a: Floats, b: Floats) -> tuple[Floats, Floats]:
+            if self.why_not or end not in self._ends:
+                return a, b
+            from edgeroute.tools.train_bridges import Texts
+
+            streams, now = self._streams, time.monotonic()
+            texts = Texts(streams.tokens, streams.windows(FIRST_KEPT), streams.windows(end),
+                          streams.n_checked)  # fmt: skip
+            found = self._trainer.train(end, texts, (a, b), now + (until - now) / n_left)
+            self.n_better += found.after < found.before
+            return found.a, found.b
+
+        return refine
 
 
 def block_ends(hparams: Hparams, model: str) -> list[int]:
@@ -330,10 +424,11 @@ def block_ends(hparams: Hparams, model: str) -> list[int]:
     return ends
 
 
-def _fit(loaded: LoadedModel, streams: Streams, end: int, rank: int) -> Fitted:
+def _fit(loaded: LoadedModel, streams: Streams, end: int, rank: int, refine: Refine) -> Fitted:
     hparams, first = loaded.model.hparams, FIRST_KEPT
     n_embd = hparams.n_embd
     a, b, error = streams.fit(first, end, min(rank, n_embd), hparams.norm_rms_eps)
+    a, b = refine(end, a, b)
     name, kind = f"bridge-{first}-{end}", GGMLQuantizationType.Q8_0
     layers = bridge_layers(first, end, hparams.n_layer)
     ones = np.ones(n_embd, np.float32)

@@ -33,6 +33,10 @@ _GLOBAL: Final = frozenset({"token_embd.weight", "output_norm.weight", "output.w
                             "output.bias", "rope_freqs.weight"})  # fmt: skip
 
 
+Turn = tuple[Tensor, Tensor]
+"""Cosines and sines of positions, F32 (n_seq, 1, n_tokens, n_embd_head / 2) each."""
+
+
 class LowRank:
     """The matrices of one adapter: for each layer and part A (rank, n_in) and B (n_out, rank).
 
@@ -88,6 +92,7 @@ class TorchLlama:
         file: the model.
         dtype: of the base's matrices, torch.float32 or torch.bfloat16.
         progress: called with a phase, how much of it is done, and of how much.
+        first: the first layer that is read; those before it cannot be run.
 
     Raises:
         UnsupportedModelError: another architecture, experts, or a feature this has not.
@@ -96,7 +101,7 @@ class TorchLlama:
 
     def __init__(
         self, file: GGUFFile, dtype: torch.dtype,
-        progress: Callable[[str, int, int], None] = lambda *_: None,
+        progress: Callable[[str, int, int], None] = lambda *_: None, first: int = 0,
     ) -> None:  # fmt: skip
         check_source(file)
         dense = DenseModel(file)
@@ -109,16 +114,16 @@ class TorchLlama:
         if not self.hparams.tied:
             self._head = self._matrix(dense, "output.weight")
         self._head_bias = _vector(dense, "output.bias")
-        self._output_norm = _vector(dense, "output_norm.weight")
+        self._output_norm = torch.from_numpy(dense.vector("output_norm.weight").copy())
         self._frequencies = _frequencies(dense)
-        self._layers = []
-        for il in range(self.hparams.n_layer):
-            progress("dequantise", il + 1, self.hparams.n_layer)
-            self._layers.append(self._read_layer(dense, il))
+        self._layers: dict[int, _Layer] = {}
+        for il in range(first, self.hparams.n_layer):
+            progress("dequantise", il + 1 - first, self.hparams.n_layer - first)
+            self._layers[il] = self._read_layer(dense, il)
 
     def width(self, part: str) -> tuple[int, int]:
         """Return (n_in, n_out) of a part."""
-        n_out, n_in = self._layers[0].matrices[part].shape
+        n_out, n_in = next(iter(self._layers.values())).matrices[part].shape
         return int(n_in), int(n_out)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -143,34 +148,67 @@ class TorchLlama:
             The stream after the last norm, F32 (n_seq, n_tokens, n_embd).
         """
         at = torch.arange(ids.shape[1])[None] if pos is None else pos[:, None]
-        angles = at[:, None, :, None] * self._frequencies
-        turn = torch.cos(angles), torch.sin(angles)
+        turn = self.turn(at)
         x = self.embed(ids)
-        for il, layer in enumerate(self._layers):
-            u = self._norm(x, layer.attn_norm)
-            x = x + self._attention(il, u, turn, adapter, cache, pos)
-            u = self._norm(x, layer.ffn_norm)
-            gate, up = (self._linear(il, part, u, adapter) for part in ("gate", "up"))
-            x = x + self._linear(il, "down", F.silu(gate) * up, adapter)
+        for il in self._layers:
+            x = x + self.attention(il, x, turn, adapter, cache, pos)
+            x = x + self.feed_forward(il, x, adapter)
+        return self.normed(x)
+
+    def turn(self, pos: Tensor) -> Turn:
+        """Return the cosines and sines of positions (..., n_tokens): F32, for each pair."""
+        angles = pos[:, None, :, None] * self._frequencies
+        return torch.cos(angles), torch.sin(angles)
+
+    def heads(
+        self, il: int, x: Tensor, turn: Turn, adapter: LowRank | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of a layer, rotated: (n_seq, n_heads, n_tokens, width).
+
+        `x` is the residual stream before it, F32 (n_seq, n_tokens, n_embd).
+        """
+        n_seq, n_tokens, _ = x.shape
+        u = self._norm(x, self._layers[il].attn_norm)
+        q, k, v = (
+            self._linear(il, part, u, adapter)
+            .view(n_seq, n_tokens, -1, self.hparams.n_embd_head_k)
+            .transpose(1, 2)
+            for part in "qkv"
+        )
+        return self._rotate(q, turn), self._rotate(k, turn), v
+
+    def project(self, il: int, heads: Tensor, adapter: LowRank | None = None) -> Tensor:
+        """Return what attention adds to the stream, of what its heads found."""
+        n_seq, _, n_tokens, _ = heads.shape
+        return self._linear(il, "o", heads.transpose(1, 2).reshape(n_seq, n_tokens, -1), adapter)
+
+    def feed_forward(self, il: int, x: Tensor, adapter: LowRank | None = None) -> Tensor:
+        """Return what a layer's feed-forward adds to the stream `x`."""
+        u = self._norm(x, self._layers[il].ffn_norm)
+        gate, up = (self._linear(il, part, u, adapter) for part in ("gate", "up"))
+        return self._linear(il, "down", F.silu(gate) * up, adapter)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """Return the stream behind the last layer as the head takes it."""
         return self._norm(x, self._output_norm)
+
+    def head_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the rows of the head for some tokens, and their biases if it has any."""
+        bias = self._head_bias
+        return self._head[tokens].contiguous(), None if bias is None else bias[tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project rows of the stream to the vocabulary: F32 (..., n_vocab)."""
         found = F.linear(hidden.to(self.dtype), self._head).float()
         return found if self._head_bias is None else found + self._head_bias
 
-    def _attention(
-        self, il: int, u: Tensor, turn: tuple[Tensor, Tensor], adapter: LowRank | None,
-        cache: Cache | None, pos: Tensor | None,
+    def attention(
+        self, il: int, x: Tensor, turn: Turn, adapter: LowRank | None = None,
+        cache: Cache | None = None, pos: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        n_seq, n_tokens, _ = u.shape
-        width = self.hparams.n_embd_head_k
-
-        def heads(part: str) -> Tensor:
-            found = self._linear(il, part, u, adapter)
-            return found.view(n_seq, n_tokens, -1, width).transpose(1, 2)
-
-        q, k, v = self._rotate(heads("q"), turn), self._rotate(heads("k"), turn), heads("v")
+        """Return what a layer's attention adds to the stream `x`: see `hidden`."""
+        n_seq, n_tokens, _ = x.shape
+        q, k, v = self.heads(il, x, turn, adapter)
         mask = None
         if cache is not None and pos is None:
             cache.k[il][:, :, :n_tokens], cache.v[il][:, :, :n_tokens] = k, v
@@ -183,7 +221,7 @@ class TorchLlama:
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self._linear(il, "o", out.transpose(1, 2).reshape(n_seq, n_tokens, -1), adapter)
+        return self.project(il, out, adapter)
 
     def _linear(self, il: int, part: str, x: Tensor, adapter: LowRank | None) -> Tensor:
         layer = self._layers[il]
@@ -196,7 +234,7 @@ class TorchLlama:
         found: Tensor = F.rms_norm(x, (x.shape[-1],), weight, self.hparams.norm_rms_eps)
         return found
 
-    def _rotate(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def _rotate(self, x: Tensor, turn: Turn) -> Tensor:
         cos, sin = turn
         if self.neighbours:
             first, second = x[..., 0::2], x[..., 1::2]

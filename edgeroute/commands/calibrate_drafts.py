@@ -66,4 +66,6 @@ def _show(report: "DraftsReport") -> None:
         table.add_row(f"{each.first} to {each.end - 1}", f"{each.error:.3f}", *shares)
     Console().print(table)
     click.echo(f"{report.path}: {format_bytes(report.n_bytes)}, fitted to {report.n_fitted} "
-               f"tokens in {report.seconds / 60:.1f} min")  # fmt: skip
+               f"tokens in {report.seconds / 60:.1f} min; {report.n_trained} trained")  # fmt: skip
+    if report.untrained_because:
+        click.echo(f"bridges were fitted, not trained: {report.untrained_because}")
