@@ -18,7 +18,8 @@ from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.depth_file import DepthFile, depth_paths, fingerprint, first_writable
 from edgeroute.runtime.cells import round_cells
-from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.errors import UnsupportedModelError, UsageError
+from edgeroute.runtime.extras import check_extra
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers import auto
 from edgeroute.skippers.plan import DepthPlan
@@ -44,8 +45,10 @@ from edgeroute.tools.standin_records import StandInTensor
 Progress = Callable[[str, int, int], None]
 """Takes a phase, how much of it is done, and of how much."""
 
-SEARCH_PART, FIT_PART, CHECK_PART = 0.45, 0.35, 0.2
+SEARCH_PART, FIT_PART, CHECK_PART = 0.3, 0.55, 0.15
 """How the time is shared out."""
+N_FITTED: Final = 6
+"""A plan is fitted in one of so many parts of that time, and trained in another."""
 MARGIN: Final = 1.15
 """Plans are sought until they compute so much less than a wanted speed asks for: time is
 saved a little less than compute."""
@@ -116,7 +119,7 @@ def calibrate(model: Path, params: CalibrateParams, progress: Progress) -> Calib
         work = stack.enter_context(Work(out.with_name(out.name + ".work"), {
             "model": fingerprint(loaded.file), "data": texts.digest, "window": params.n_window,
             "threads": params.threads, "protect": [params.protect.first, params.protect.last],
-            "budget": params.budget_minutes, "version": 1,
+            "budget": params.budget_minutes, "version": 2,
         }))  # fmt: skip
         run = _Run(loaded, probe, texts, work, _Asked(params, progress, began))
         found = run.plans()
@@ -188,7 +191,20 @@ class _Run:
         return self._fit_all(Fits(
             model=self._loaded.file.path, hparams=hparams, costs=self._costs,
             texts=self._texts.fit, folder=self._work.subfolder, progress=self._progress,
+            threads=self._params.threads, train_s=self._train_s(),
         ), choices)  # fmt: skip
+
+    def _train_s(self) -> float:
+        """Return the seconds to train a plan's stand-ins in; 0, and a note, where torch lacks."""
+        try:
+            check_extra("training stand-ins", "torch")
+            from edgeroute.tools.torch_llama import check_trainable
+
+            check_trainable(self._loaded.file)
+        except (UsageError, UnsupportedModelError) as error:
+            self._notes.append(f"stand-ins were fitted, not trained: {error}")
+            return 0.0
+        return 60 * self._params.budget_minutes * FIT_PART / N_FITTED
 
     def _fit_all(self, fits: Fits, choices: Sequence[Choice]) -> list[FittedPlan]:
         """Fit plans, the most wanted first, as long as there is time."""
@@ -197,7 +213,7 @@ class _Run:
         speed = cast(float, self._work.value(
             "numpy's speed", lambda: numpy_gflop_s(hparams.n_embd, hparams.n_ff)
         ))  # fmt: skip
-        seconds = 60 * self._params.budget_minutes * FIT_PART / 4
+        seconds = 60 * self._params.budget_minutes * FIT_PART / N_FITTED
         if fits.n_affordable(seconds, speed, narrow=True):
             wanted = narrow_shapes(fits.study()) | wanted
         for name, shapes in wanted.items():

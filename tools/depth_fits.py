@@ -1,12 +1,13 @@
 """Which stand-ins a calibration fits, and how its plans use them.
 
 Two kinds: feed-forwards that keep most of their neurons, spread over many layers, and maps of
-low rank in the place of the sub-blocks that a search found cheapest to leave out.
+low rank in the place of the sub-blocks that a search found cheapest to leave out. Each is fitted
+by itself, in closed form; where torch is there a plan's are then trained together.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -14,12 +15,14 @@ import numpy as np
 
 from edgeroute.models.base import Hparams
 from edgeroute.runtime.errors import UsageError
+from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.skippers.plan import SUB_BLOCKS, DepthPlan
 from edgeroute.skippers.static import Choice, Costs, Unit, leave_out
 from edgeroute.tools.depth_texts import Windows
 from edgeroute.tools.standin_records import StandInParams, StandInShape, StandInTensor
 from edgeroute.tools.standin_study import Study, study
-from edgeroute.tools.standins import ARCHITECTURES, fit_plan
+from edgeroute.tools.standin_work import Work
+from edgeroute.tools.standins import ARCHITECTURES, StandIns, fit_plan
 
 Progress = Callable[[str, int, int], None]
 
@@ -31,6 +34,7 @@ MIN_TOKENS: Final = 1024
 """Fewer to fit to are no use."""
 _RANK_PART: Final = 8  # a rank is the model's width over this
 _N_STUDY: Final = 2560  # tokens
+_TRAINED: Final = "trained.npz"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,8 @@ class Fits:
         texts: windows to fit to.
         folder: gives the folder where one part of the work is kept.
         progress: told of every layer.
+        threads: that training takes.
+        train_s: seconds of training for each plan; 0 where it cannot be done.
     """
 
     model: Path
@@ -59,6 +65,8 @@ class Fits:
     texts: Windows
     folder: Callable[[str], Path]
     progress: Progress
+    threads: int = 1
+    train_s: float = 0.0
 
     def study(self) -> Study:
         """Measure what narrowing each feed-forward costs."""
@@ -75,7 +83,7 @@ class Fits:
             work=self.folder(name),
             progress=lambda phase, done, total: self.progress(f"{phase} of {name}", done, total),
         )
-        found = fit_plan(self.model, self.texts[:n_windows], shapes, params)
+        found = self._trained(name, fit_plan(self.model, self.texts[:n_windows], shapes, params))
         units = {Unit(shape.il, part) for shape in found.shapes for part in SUB_BLOCKS
                  if shape.part in (part, "layer")}  # fmt: skip
         layers = leave_out(units, self.costs.n_layer, "approximate")
@@ -83,6 +91,24 @@ class Fits:
         tensors = {f"{name}/{tensor}": values for tensor, values in found.tensors.items()}
         return FittedPlan(plan=DepthPlan(name=name, layers=layers, compute=compute),
                           tensors=tensors)  # fmt: skip
+
+    def _trained(self, name: str, found: StandIns) -> StandIns:
+        """Train a plan's stand-ins together, or bring back what that gave before."""
+        if not self.train_s:
+            return found
+        from edgeroute.tools.train_standins import train_standins
+
+        work = Work(self.folder(name), f"trained {name}")
+        kept = work.read_tensors(_TRAINED)
+        if kept is not None:
+            return replace(found, tensors=kept)
+        with GGUFFile.open(self.model) as file:
+            made = train_standins(
+                file, found, self.texts, time.monotonic() + self.train_s, self.threads,
+                lambda phase, done, total: self.progress(f"{phase} {name}", done, total),
+            ).standins  # fmt: skip
+        work.write_tensors(_TRAINED, made.tensors)
+        return made
 
     def n_affordable(self, seconds: float, gflop_s: float, *, narrow: bool) -> int:
         """Return how many windows can be fitted to in a time; 0 if too few to be of use.

@@ -21,7 +21,7 @@ from edgeroute.tools.convert.moe_text import (
 Windows = npt.NDArray[np.int32]
 
 N_WINDOW: Final = 256
-N_SEARCH, N_FIT, N_CHECK = 8, 24, 16
+N_SEARCH, N_FIT, N_CHECK = 8, 96, 16
 """Windows at most; those to fit to include those to search with."""
 MIN_WINDOWS: Final = 6
 

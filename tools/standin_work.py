@@ -78,9 +78,8 @@ class Work:
         """Keep layer `il`, which was just done, and the streams after it."""
         stem = f"blk.{il}."
         mine: dict[str, npt.NDArray[Any] | np.generic] = {}
-        for name, tensor in done.tensors.items():
-            if name.startswith(stem):
-                mine[f"{tensor.kind.name}/{name}"] = tensor.rows
+        mine |= _arrays({name: tensor for name, tensor in done.tensors.items()
+                         if name.startswith(stem)})  # fmt: skip
         for prefix, numbers in ((_EXPLAINED, done.explained), (_STRENGTH, done.strengths)):
             for name, value in numbers.items():
                 if name.startswith(stem):
@@ -90,6 +89,19 @@ class Work:
             "n_done": np.int64(il + 1), "full": streams.full, "ours": streams.ours,
             "diverged": np.bool_(streams.diverged),
         })  # fmt: skip
+
+    def read_tensors(self, name: str) -> dict[str, StandInTensor] | None:
+        """Read tensors that `write_tensors` wrote; None where `read` finds nothing."""
+        found = self.read(name)
+        return None if found is None else _tensors(found)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, StandInTensor]) -> None:
+        """Replace a file by these tensors.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        self.write(name, _arrays(tensors))
 
     def read(self, name: str) -> dict[str, npt.NDArray[Any]] | None:
         """Read a file of this fit; None where there is none, or another fit's, or half a file."""
@@ -127,6 +139,10 @@ def _tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, StandInTensor]
         if kind in GGMLQuantizationType.__members__:
             found[tensor] = StandInTensor(rows=rows, kind=GGMLQuantizationType[kind])
     return found
+
+
+def _arrays(tensors: Mapping[str, StandInTensor]) -> dict[str, npt.NDArray[Any] | np.generic]:
+    return {f"{tensor.kind.name}/{name}": tensor.rows for name, tensor in tensors.items()}
 
 
 def _numbers(arrays: Mapping[str, npt.NDArray[Any]], prefix: str) -> dict[str, float]:

@@ -103,9 +103,8 @@ class TorchLlama:
         self, file: GGUFFile, dtype: torch.dtype,
         progress: Callable[[str, int, int], None] = lambda *_: None, first: int = 0,
     ) -> None:  # fmt: skip
-        check_source(file)
+        check_trainable(file)
         dense = DenseModel(file)
-        _check_features(dense)
         self.hparams = dense.hparams
         self.neighbours = dense.neighbours
         self.dtype = dtype
@@ -258,6 +257,16 @@ class TorchLlama:
 
     def _matrix(self, dense: DenseModel, name: str) -> Tensor:
         return torch.from_numpy(np.array(dense.matrix(name))).to(self.dtype)
+
+
+def check_trainable(file: GGUFFile) -> None:
+    """Refuse a model that TorchLlama cannot compute.
+
+    Raises:
+        UnsupportedModelError, ModelFileError: see TorchLlama.
+    """
+    check_source(file)
+    _check_features(DenseModel(file))
 
 
 def greedy(
