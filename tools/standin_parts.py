@@ -21,6 +21,7 @@ from edgeroute.tools.standin_records import (
     StandInShape,
     StandInTensor,
     StandInValues,
+    down_kind,
     unit_power,
 )
 
@@ -112,7 +113,8 @@ def fit_narrow(streams: Streams, shape: StandInShape, params: StandInParams) -> 
         target = target - outputs
     fit, check = streams.split(acts, target, task.weights)
     down, strength = Ridge(fit, down).best(check, params.strengths)
-    kind = GGMLQuantizationType[params.down_type]
+    stored = streams.model.file.tensors[f"blk.{shape.il}.ffn_down.weight"].type
+    kind = down_kind(GGMLQuantizationType(stored), params.down_type, shape.width)
     tensors["down"] = StandInTensor.matrix(np.ascontiguousarray(down.T), kind)
     outputs += acts @ tensors["down"].decode().T
     outputs[:: streams.n_window] = 0

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
+from edgeroute.runtime.gguf_types import GGMLType
+from edgeroute.runtime.quantize import quantize
 from edgeroute.tools.convert.moe_activations import ROWS_AT_ONCE, Array, FeedForward
 
 Part = Literal["attn", "ffn", "layer"]
@@ -16,7 +18,12 @@ Progress = Callable[[str, int, int], None]
 """Called with a phase, how much of it is done, and of how much."""
 
 PARTS: Final[tuple[Part, ...]] = ("attn", "ffn", "layer")
-DOWN_TYPES: Final = ("Q8_0", "F16", "Q5_0", "Q4_0")
+OWN: Final = "own"
+DOWN_TYPES: Final = (OWN, "Q8_0", "F16", "Q5_0", "Q4_0")
+_TYPE = GGMLQuantizationType
+_QUANTISED: Final = frozenset({_TYPE.Q4_0, _TYPE.Q4_1, _TYPE.Q5_0, _TYPE.Q5_1, _TYPE.Q8_0,
+                               _TYPE.Q3_K, _TYPE.Q4_K, _TYPE.Q5_K, _TYPE.Q6_K})  # fmt: skip
+"""What ggml quantises well without an importance matrix."""
 STRENGTHS: Final = (0.1, 0.3, 1.0)
 """Ridge strengths to choose among, in each input's own power."""
 
@@ -47,15 +54,15 @@ class StandInParams:
             fits each to its own sub-block.
         strengths: ridge strengths, in each input's own power; the one that is best for the
             first stand-in of a kind, on windows kept apart, serves all of that kind.
-        down_type: how refitted down projections are stored, one of DOWN_TYPES; F16 where its
-            blocks do not fit.
+        down_type: how refitted down projections are stored, one of DOWN_TYPES; `own` is as the
+            model's are, so that bytes are saved in proportion to neurons. See `down_kind`.
         work: folder for what is done, so that a stopped fit goes on; None keeps nothing.
         progress: told after each layer.
     """
 
     repair: float = 1.0
     strengths: tuple[float, ...] = STRENGTHS
-    down_type: str = "Q8_0"
+    down_type: str = OWN
     work: Path | None = None
     progress: Progress | None = field(default=None, compare=False)
 
@@ -84,7 +91,10 @@ class StandInTensor:
         block, _ = GGML_QUANT_SIZES[kind]
         if values.shape[1] % block:
             kind = GGMLQuantizationType.F16
-        return cls(rows=quants.quantize(np.ascontiguousarray(values, np.float32), kind), kind=kind)
+        values = np.ascontiguousarray(values, np.float32)
+        if kind in _QUANTISED:
+            return cls(rows=quantize(values, GGMLType(kind)), kind=kind)
+        return cls(rows=quants.quantize(values, kind), kind=kind)
 
     def decode(self) -> Array:
         """Return the values, F32 (n,) or (n_out, n_in)."""
@@ -141,6 +151,21 @@ class StandInValues:
         if self.bias is not None:
             y += self.bias
         return y
+
+
+def down_kind(own: GGMLQuantizationType, wanted: str, width: int) -> GGMLQuantizationType:
+    """Choose how a down projection from `width` neurons is stored.
+
+    Args:
+        own: the model's.
+        wanted: one of DOWN_TYPES.
+        width: must be whole blocks; Q8_0 has the shortest, and takes the place of others.
+    """
+    kind = own if wanted == OWN else GGMLQuantizationType[wanted]
+    if kind in _QUANTISED and width % GGML_QUANT_SIZES[kind][0] == 0:
+        return kind
+    plain = kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32)
+    return GGMLQuantizationType.F16 if plain else GGMLQuantizationType.Q8_0
 
 
 def unit_power(x: Array, eps: float) -> Array:

@@ -113,7 +113,8 @@ def train_standins(
         ModelFileError: the file is malformed.
     """
     torch.set_num_threads(threads)
-    plan = _Plan(TorchLlama(file, quicker_type()), given, np.unique(texts))
+    model, vocabulary = TorchLlama(file, quicker_type()), np.unique(texts)
+    plan = _Plan(model, given, vocabulary)
     n_checked = min(MOST_CHECKED, max(1, len(texts) // CHECKED_ONE_IN))
     n_fit, n_batch = len(texts) - n_checked, max(1, N_ROWS // texts.shape[1])
     before = plan.checked(texts[n_fit:])
@@ -127,10 +128,9 @@ def train_standins(
         torch.nn.utils.clip_grad_norm_(plan.learnt, 1.0)
         optimiser.step()
         progress("training", schedule.n_done, schedule.n_updates)
-    after = plan.checked(texts[n_fit:])
-    if not after < before:
-        return Trained(given, before, before)
-    return Trained(replace(given, tensors={**given.tensors, **plan.tensors()}), before, after)
+    made = replace(given, tensors={**given.tensors, **plan.tensors()})
+    after = _Plan(model, made, vocabulary).checked(texts[n_fit:])  # as it is stored
+    return Trained(made, before, after) if after < before else Trained(given, before, before)
 
 
 class _Plan:
