@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 SEARCH_PART, FIT_PART, CHECK_PART = 0.3, 0.55, 0.15
 """How the time is shared out."""
-N_FITTED: Final = 6
+N_FITTED: Final = 4
 """A plan is fitted in one of so many parts of that time, and trained in another."""
 MARGIN: Final = 1.15
 """Plans are sought until they compute so much less than a wanted speed asks for: time is

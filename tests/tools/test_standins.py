@@ -16,7 +16,7 @@ from edgeroute.tools import standin_parts, synth
 from edgeroute.tools.convert.moe_activations import DenseModel
 from edgeroute.tools.standin_data import Streams
 from edgeroute.tools.standin_fit import Ridge, Sample, reduce_rank, token_weights
-from edgeroute.tools.standin_records import StandInTensor, StandInValues
+from edgeroute.tools.standin_records import StandInTensor, StandInValues, down_kind
 from edgeroute.tools.standin_study import LayerStudy, Study, study
 from edgeroute.tools.standins import StandInParams, StandInShape, fit_plan, steps_of
 
@@ -340,3 +340,25 @@ def test_rows_that_blocks_do_not_fit_are_f16() -> None:
     fits = StandInTensor.matrix(values[:, :32], GGMLQuantizationType.Q8_0)
     assert fits.kind == GGMLQuantizationType.Q8_0 and fits.n_values == 128
     assert np.allclose(fits.decode(), values[:, :32], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted", "width", "kind"),
+    [("Q4_K", "own", 512, "Q4_K"), ("Q6_K", "own", 512, "Q6_K"), ("Q4_K", "own", 480, "Q8_0"),
+     ("Q4_1", "own", 480, "Q4_1"), ("IQ2_XXS", "own", 512, "Q8_0"), ("F32", "own", 512, "F16"),
+     ("Q4_K", "Q5_0", 512, "Q5_0"), ("Q4_K", "F16", 512, "F16")],
+)  # fmt: skip
+def test_a_refitted_projection_is_stored_as_the_models_own(
+    own: str, wanted: str, width: int, kind: str
+) -> None:
+    kinds = GGMLQuantizationType
+    assert down_kind(kinds[own], wanted, width) == kinds[kind]
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "F16", "F32"])
+def test_what_is_stored_comes_back(kind: str) -> None:
+    values = np.random.default_rng(1).standard_normal((6, 512)).astype(np.float32)
+    found = StandInTensor.matrix(values, GGMLQuantizationType[kind])
+    assert found.n_values == values.size
+    lost = ((found.decode() - values) ** 2).mean() / (values**2).mean()
+    assert lost < (0.01 if "4" in kind else 0.003)
