@@ -59,7 +59,7 @@ def test_growth_takes_what_is_likeliest_to_be_got_to(seed: int) -> None:
 
 def test_nothing_grows_behind_what_is_unlikely() -> None:
     growth = Growth(4, 2)
-    growth.offer(ROOT, [(1, 0.09), (2, 0.08), (3, 0.07)])
+    growth.offer(ROOT, [(1, 0.16), (2, 0.15), (3, 0.14)])
     assert growth.grow() == 0
     assert not growth.bears(0), "less than SURE"
     assert growth.grow() == 1
