@@ -6,7 +6,6 @@ runs on the engine thread.
 
 import time
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Several
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -305,7 +304,7 @@ def may_branch(forward: Forward, sequence: Sequence, n_tokens: int) -> bool:
     )  # fmt: skip
 
 
-def piece_of(request: Request, guesses: Several[Guess], at: int) -> Piece:
+def piece_of(request: Request, guesses: list[Guess], at: int) -> Piece:
     """Describe a guess behind a request's tokens, or by ROOT the last of these, to a forward."""
     sequence = _sequence(request)
     if at == ROOT:

@@ -14,7 +14,8 @@ from edgeroute.cli import cli
 from edgeroute.models.registry import describe
 from edgeroute.runtime.errors import UsageError
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.tools.calibrate_drafts import DraftsParams, Streams, block_ends, calibrate_drafts
+from edgeroute.tools.calibrate_drafts import DraftsParams, block_ends, calibrate_drafts
+from edgeroute.tools.draft_streams import Streams
 from edgeroute.tools.standin_records import unit_power
 from edgeroute.tools.synth import write
 from edgeroute.tools.synth_spec import ARCHITECTURES

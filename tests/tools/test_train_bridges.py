@@ -14,12 +14,8 @@ from edgeroute.bridges import BridgeFile  # noqa: E402
 from edgeroute.config import RunParams  # noqa: E402
 from edgeroute.loaded import LoadedModel  # noqa: E402
 from edgeroute.paging_layers import FIRST_KEPT  # noqa: E402
-from edgeroute.tools.calibrate_drafts import (  # noqa: E402
-    DraftProbe,
-    DraftsParams,
-    Streams,
-    calibrate_drafts,
-)
+from edgeroute.tools.calibrate_drafts import DraftsParams, calibrate_drafts  # noqa: E402
+from edgeroute.tools.draft_streams import DraftProbe, Streams  # noqa: E402
 from edgeroute.tools.synth import write  # noqa: E402
 from edgeroute.tools.synth_spec import ARCHITECTURES  # noqa: E402
 from edgeroute.tools.torch_llama import TorchLlama  # noqa: E402
