@@ -107,10 +107,13 @@ class Acceptance:
         """How often the one before it was right when it was tried."""
 
     def observe(self, right: Sequence[bool | None]) -> None:
-        """Note which guesses of a draft were right; None for those that say nothing."""
+        """Note which guesses of a draft were right; None for those that say nothing.
+
+        Those beyond the longest draft are of no interest.
+        """
         self.fade(self.DECAY)
         before = True
-        for i, each in enumerate(right):
+        for i, each in enumerate(right[: len(self._tried)]):
             if each is not None:
                 self._tried[i] += 1.0
                 self._right[i] += each

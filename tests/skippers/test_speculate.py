@@ -202,6 +202,16 @@ def test_expected_tokens() -> None:
     assert mixed.expected(4) == pytest.approx(2.0, abs=0.15)
 
 
+def test_guesses_may_be_longer_than_drafts() -> None:
+    """Look-up is judged by eight tokens also where a pass verifies fewer."""
+    policy = Speculator(3)
+    for _ in range(5):
+        policy.observe_pass(1, 0.6, 0.05)
+    for _ in range(JUDGED_ENOUGH):
+        policy.observe_guess("lookup.2", 8, 8)
+    assert policy.choose({"lookup.2": 8}) == Choice("lookup.2", 3)
+
+
 def test_counts_of_a_source() -> None:
     policy = Speculator(LONGEST)
     policy.observe_pass(5, 0.6, 0.1)
