@@ -3,13 +3,19 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from edgeroute.tools.torch_llama import TorchLlama
+
+N_ROWS: Final = 512
+"""Tokens of one update."""
 WARM_UP: Final = 10
 """Updates until the full rate."""
 _N_TRIED: Final = 1024
@@ -25,12 +31,13 @@ class Schedule:
         until: a time of `time.monotonic`.
 
     Attributes:
+        rate: the highest.
         n_done: updates that were begun.
         n_updates: how many there will be, as far as is known.
     """
 
     def __init__(self, rate: float, most: int, until: float) -> None:
-        self._rate, self._most, self._until = rate, most, until
+        self.rate, self._most, self._until = rate, most, until
         self._began = time.monotonic()
         self.n_done, self.n_updates = 0, most
 
@@ -47,9 +54,57 @@ class Schedule:
         rising = min(1.0, (self.n_done + 1) / WARM_UP)
         falling = 0.5 * (1 + math.cos(math.pi * self.n_done / self.n_updates))
         for group in optimiser.param_groups:
-            group["lr"] = self._rate * rising * falling
+            group["lr"] = self.rate * rising * falling
         self.n_done += 1
         return True
+
+
+class Predictions:
+    """A model's head over some tokens only: those that a text has.
+
+    Args:
+        model: the model.
+        tokens: ids, int32 (n,).
+    """
+
+    def __init__(self, model: TorchLlama, tokens: npt.NDArray[np.int32]) -> None:
+        self._dtype = model.dtype
+        self._head, self._bias = model.head_rows(torch.from_numpy(tokens).long())
+
+    def __call__(self, normed: Tensor) -> Tensor:
+        """Return log-probabilities, F32 (..., n), of what the model gives its head."""
+        logits = F.linear(normed.to(self._dtype), self._head).float()
+        return (logits if self._bias is None else logits + self._bias).log_softmax(-1)
+
+
+def divergence(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean divergence of log-probabilities from wanted ones, nats a token."""
+    return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
+
+
+def train(
+    weights: Sequence[Tensor], loss: Callable[[npt.NDArray[np.int64]], Tensor],
+    windows: tuple[int, int], schedule: Schedule,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> None:  # fmt: skip
+    """Lower a loss by its gradient, in place.
+
+    Args:
+        weights: what is learnt.
+        loss: of a batch of windows.
+        windows: how many there are, and how many make a batch.
+        schedule: says when it ends.
+        progress: told of every update.
+    """
+    optimiser = torch.optim.AdamW(weights, lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    for batch in batches(*windows):
+        if not schedule.go_on(optimiser):
+            return
+        optimiser.zero_grad()
+        torch.autograd.backward(loss(batch))
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        progress("training", schedule.n_done, schedule.n_updates)
 
 
 def batches(n_windows: int, n_batch: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -21,15 +21,20 @@ from torch import Tensor
 
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.tools.torch_llama import TorchLlama, Turn
-from edgeroute.tools.torch_training import Schedule, batches, quicker_type
+from edgeroute.tools.torch_training import (
+    N_ROWS,
+    Predictions,
+    Schedule,
+    divergence,
+    quicker_type,
+    train,
+)
 
 Floats = npt.NDArray[np.float32]
 
 N_GUESSES: Final = 2
 GUESS_WEIGHT: Final = (1.0, 0.5)
 """Of each guess's divergence: the second counts only where the first was right."""
-N_ROWS: Final = 512
-"""Tokens of one update."""
 RATE: Final = 5e-4
 MOST_EPOCHS: Final = 1.5
 """More of the same text teaches a bridge that text alone."""
@@ -76,7 +81,7 @@ class BridgeTrainer:
 
     def __init__(self, model: TorchLlama, vocabulary: npt.NDArray[np.int32], eps: float) -> None:
         self._model, self._eps = model, eps
-        self._head, self._bias = model.head_rows(torch.from_numpy(vocabulary).long())
+        self._predictions = Predictions(model, vocabulary)
 
     def train(self, end: int, texts: Texts, given: tuple[Floats, Floats], until: float) -> Trained:
         """Train the bridge to layer `end` until a time of `time.monotonic`.
@@ -89,18 +94,12 @@ class BridgeTrainer:
         """
         a, b = (torch.from_numpy(np.ascontiguousarray(each, np.float32)) for each in given)
         maps = [each.clone().requires_grad_() for each in (a, b)]
-        optimiser = torch.optim.AdamW(maps, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
         n_fit, n_window = len(texts.tokens) - texts.n_checked, texts.tokens.shape[1]
         n_batch = max(1, N_ROWS // n_window)
         before = self._checked(end, texts, maps)
         schedule = Schedule(RATE, math.ceil(MOST_EPOCHS * n_fit / n_batch), until)
-        for windows in batches(n_fit, n_batch):
-            if not schedule.go_on(optimiser):
-                break
-            optimiser.zero_grad()
-            torch.autograd.backward(self._loss(end, texts, windows, maps))
-            torch.nn.utils.clip_grad_norm_(maps, 1.0)
-            optimiser.step()
+        train(maps, lambda windows: self._loss(end, texts, windows, maps), (n_fit, n_batch),
+              schedule)  # fmt: skip
         after = self._checked(end, texts, maps)
         if not after < before:
             return Trained(*given, before, before)
@@ -126,8 +125,7 @@ class BridgeTrainer:
         for weight, stream in zip(GUESS_WEIGHT, self._guesses(drafts, near, far, maps),
                                   strict=True):  # fmt: skip
             found = self._predictions(stream[:, N_SHUT:])
-            each = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
-            total = total + weight * each.mean()
+            total = total + weight * divergence(found, wanted)
         return total / sum(GUESS_WEIGHT)
 
     def _guesses(
@@ -143,11 +141,7 @@ class BridgeTrainer:
             before = _later(made)
 
     def _unit(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
-
-    def _predictions(self, normed: Tensor) -> Tensor:
-        logits = F.linear(normed.to(self._model.dtype), self._head).float()
-        return (logits if self._bias is None else logits + self._bias).log_softmax(-1)
+        return F.rms_norm(x, (x.shape[-1],), eps=self._eps)
 
 
 class _Drafts:

@@ -23,12 +23,17 @@ from edgeroute.tools.standin_data import Windows
 from edgeroute.tools.standin_records import Part, StandInTensor
 from edgeroute.tools.standins import StandIns
 from edgeroute.tools.torch_llama import TorchLlama
-from edgeroute.tools.torch_training import Schedule, batches, quicker_type
+from edgeroute.tools.torch_training import (
+    N_ROWS,
+    Predictions,
+    Schedule,
+    divergence,
+    quicker_type,
+    train,
+)
 
 RANK: Final = 64
 """Of the change of a down projection."""
-N_ROWS: Final = 512
-"""Tokens of one update."""
 RATE: Final = 1e-3
 MOST_EPOCHS: Final = 3.0
 CHECKED_ONE_IN: Final = 10
@@ -60,7 +65,7 @@ class _StandIn:
 
     def outputs(self, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """Return what it adds to the stream `x`; nothing at position 0."""
-        h = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * self.norm).to(dtype)
+        h = F.rms_norm(x, (x.shape[-1],), self.norm, eps).to(dtype)
         y = torch.zeros_like(x)
         if "a" in self.fixed:
             y = y + F.linear(F.linear(h, self.fixed["a"]), self.learnt["b"].to(dtype))
@@ -118,16 +123,9 @@ def train_standins(
     n_checked = min(MOST_CHECKED, max(1, len(texts) // CHECKED_ONE_IN))
     n_fit, n_batch = len(texts) - n_checked, max(1, N_ROWS // texts.shape[1])
     before = plan.checked(texts[n_fit:])
-    optimiser = torch.optim.AdamW(plan.learnt, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = Schedule(RATE, math.ceil(MOST_EPOCHS * n_fit / n_batch), until)
-    for windows in batches(n_fit, n_batch):
-        if not schedule.go_on(optimiser):
-            break
-        optimiser.zero_grad()
-        torch.autograd.backward(plan.loss(texts[windows]))
-        torch.nn.utils.clip_grad_norm_(plan.learnt, 1.0)
-        optimiser.step()
-        progress("training", schedule.n_done, schedule.n_updates)
+    train(plan.learnt, lambda windows: plan.loss(texts[windows]), (n_fit, n_batch), schedule,
+          progress)  # fmt: skip
     made = replace(given, tensors={**given.tensors, **plan.tensors()})
     after = _Plan(model, made, vocabulary).checked(texts[n_fit:])  # as it is stored
     return Trained(made, before, after) if after < before else Trained(given, before, before)
@@ -140,7 +138,7 @@ class _Plan:
         self, model: TorchLlama, given: StandIns, vocabulary: npt.NDArray[np.int32]
     ) -> None:
         self._model, self._given = model, given
-        self._head, self._bias = model.head_rows(torch.from_numpy(vocabulary).long())
+        self._predictions = Predictions(model, vocabulary)
         self._standins = {(shape.il, shape.part): self._standin(f"blk.{shape.il}.{shape.part}.")
                           for shape in given.shapes}  # fmt: skip
         self.learnt = [each for found in self._standins.values() for each in found.learnt.values()]
@@ -186,9 +184,8 @@ class _Plan:
         """Return the plan's divergence from the full model, nats a token behind the first."""
         ids = torch.from_numpy(texts).long()
         with torch.no_grad():
-            wanted = self._predictions(self._model.hidden(ids))
-        found = self._predictions(self._hidden(ids))
-        return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
+            wanted = self._predictions(self._model.hidden(ids)[:, 1:])
+        return divergence(self._predictions(self._hidden(ids)[:, 1:]), wanted)
 
     def _hidden(self, ids: Tensor) -> Tensor:
         """Run the plan; as TorchLlama.hidden."""
@@ -211,7 +208,3 @@ class _Plan:
     def _approximate(self, il: int, part: Part, x: Tensor) -> Tensor:
         standin, model = self._standins[il, part], self._model
         return standin.outputs(x, model.hparams.norm_rms_eps, model.dtype)
-
-    def _predictions(self, normed: Tensor) -> Tensor:
-        logits = F.linear(normed[:, 1:].to(self._model.dtype), self._head).float()
-        return (logits if self._bias is None else logits + self._bias).log_softmax(-1)
