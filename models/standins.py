@@ -11,7 +11,7 @@ its h is that of x above rms_norm(x') * before, where x' is the stream behind th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.graph_inputs import Inputs
 from edgeroute.runtime.tensor import F32, set_bytes, shape
+from edgeroute.runtime.weights import Weights
 
 PARTS = ("attn", "ffn", "layer")
 """What a stand-in may stand for; `layer` for both sub-blocks, and layers that follow."""
@@ -35,17 +36,25 @@ def tensor_name(plan: str, il: int, part: str, tensor: str) -> str:
     return f"{plan}/blk.{il}.{part}.{tensor}"
 
 
+class Gated(NamedTuple):
+    """A narrow feed-forward: gate and up [n_in, m] by name, and down [m, n_embd]."""
+
+    weights: Weights
+    gate_up: tuple[str, str]
+    down: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandIn:
     """The tensors of one stand-in, of those that it has.
 
-    norm, before and bias F32 [n_embd]; a [n_in, r] and b [r, n_embd]; gate and up [n_in, m] and
-    down [m, n_embd]; n_in is n_embd, with `before` twice that.
+    norm, before and bias F32 [n_embd]; a [n_in, r] and b [r, n_embd]; n_in is n_embd, with
+    `before` twice that.
     """
 
     norm: Tensor
     low_rank: tuple[Tensor, Tensor] | None
-    gated: tuple[Tensor, Tensor, Tensor] | None
+    gated: Gated | None
     bias: Tensor | None
     before: Tensor | None
 
@@ -55,17 +64,15 @@ class StandIn:
         weights = b.standins
         if weights is None:
             return None
-        found = {
-            name: weights.get(tensor_name(b.span.plan, il, part, name)) for name in BRIDGE_TENSORS
-        }
-        norm, down, up = found["norm"], found["down"], found["b"]
+        names = {name: tensor_name(b.span.plan, il, part, name) for name in BRIDGE_TENSORS}
+        found = {name: weights.get(full) for name, full in names.items()}
+        norm, low, up, down = (found[name] for name in ("norm", "a", "b", "down"))
         if norm is None:
             return None
-        gate, wide, low = found["gate"], found["up"], found["a"]
         return cls(
             norm=norm, bias=found["bias"], before=found["before"],
             low_rank=None if low is None or up is None else (low, up),
-            gated=None if gate is None or wide is None or down is None else (gate, wide, down),
+            gated=None if down is None else Gated(weights, (names["gate"], names["up"]), down),
         )  # fmt: skip
 
     def build(self, b: Builder, x: Tensor, eps: float) -> Tensor:
@@ -80,23 +87,23 @@ class StandIn:
             a, up = self.low_rank
             y = g.ggml_mul_mat(ctx, up, g.ggml_mul_mat(ctx, a, h))
         if self.gated is not None:
-            gate, wide, down = self.gated
-            act = g.ggml_swiglu_split(
-                ctx, g.ggml_mul_mat(ctx, gate, h), g.ggml_mul_mat(ctx, wide, h)
-            )
-            narrow = g.ggml_mul_mat(ctx, down, act)
+            gate, wide = b.products(self.gated.weights, self.gated.gate_up, h)
+            narrow = g.ggml_mul_mat(ctx, self.gated.down, g.ggml_swiglu_split(ctx, gate, wide))
             y = narrow if y is None else b.add(y, narrow)
         assert y is not None  # a depth file is refused otherwise
         if self.bias is not None:
             y = b.add(y, self.bias)
-        return g.ggml_mul(ctx, y, _switch(b, shape(x)[1]))
+        return g.ggml_mul(ctx, y, _switch(b, *shape(x)[:2]))
 
 
-def _switch(b: Builder, n: int) -> Tensor:
-    """Input F32 [1, n]: 0 for tokens at position 0, 1 elsewhere."""
+def _switch(b: Builder, n_embd: int, n: int) -> Tensor:
+    """Input F32 [n_embd, n]: 0 for tokens at position 0, 1 elsewhere.
+
+    With one value a token ggml would multiply each of n_embd by itself, 5 us a stand-in.
+    """
     name = _ON if n == b.n_tokens else _ON_OUT
     found = b.inputs.more.get(name)
-    return b.more(name, F32, 1, n) if found is None else found
+    return b.more(name, F32, n_embd, n) if found is None else found
 
 
 def fill_switches(inputs: Inputs, pieces: Sequence[tuple[int, int, int]]) -> None:
@@ -111,10 +118,15 @@ def fill_switches(inputs: Inputs, pieces: Sequence[tuple[int, int, int]]) -> Non
         return
     positions = [np.arange(pos, pos + n) for pos, n, _ in pieces]
     if on is not None:
-        set_bytes(on, (np.concatenate(positions) > 0).astype(np.float32))
+        _write(on, np.concatenate(positions))
     if on_out is not None:
         wanted = [p[len(p) - n_out :] for p, (_, _, n_out) in zip(positions, pieces, strict=True)]
-        set_bytes(on_out, (np.concatenate(wanted) > 0).astype(np.float32))
+        _write(on_out, np.concatenate(wanted))
+
+
+def _write(switch: Tensor, positions: npt.NDArray[np.int_]) -> None:
+    on = np.repeat((positions > 0).astype(np.float32), shape(switch)[0])
+    set_bytes(switch, on.reshape(len(positions), -1))
 
 
 def fill_before(inputs: Inputs, state: npt.NDArray[np.float32], n_tokens: int) -> None:

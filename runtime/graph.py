@@ -17,6 +17,7 @@ from edgeroute.runtime.depth import ExpertRule
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.graph_inputs import Inputs, MaskSlot
+from edgeroute.runtime.joints import Joint
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.lora import LoraShape, LoraSlots
 from edgeroute.runtime.lora_graph import LoraInputs, LoraUse
@@ -153,7 +154,7 @@ class Builder:
         """
         found: dict[str, Tensor] = {}
         for joint in self.weights.joints([f"{name}.weight" for name in names]):
-            whole, at = self.g.ggml_mul_mat(self.ctx, joint.tensor, x), 0
+            whole = self.g.ggml_mul_mat(self.ctx, joint.tensor, x)
             stems = [name.removesuffix(".weight") for name in joint.names]
             if len(stems) == 1:
                 found[stems[0]] = self._finished(stems[0], x, whole)
@@ -161,13 +162,29 @@ class Builder:
             bias = joint.bias if self._lora is None or self.batch.lora is None else None
             if bias is not None:
                 whole = self.add(whole, bias)
-            n, row = shape(x)[1], strides(whole)[1]
-            for stem, name in zip(stems, joint.names, strict=True):
-                n_out = shape(self.weights[name])[1]
-                part = self.g.ggml_view_2d(self.ctx, whole, n_out, n, row, at)
+            for stem, part in zip(stems, self._parts(self.weights, joint, whole), strict=True):
                 found[stem] = self._finished(stem, x, part) if bias is None else part
-                at += n_out * F32_BYTES
         return [found[name] for name in names]
+
+    def products(self, weights: Weights, names: Sequence[str], x: Tensor) -> list[Tensor]:
+        """Multiply as `linears` does with matrices of another store: no biases, no adapters."""
+        found: dict[str, Tensor] = {}
+        for joint in weights.joints(names):
+            whole = self.g.ggml_mul_mat(self.ctx, joint.tensor, x)
+            found |= zip(joint.names, self._parts(weights, joint, whole), strict=True)
+        return [found[name] for name in names]
+
+    def _parts(self, weights: Weights, joint: Joint, whole: Tensor) -> list[Tensor]:
+        """View each matrix's rows of a joined product."""
+        if len(joint.names) == 1:
+            return [whole]
+        n, row, at = shape(whole)[1], strides(whole)[1], 0
+        parts: list[Tensor] = []
+        for name in joint.names:
+            n_out = shape(weights[name])[1]
+            parts.append(self.g.ggml_view_2d(self.ctx, whole, n_out, n, row, at))
+            at += n_out * F32_BYTES
+        return parts
 
     def _finished(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Add to a product what adapters and the file's bias add."""
