@@ -38,7 +38,7 @@ Score = Callable[[Units], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Weights that one token is multiplied with, per sub-block, and by the output head.
+    """What a token costs per sub-block, and by the output head, in weights, bytes or nanoseconds.
 
     Of experts, those that a token uses count.
     """
@@ -63,7 +63,7 @@ class Costs:
         return (self.total - self.head) / self.n_layer / self.total
 
     def of(self, unit: Unit) -> int:
-        """Return the weights of one sub-block."""
+        """Return the cost of one sub-block."""
         return (self.attn if unit.part == "attn" else self.ffn)[unit.il]
 
     def share(self, units: Iterable[Unit]) -> float:

@@ -8,9 +8,9 @@ them as a depth file. All results are kept as they come, so that a stopped run g
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from edgeroute.runtime.extras import check_extra
 from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers import auto
 from edgeroute.skippers.plan import DepthPlan
-from edgeroute.skippers.static import Choice, Costs, Protect, leave_out
+from edgeroute.skippers.static import Choice, Costs, Protect, Signals, leave_out
 from edgeroute.tools.calibrate_report import CalibrateReport, Measured
 from edgeroute.tools.depth_file import DepthContent, write_depth_file
 from edgeroute.tools.depth_fits import (
@@ -31,13 +31,12 @@ from edgeroute.tools.depth_fits import (
     FittedPlan,
     can_fit,
     low_rank_shapes,
-    narrow_shapes,
     numpy_gflop_s,
 )
 from edgeroute.tools.depth_probe import Probe, Score, Window, costs_of
 from edgeroute.tools.depth_search import SearchParams, points_of, search
 from edgeroute.tools.depth_signals import Lab, measure_signals
-from edgeroute.tools.depth_speed import N_PROMPT, Speed, measure_speed
+from edgeroute.tools.depth_speed import N_PROMPT, Speed, measure_speed, measure_times
 from edgeroute.tools.depth_texts import N_WINDOW, Texts, calibration_texts
 from edgeroute.tools.depth_work import FILE_SUFFIX, Work
 from edgeroute.tools.standin_records import StandInTensor
@@ -119,7 +118,7 @@ def calibrate(model: Path, params: CalibrateParams, progress: Progress) -> Calib
         work = stack.enter_context(Work(out.with_name(out.name + ".work"), {
             "model": fingerprint(loaded.file), "data": texts.digest, "window": params.n_window,
             "threads": params.threads, "protect": [params.protect.first, params.protect.last],
-            "budget": params.budget_minutes, "version": 2,
+            "budget": params.budget_minutes, "version": 3,
         }))  # fmt: skip
         run = _Run(loaded, probe, texts, work, _Asked(params, progress, began))
         found = run.plans()
@@ -149,6 +148,8 @@ class _Run:
         self._costs: Costs = costs_of(loaded)
         self._notes: list[str] = []
         self._pass_s = cast(float, work.value("seconds of a window", self._time_pass))
+        times = cast(dict[str, Any], work.value("times", self._time_parts))
+        self._times = Costs(attn=tuple(times["attn"]), ffn=tuple(times["ffn"]), head=times["head"])
 
     # what there is to measure
 
@@ -158,15 +159,15 @@ class _Run:
         free = self._params.protect.layers(self._probe.n_layer)
         signals = measure_signals(lab, free, self._phase("each sub-block left out"),
                                   whole=self._n_search(3) >= 2)  # fmt: skip
-        choices = search(lab, signals, self._costs, self._search_params(), self._phase("search"))
+        choices = search(lab, signals, self._times, self._search_params(), self._phase("search"))
         found = [FittedPlan(plan=self._skipping(choice), tensors={}) for choice in choices]
         del lab
-        return found + self._fits(choices)
+        return found + self._fits(choices, signals)
 
     def _search_params(self) -> SearchParams:
         points, params = points_of(self._probe.n_layer, self._params.protect), self._params
         if params.target_speed is not None:
-            enough = (1 - 1 / params.target_speed) * MARGIN / self._costs.layer_share
+            enough = (1 - 1 / params.target_speed) * MARGIN / self._times.layer_share
             n_free = len(params.protect.layers(self._probe.n_layer))
             points = sorted({*(n for n in points if n < enough), min(-(-enough // 1), n_free)})
         return SearchParams(
@@ -180,7 +181,7 @@ class _Run:
         name = f"skip-{100 * self._costs.share(choice.units):.1f}"
         return DepthPlan(name=name, layers=layers, compute=self._costs.compute(layers))
 
-    def _fits(self, choices: Sequence[Choice]) -> list[FittedPlan]:
+    def _fits(self, choices: Sequence[Choice], signals: Signals) -> list[FittedPlan]:
         hparams, found = self._loaded.model.hparams, list[FittedPlan]()
         if not self._params.fits:
             return found
@@ -190,8 +191,8 @@ class _Run:
             return found
         return self._fit_all(Fits(
             model=self._loaded.file.path, hparams=hparams, costs=self._costs,
-            texts=self._texts.fit, folder=self._work.subfolder, progress=self._progress,
-            threads=self._params.threads, train_s=self._train_s(),
+            times=self._times, kl=signals.kl, texts=self._texts.fit, folder=self._work.subfolder,
+            progress=self._progress, threads=self._params.threads, train_s=self._train_s(),
         ), choices)  # fmt: skip
 
     def _train_s(self) -> float:
@@ -209,13 +210,13 @@ class _Run:
     def _fit_all(self, fits: Fits, choices: Sequence[Choice]) -> list[FittedPlan]:
         """Fit plans, the most wanted first, as long as there is time."""
         hparams, found = fits.hparams, list[FittedPlan]()
-        wanted = low_rank_shapes(hparams, self._costs, choices)
+        wanted = low_rank_shapes(hparams, self._times, choices)
         speed = cast(float, self._work.value(
             "numpy's speed", lambda: numpy_gflop_s(hparams.n_embd, hparams.n_ff)
         ))  # fmt: skip
         seconds = 60 * self._params.budget_minutes * FIT_PART / N_FITTED
         if fits.n_affordable(seconds, speed, narrow=True):
-            wanted = narrow_shapes(fits.study()) | wanted
+            wanted = fits.narrow() | wanted
         for name, shapes in wanted.items():
             late = bool(found) and time.monotonic() > self._fit_until
             time_for = 0 if late else fits.n_affordable(seconds, speed,
@@ -332,6 +333,11 @@ class _Run:
         began = time.monotonic()
         self._probe.window(self._texts.search[0].tolist())
         return time.monotonic() - began
+
+    def _time_parts(self) -> object:
+        text, sizes = self._texts.check[0].tolist(), costs_of(self._loaded, lambda t: t.nbytes)
+        n_tokens = min(N_DECODED, len(text) - N_PROMPT)
+        return asdict(measure_times(self._probe, sizes, text, n_tokens=n_tokens))
 
     def _decided(self, what: str, now: int) -> int:
         """Keep what the clock decided: a run that goes on must decide the same."""

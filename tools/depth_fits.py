@@ -1,8 +1,9 @@
 """Which stand-ins a calibration fits, and how its plans use them.
 
-Two kinds: feed-forwards that keep most of their neurons, spread over many layers, and maps of
-low rank in the place of the sub-blocks that a search found cheapest to leave out. Each is fitted
-by itself, in closed form; where torch is there a plan's are then trained together.
+Two kinds: feed-forwards that keep most of their neurons, spread over many layers, with maps of
+low rank for attentions where that saves more time for its divergence; and such maps in the place
+of the sub-blocks that a search found cheapest to leave out. Each is fitted by itself, in closed
+form; where torch is there a plan's are then trained together.
 """
 
 import time
@@ -20,7 +21,7 @@ from edgeroute.skippers.plan import SUB_BLOCKS, DepthPlan
 from edgeroute.skippers.static import Choice, Costs, Unit, leave_out
 from edgeroute.tools.depth_texts import Windows
 from edgeroute.tools.standin_records import StandInParams, StandInShape, StandInTensor
-from edgeroute.tools.standin_study import Study, study
+from edgeroute.tools.standin_study import Rival, Study, study
 from edgeroute.tools.standin_work import Work
 from edgeroute.tools.standins import ARCHITECTURES, StandIns, fit_plan
 
@@ -33,6 +34,8 @@ LOW_RANK: Final = (0.10, 0.05)
 MIN_TOKENS: Final = 1024
 """Fewer to fit to are no use."""
 _RANK_PART: Final = 8  # a rank is the model's width over this
+_ATTENTION_RANK_PART: Final = 16
+_F16_TIMES: Final = 3  # the bytes of four-bit weights, which most models are stored in
 _N_STUDY: Final = 2560  # tokens
 _TRAINED: Final = "trained.npz"
 
@@ -51,7 +54,9 @@ class Fits:
 
     Attributes:
         model: the file.
-        hparams, costs: of it.
+        hparams, costs: of it; in weights.
+        times: in nanoseconds.
+        kl: divergence with one sub-block alone left out.
         texts: windows to fit to.
         folder: gives the folder where one part of the work is kept.
         progress: told of every layer.
@@ -62,6 +67,8 @@ class Fits:
     model: Path
     hparams: Hparams
     costs: Costs
+    times: Costs
+    kl: Mapping[Unit, float]
     texts: Windows
     folder: Callable[[str], Path]
     progress: Progress
@@ -72,6 +79,28 @@ class Fits:
         """Measure what narrowing each feed-forward costs."""
         n = max(2, _N_STUDY // self.texts.shape[1])
         return study(self.model, self.texts[:n], work=self.folder("study"), progress=self.progress)
+
+    def narrow(self) -> dict[str, tuple[StandInShape, ...]]:
+        """Return plans of narrower feed-forwards by name, the most wanted first."""
+        found, shapes, attentions = self.study(), {}, self._attentions()
+        for save in NARROW:
+            try:
+                shapes[f"narrow-{100 * save:.0f}"] = found.shapes(save, self.times.ffn, attentions)
+            except UsageError:  # a small model has too little to save in its feed-forwards
+                continue
+        return shapes
+
+    def _attentions(self) -> list[Rival]:
+        """Return what maps of low rank in the place of single attentions save, and risk."""
+        rank = self.hparams.n_embd // _ATTENTION_RANK_PART
+        n = 2 * rank * self.hparams.n_embd
+        found = []
+        for unit, kl in self.kl.items():
+            n_attn, time = self.costs.of(unit), self.times.of(unit)
+            if unit.part == "attn" and rank and n_attn > _F16_TIMES * n:
+                shape = StandInShape(il=unit.il, part="attn", rank=rank)
+                found.append(Rival(shape, kl, n_attn - n, time * (1 - _F16_TIMES * n / n_attn)))
+        return found
 
     def fit(self, name: str, shapes: Sequence[StandInShape], n_windows: int) -> FittedPlan:
         """Fit one plan's stand-ins to so many windows, or go on where that was stopped.
@@ -129,17 +158,6 @@ class Fits:
 def can_fit(hparams: Hparams) -> bool:
     """Whether stand-ins can be fitted for such a model."""
     return hparams.arch in ARCHITECTURES and hparams.moe is None
-
-
-def narrow_shapes(found: Study) -> dict[str, tuple[StandInShape, ...]]:
-    """Return plans of narrower feed-forwards by name, the most wanted first."""
-    shapes = {}
-    for save in NARROW:
-        try:
-            shapes[f"narrow-{100 * save:.0f}"] = found.shapes(save)
-        except UsageError:  # a small model has too little to save in its feed-forwards
-            continue
-    return shapes
 
 
 def low_rank_shapes(

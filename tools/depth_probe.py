@@ -5,7 +5,7 @@ begins there, with the residual stream that the full pass left.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +18,7 @@ from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.cells import Region
 from edgeroute.runtime.depth import Step, Steps, all_run
 from edgeroute.runtime.errors import CapacityError, ComputeError
+from edgeroute.runtime.gguf import TensorInfo
 from edgeroute.runtime.sampler import log_softmax
 from edgeroute.skippers.static import Costs
 
@@ -201,8 +202,13 @@ def _compare(wanted: Floats, logits: Floats, ids: npt.NDArray[np.int64]) -> Scor
                  same=same.astype(np.float32))  # fmt: skip
 
 
-def costs_of(loaded: LoadedModel) -> Costs:
-    """Count the weights that one token is multiplied with, by the extents in the file.
+def n_weights(info: TensorInfo) -> int:
+    """Count the weights of a matrix."""
+    return math.prod(info.ne)
+
+
+def costs_of(loaded: LoadedModel, size: Callable[[TensorInfo], int] = n_weights) -> Costs:
+    """Count the weights that one token is multiplied with, or what `size` gives for a matrix.
 
     Of routed experts, those that a token uses count.
     """
@@ -212,7 +218,7 @@ def costs_of(loaded: LoadedModel) -> Costs:
         info = tensors.get(spec.file_name)
         if info is None or spec.use not in ("mul_mat", "mul_mat_id"):
             continue
-        n = math.prod(info.ne)
+        n = size(info)
         if spec.use == "mul_mat_id" and hp.moe is not None:
             n = n * hp.moe.n_expert_used // hp.moe.n_expert
         if not spec.name.startswith("blk."):

@@ -7,9 +7,10 @@ is taken to grow with the squared error, which is known for every width.
 
 import hashlib
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,18 @@ class LayerStudy:
     must_run: bool = False
 
 
+class Rival(NamedTuple):
+    """A stand-in that may be taken in place of narrower feed-forwards.
+
+    kl_nats is what leaving its sub-block out costs; n_weights and time are what it saves.
+    """
+
+    shape: StandInShape
+    kl_nats: float
+    n_weights: int
+    time: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
     """What narrowing each feed-forward costs.
@@ -65,11 +78,15 @@ class Study:
     step: int
     layers: tuple[LayerStudy, ...]
 
-    def shapes(self, saved_ratio: float) -> tuple[StandInShape, ...]:
-        """Choose widths that save so much of the compute at least expected divergence.
+    def shapes(
+        self, saved_ratio: float, ffn_times: Sequence[float] = (), rivals: Sequence[Rival] = ()
+    ) -> tuple[StandInShape, ...]:
+        """Choose what saves so much of the compute at least expected divergence per time saved.
 
         Args:
             saved_ratio: of the weights multiplied per token, 0 to what narrow layers can save.
+            ffn_times: of each feed-forward, in any unit; none for all alike.
+            rivals: what else may be taken; their times are in the same unit.
 
         Raises:
             UsageError: it cannot be saved.
@@ -83,18 +100,25 @@ class Study:
                 f"narrow feed-forwards cannot save {saved_ratio:.3f} of the compute; at most "
                 f"{most * per_step * len(free) / self.n_model:.3f} of it here"
             )
-        dropped = [0] * len(self.layers)
-        queue = [(self._marginal(il, 0), il) for il in free]
+        times = [t * self.step / self.n_ff for t in ffn_times or [1.0] * len(self.layers)]
+        dropped, taken = [0] * len(self.layers), list[StandInShape]()
+        queue = [(self._marginal(il, 0) / times[il], il, -1) for il in free]
+        queue += [(rival.kl_nats / rival.time, rival.shape.il, i)
+                  for i, rival in enumerate(rivals)]  # fmt: skip
         heapq.heapify(queue)
-        while sum(dropped) * per_step < wanted:
-            _, il = heapq.heappop(queue)
+        while wanted > 0:
+            _, il, i = heapq.heappop(queue)
+            if i >= 0:
+                wanted -= rivals[i].n_weights
+                taken.append(rivals[i].shape)
+                continue
+            wanted -= per_step
             dropped[il] += 1
             if dropped[il] < most:
-                heapq.heappush(queue, (self._marginal(il, dropped[il]), il))
-        return tuple(
-            StandInShape(il=il, part="ffn", width=self.n_ff - n * self.step)
-            for il, n in enumerate(dropped) if n
-        )  # fmt: skip
+                heapq.heappush(queue, (self._marginal(il, dropped[il]) / times[il], il, -1))
+        taken += [StandInShape(il=il, part="ffn", width=self.n_ff - n * self.step)
+                  for il, n in enumerate(dropped) if n]  # fmt: skip
+        return tuple(sorted(taken, key=lambda shape: (shape.il, shape.part)))
 
     def _marginal(self, il: int, n_dropped: int) -> float:
         """Divergence that the next step of neurons of a layer costs."""

@@ -1,6 +1,7 @@
 """Calibrating a tiny model end to end: figures, the file, going on after an interruption."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,34 @@ from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.depth_file import DepthFile, fingerprint
 from edgeroute.models.forward import Piece
+from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.depth import all_run
 from edgeroute.runtime.errors import DepthFileError, UsageError
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.runtime.sampler import log_softmax
 from edgeroute.skippers.plan import SUB_BLOCKS, DepthPlan, LayerDepth
 from edgeroute.skippers.plan_json import plans_from_json
-from edgeroute.skippers.static import Unit, leave_out
+from edgeroute.skippers.static import Costs, Unit, leave_out
 from edgeroute.tools.calibrate import CalibrateParams, calibrate
 from edgeroute.tools.calibrate_report import CalibrateReport, Measured
 from edgeroute.tools.depth_file import DepthContent, write_depth_file
 from edgeroute.tools.depth_probe import Probe, Window, costs_of
 from edgeroute.tools.depth_signals import mean_cosines, read_units, show_units
+from edgeroute.tools.depth_speed import measure_times
 from edgeroute.tools.depth_texts import MIN_WINDOWS, calibration_texts
 from edgeroute.tools.depth_work import Work
 from edgeroute.tools.synth import write
 from edgeroute.tools.synth_spec import ARCHITECTURES
 
 N_LAYER, N_WINDOW = 6, 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bytes_for_times() -> Iterator[None]:
+    """Take sub-blocks to cost time by their bytes, so that two runs search the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgeroute.tools.calibrate.measure_times", lambda _, sizes, *_a, **_k: sizes)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +175,27 @@ def test_costs_count_every_matrix_once(model: Path) -> None:
     assert costs.ffn == (3 * hp.n_embd * hp.n_ff,) * N_LAYER
     assert costs.attn == (heads + hp.n_embd * hp.n_head * hp.n_embd_head_k,) * N_LAYER
     assert costs.head == hp.n_embd * hp.n_vocab
+
+
+def test_times_are_what_leaving_sub_blocks_out_spares(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attentions take 4 of 10 seconds and feed-forwards 5, by their bytes; half the runs drift."""
+    drift = iter(range(1000))
+
+    def decode(_probe: Probe, spans: Sequence[Span], _text: object) -> float:
+        steps = spans[0].steps
+        n = 10.0 - 5 * (steps[0].ffn == "skip") - 4 * (steps[0].attn == "skip")
+        return n + 20 * (next(drift) >= 9)
+
+    monkeypatch.setattr("edgeroute.tools.depth_speed._decode", decode)
+    sizes = Costs(attn=(1, 3), ffn=(0, 10), head=2)
+    with Closed(model) as loaded:
+        probe = Probe(loaded)
+        found = measure_times(probe, sizes, [1] * 64, n_rounds=5)
+        probe.close()
+    s = 10**9
+    assert found == Costs(attn=(s, 3 * s), ffn=(0, 5 * s), head=21 * s)
 
 
 def test_stopped_anywhere_it_goes_on_and_finds_the_same(

@@ -17,7 +17,7 @@ from edgeroute.tools.convert.moe_activations import DenseModel
 from edgeroute.tools.standin_data import Streams
 from edgeroute.tools.standin_fit import Ridge, Sample, reduce_rank, token_weights
 from edgeroute.tools.standin_records import StandInTensor, StandInValues, down_kind
-from edgeroute.tools.standin_study import LayerStudy, Study, study
+from edgeroute.tools.standin_study import LayerStudy, Rival, Study, study
 from edgeroute.tools.standins import StandInParams, StandInShape, fit_plan, steps_of
 
 Floats = npt.NDArray[np.float32]
@@ -325,6 +325,24 @@ def test_widths_follow_the_marginal_cost() -> None:
     found = Study(n_ff=1024, n_embd=8, n_model=10 * 3 * 8 * 128, step=128, layers=layers)
     # Four steps: the first layer's first three cost 1, 3 and 5 parts, the other's 3 and 9.
     assert {s.il: (1024 - s.width) // 128 for s in found.shapes(0.4)} == {0: 3, 1: 1}
+
+
+def test_an_attention_is_taken_where_its_time_costs_less() -> None:
+    lost = tuple((i / 8) ** 2 for i in range(9))
+    layers = (LayerStudy(lost=lost, kl_nats=0.1), LayerStudy(lost=lost, kl_nats=0.1))
+    found = Study(n_ff=1024, n_embd=8, n_model=10 * 3 * 8 * 128, step=128, layers=layers)
+    attn = StandInShape(il=1, part="attn", rank=2)
+    # A step of neurons costs 0.025 and 0.075 nats, and takes an eighth of its layer's time; the
+    # attention saves as many weights as two steps. The second layer's time is twice the first's.
+    rival = Rival(attn, 0.06, 2 * 3 * 8 * 128, 1.0)
+
+    def shapes(saved: float, kl: float) -> dict[tuple[int, str], int]:
+        chosen = found.shapes(saved, (8.0, 16.0), [rival._replace(kl_nats=kl)])
+        return {(s.il, s.part): s.width for s in chosen}
+
+    assert shapes(0.2, 0.024) == {(1, "ffn"): 896, (1, "attn"): 0}
+    assert shapes(0.2, 0.026) == {(0, "ffn"): 896, (1, "ffn"): 896}
+    assert shapes(0.3, 0.026) == {(0, "ffn"): 896, (1, "ffn"): 896, (1, "attn"): 0}
 
 
 def test_steps_use_what_is_there() -> None:
