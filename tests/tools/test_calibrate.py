@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,7 @@ from edgeroute.tools.depth_signals import mean_cosines, read_units, show_units
 from edgeroute.tools.depth_speed import measure_times
 from edgeroute.tools.depth_texts import MIN_WINDOWS, calibration_texts
 from edgeroute.tools.depth_work import Work
-from edgeroute.tools.synth import write
-from edgeroute.tools.synth_spec import ARCHITECTURES
+from tests.tools.depth_lab import write_deep, write_text
 
 N_LAYER, N_WINDOW = 6, 48
 
@@ -47,18 +45,12 @@ def _bytes_for_times() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "deep.gguf"
-    small = replace(ARCHITECTURES["llama"], n_layer=N_LAYER, n_embd=64, n_ff=128, n_head=2,
-                    n_head_kv=1, n_embd_head=32)  # fmt: skip
-    write(small, path)
-    return path
+    return write_deep(tmp_path_factory.mktemp("model"), n_layer=N_LAYER)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "data.txt"
-    path.write_text("".join(f"line {i}: {i * i} is its square.\n" for i in range(150)))
-    return path
+    return write_text(tmp_path_factory.mktemp("data"), 150)
 
 
 def params(out: Path, data: Path, **changes: Any) -> CalibrateParams:

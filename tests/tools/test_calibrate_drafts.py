@@ -17,26 +17,19 @@ from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.tools.calibrate_drafts import DraftsParams, block_ends, calibrate_drafts
 from edgeroute.tools.draft_streams import Streams
 from edgeroute.tools.standin_records import unit_power
-from edgeroute.tools.synth import write
-from edgeroute.tools.synth_spec import ARCHITECTURES
+from tests.tools.depth_lab import write_deep, write_text
 
 N_LAYER, N_WINDOW, EPS = 8, 48, 1e-5
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "deep.gguf"
-    small = replace(ARCHITECTURES["llama"], n_layer=N_LAYER, n_embd=64, n_ff=128, n_head=2,
-                    n_head_kv=1, n_embd_head=32)  # fmt: skip
-    write(small, path)
-    return path
+    return write_deep(tmp_path_factory.mktemp("model"), n_layer=N_LAYER)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "data.txt"
-    path.write_text("".join(f"line {i}: {i * i} is its square.\n" for i in range(400)))
-    return path
+    return write_text(tmp_path_factory.mktemp("data"))
 
 
 class _Planted:

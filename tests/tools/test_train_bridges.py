@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +15,17 @@ from edgeroute.loaded import LoadedModel  # noqa: E402
 from edgeroute.paging_layers import FIRST_KEPT  # noqa: E402
 from edgeroute.tools.calibrate_drafts import DraftsParams, calibrate_drafts  # noqa: E402
 from edgeroute.tools.draft_streams import DraftProbe, Streams  # noqa: E402
-from edgeroute.tools.synth import write  # noqa: E402
-from edgeroute.tools.synth_spec import ARCHITECTURES  # noqa: E402
 from edgeroute.tools.torch_llama import TorchLlama  # noqa: E402
 from edgeroute.tools.train_bridges import BridgeTrainer, Texts, _Drafts  # noqa: E402
+from tests.tools.depth_lab import write_deep, write_text  # noqa: E402
 
 N_LAYER, N_WINDOW, END, RANK = 8, 64, 6, 32
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "deep.gguf"
-    small = replace(ARCHITECTURES[request.param], n_layer=N_LAYER, n_embd=64, n_ff=128, n_head=2,
-                    n_head_kv=1, n_embd_head=32, weight_type="F32")  # fmt: skip
-    write(small, path)
-    return path
+    return write_deep(tmp_path_factory.mktemp("model"), request.param, n_layer=N_LAYER,
+                      weight_type="F32")  # fmt: skip
 
 
 def texts_of(probe: DraftProbe, n: int) -> tuple[Streams, Texts]:
@@ -44,9 +39,7 @@ def texts_of(probe: DraftProbe, n: int) -> tuple[Streams, Texts]:
 
 def test_a_draft_in_torch_is_the_engines(model: Path, tmp_path: Path) -> None:
     """First guesses of a bridge, from its stream on: the same tokens but for half precision."""
-    out = tmp_path / "x.drafts"
-    data = tmp_path / "data.txt"
-    data.write_text("".join(f"line {i}: {i * i} is its square.\n" for i in range(400)))
+    out, data = tmp_path / "x.drafts", write_text(tmp_path)
     calibrate_drafts(model, DraftsParams(files=(data,), n_window=48, out=out, rank=RANK),
                      lambda *_: None)  # fmt: skip
     settings = RunParams(n_ctx=256, n_ubatch=256, n_kv=256, threads=1, speculate="off")

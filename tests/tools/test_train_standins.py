@@ -20,11 +20,10 @@ from edgeroute.tools.depth_file import DepthContent, write_depth_file  # noqa: E
 from edgeroute.tools.depth_probe import Probe  # noqa: E402
 from edgeroute.tools.standin_records import StandInShape  # noqa: E402
 from edgeroute.tools.standins import StandIns, fit_plan  # noqa: E402
-from edgeroute.tools.synth import write  # noqa: E402
-from edgeroute.tools.synth_spec import ARCHITECTURES  # noqa: E402
 from edgeroute.tools.torch_llama import TorchLlama  # noqa: E402
 from edgeroute.tools.torch_training import Schedule, batches  # noqa: E402
 from edgeroute.tools.train_standins import _Plan, train_standins  # noqa: E402
+from tests.tools.depth_lab import write_deep  # noqa: E402
 
 N_LAYER, N_WINDOW = 6, 32
 SHAPES = (
@@ -35,11 +34,8 @@ SHAPES = (
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "deep.gguf"
-    small = replace(ARCHITECTURES[request.param], n_layer=N_LAYER, n_embd=64, n_ff=192, n_head=2,
-                    n_head_kv=1, n_embd_head=32, weight_type="F32")  # fmt: skip
-    write(small, path)
-    return path
+    return write_deep(tmp_path_factory.mktemp("model"), request.param, n_layer=N_LAYER, n_ff=192,
+                      weight_type="F32")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
