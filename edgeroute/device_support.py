@@ -8,12 +8,13 @@ from edgeroute.models.base import Model
 from edgeroute.models.forward import room_for_nodes, shape_of
 from edgeroute.models.steps import build_step
 from edgeroute.runtime.batch_shape import BatchShape, Span
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cells import CELL_BUCKET
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.device_ops import lacking, lying_on
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import Builder, Graph
+from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.kv_cache import KvCache, KvShape
 from edgeroute.runtime.lora_graph import adapters_lack
 from edgeroute.runtime.tensor import F32

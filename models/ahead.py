@@ -16,9 +16,9 @@ import numpy.typing as npt
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.pruning import n_described
 from edgeroute.runtime.batch_shape import BatchShape
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.errors import ComputeError
-from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.tensor import F32_BYTES
 
 WISHES: Final = 16

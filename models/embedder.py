@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from edgeroute.models.base import Model
 from edgeroute.runtime.batch_shape import BatchShape, Segment, Span
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.graph import Builder, Graph
+from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.graph_cache import GraphCache
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.tensor import get_bytes, set_ids

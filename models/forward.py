@@ -15,12 +15,13 @@ from edgeroute.models.standins import fill_switches
 from edgeroute.models.steps import build_step
 from edgeroute.models.stream import Stream
 from edgeroute.runtime.batch_shape import BatchShape, Segment, Span
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cells import Region, round_cells
 from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.ggml.api import Tensor, ggml
-from edgeroute.runtime.graph import Builder, Graph
+from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.graph_cache import GraphCache
 from edgeroute.runtime.graph_inputs import Inputs
 from edgeroute.runtime.kv_cache import KvCache

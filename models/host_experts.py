@@ -13,12 +13,13 @@ import numpy.typing as npt
 from edgeroute.models.base import MoeModel
 from edgeroute.models.forward import room_for_nodes, shape_of
 from edgeroute.runtime.batch_shape import Span
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.ggml.api import Tensor
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import Builder, Graph
+from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.graph_cache import GraphCache
 from edgeroute.runtime.joints import Joint
 from edgeroute.runtime.kv_cache import KvCache

@@ -14,10 +14,10 @@ from edgeroute.models.base import Model
 from edgeroute.models.forward import Forward, Piece, shape_of
 from edgeroute.models.standins import fill_before
 from edgeroute.runtime.batch_shape import BatchShape, Span
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cells import Region, round_cells
 from edgeroute.runtime.depth import Step
 from edgeroute.runtime.device import Device
-from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.rooms import LayerPager
 

@@ -21,13 +21,14 @@ from edgeroute.models.paged_pairs import MAX_PAIRS, PairsForward, apart_from
 from edgeroute.models.pruning import n_described
 from edgeroute.models.steps import build_attn
 from edgeroute.runtime.batch_shape import BatchShape, Span
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.depth import Step, Steps
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.errors import ComputeError
 from edgeroute.runtime.experts import ExpertPager, MissRule
 from edgeroute.runtime.ggml.api import Tensor
-from edgeroute.runtime.graph import Builder, Graph
+from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.tensor import I32, set_bytes, shape
 

@@ -17,9 +17,9 @@ from edgeroute.models.copies import CopyPager
 from edgeroute.models.forward import Forward, shape_of
 from edgeroute.models.host_experts import HostExperts
 from edgeroute.runtime.batch_shape import Span
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.experts import ExpertPager, Leased
-from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.tensor import F32, I32, I64, set_bytes
 
 MAX_PAIRS: Final = 2048

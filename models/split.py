@@ -18,12 +18,12 @@ from edgeroute.models.forward import Forward, Piece, shape_of
 from edgeroute.models.pruning import n_described
 from edgeroute.models.stream import Stream
 from edgeroute.runtime.batch_shape import BatchShape, Span
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.depth import Step, all_run
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.device_group import DeviceGroup
 from edgeroute.runtime.errors import CapacityError
-from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.graph_cache import GraphCache
 from edgeroute.runtime.kv_cache import KvCache
 from edgeroute.runtime.lora import LoraSlots

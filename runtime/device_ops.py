@@ -1,4 +1,7 @@
-"""Which operations of a graph a device lacks: ggml ends the process at one that it cannot do."""
+"""Which operations a device lacks, of a graph or for a weight.
+
+ggml ends the process at one that it cannot do.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.ggml.structs import TensorStruct
-from edgeroute.runtime.tensor import shape
+from edgeroute.runtime.gguf import TensorInfo
+from edgeroute.runtime.tensor import F32, I32, Descriptors, new_tensor, shape
 
 _FREE = frozenset({"NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
 """Other looks at the same bytes: nothing is computed."""
+_PROBE_TOKENS = 512  # as many as a prefill has, so that the answer holds for both
 _WITH = {"MUL_MAT": "weights", "MUL_MAT_ID": "weights", "GET_ROWS": "rows"}
 
 
@@ -70,3 +75,33 @@ def lying_on(device: Device, tensors: Sequence[Tensor]) -> Iterator[None]:
             struct.buffer = buffer
         if empty is not None:
             g.ggml_backend_buffer_free(empty)
+
+
+def supports_product(
+    device: Device, buffer_type: int, info: TensorInfo, *, by_id: bool = False
+) -> bool:
+    """Ask ggml whether it multiplies with a weight of this type and shape in `buffer_type`.
+
+    `by_id` asks for products with the slices that ids choose. Using such a buffer unasked
+    aborts the process. Source: ggml-backend.h, ggml_backend_dev_supports_op.
+    """
+    g = ggml()
+    empty = g.ggml_backend_buft_alloc_buffer(buffer_type, 0)
+    if empty is None:
+        return False
+    probe = Descriptors(4)
+    try:
+        weight = new_tensor(probe, info.type, info.ne, "probe")
+        if by_id:
+            x = new_tensor(probe, F32, (info.ne[0], 1, _PROBE_TOKENS), "probe_x")
+            ids = new_tensor(probe, I32, (1, _PROBE_TOKENS), "probe_ids")
+            op = g.ggml_mul_mat_id(probe.ctx, weight, x, ids)
+        else:
+            ne = (info.ne[0], _PROBE_TOKENS, *info.ne[2:])
+            x = new_tensor(probe, F32, ne, "probe_x")
+            op = g.ggml_mul_mat(probe.ctx, weight, x)
+        TensorStruct.from_address(weight).buffer = empty
+        return g.ggml_backend_dev_supports_op(device.info.pointer, op)
+    finally:
+        g.ggml_backend_buffer_free(empty)
+        probe.free()

@@ -1,17 +1,13 @@
 """Graphs: built once per shape of batch, kept, fed through input tensors, run many times.
 
-A Builder offers ggml's operations to the architectures in models/. A Graph is what comes
-out: its inputs, its output, and the descriptors that keep them alive.
+A Builder offers ggml's operations to the architectures in models/. A Graph is what comes out.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
-import numpy.typing as npt
 
 from edgeroute.runtime.batch_shape import BatchShape, Segment, Span, group_segments
+from edgeroute.runtime.built_graph import Graph, Pass
 from edgeroute.runtime.cell_views import CellViews
 from edgeroute.runtime.depth import ExpertRule
 from edgeroute.runtime.ggml import api
@@ -28,9 +24,6 @@ from edgeroute.runtime.tensor import (
     I32,
     I64,
     Descriptors,
-    host_bytes,
-    host_view,
-    is_on_host,
     shape,
     strides,
 )
@@ -370,53 +363,9 @@ class Builder:
         copied = self.g.ggml_cpy(self.ctx, value, place)
         self.g.ggml_build_forward_expand(self.graph, copied)
 
-    def finish(self, output: Tensor) -> "Graph":
+    def finish(self, output: Tensor) -> Graph:
         """Close the graph over `output`."""
         self.g.ggml_set_output(output)
         self.g.ggml_build_forward_expand(self.graph, output)
         cells = CellViews(self._cell_views, self.batch.segments[0].start)
         return Graph(self.graph, self.inputs, output, self._descriptors, cells, passes=self._passes)
-
-
-@dataclass(slots=True)
-class Pass:
-    """One of several passes that a graph makes, each over tokens that the one before chose."""
-
-    inputs: Inputs
-    logits: Tensor  # F32 [n_vocab, n_out]
-    tokens: Tensor | None = None  # I32 [n_out], the strongest; the last pass chooses none
-    host_logits: npt.NDArray[np.float32] | None = None
-    host_tokens: npt.NDArray[np.int32] | None = None
-
-    def settle(self) -> None:
-        """Look where inputs and results of a placed graph are."""
-        self.inputs.settle()
-        n_vocab, n_out, _, _ = shape(self.logits)
-        self.host_logits = host_view(self.logits, (n_out, n_vocab))
-        if self.tokens is not None and is_on_host(self.tokens):
-            self.host_tokens = host_bytes(self.tokens).view(np.int32)
-
-
-@dataclass(slots=True)
-class Graph:
-    """A built graph. Lifetime: valid until `free`, and only while its memory is not moved."""
-
-    pointer: int
-    inputs: Inputs
-    output: Tensor
-    descriptors: Descriptors
-    cells: CellViews
-    host_output: npt.NDArray[np.float32] | None = None
-    passes: list[Pass] = field(default_factory=list)
-    """Of a graph that makes several."""
-
-    def settle(self) -> None:
-        """Look where inputs are, once the graph is placed."""
-        for each in self.passes:
-            each.settle()
-        if not self.passes:
-            self.inputs.settle()
-
-    def free(self) -> None:
-        """Free the descriptors; safe to call twice."""
-        self.descriptors.free()

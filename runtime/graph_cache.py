@@ -5,11 +5,11 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Final
 
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.device import Device
 from edgeroute.runtime.device_ops import lacking
 from edgeroute.runtime.errors import CapacityError, UnsupportedModelError
 from edgeroute.runtime.ggml.api import ggml
-from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.units import format_bytes
 
 MAX_BYTES: Final = 48 << 20

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from edgeroute.runtime.device import Buffer, Device
+from edgeroute.runtime.device_ops import supports_product
 from edgeroute.runtime.errors import ModelFileError
-from edgeroute.runtime.ggml import api, structs
+from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.gguf import GGMLType, GGUFFile, TensorInfo
 from edgeroute.runtime.joints import Joint, Joints
-from edgeroute.runtime.tensor import F32, I32, Descriptors, new_tensor, place, place_all
+from edgeroute.runtime.tensor import F32, Descriptors, new_tensor, place, place_all
 from edgeroute.runtime.weight_load import Copy, ReadAhead, copy_all, rank
 
 Use = Literal["mul_mat", "mul_mat_id", "get_rows", "elementwise"]
@@ -26,7 +27,6 @@ _NOT_WEIGHTS = frozenset(
     GGMLType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 )  # ggml has no product for these, and does not check: it would call a null pointer
 _GATHERED_BYTES = 1 << 20  # of longer products, the barriers that joining spares are below 0.5 %
-_PROBE_TOKENS = 512  # as many as a prefill has, so that the answer holds for both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,33 +380,3 @@ def _may_gather(infos: Sequence[TensorInfo]) -> bool:
     return sum(info.nbytes for info in infos) <= _GATHERED_BYTES and any(
         one.offset + one.nbytes != other.offset for one, other in pairs
     )
-
-
-def supports_product(
-    device: Device, buffer_type: int, info: TensorInfo, *, by_id: bool = False
-) -> bool:
-    """Ask ggml whether it multiplies with a weight of this type and shape in `buffer_type`.
-
-    `by_id` asks for products with the slices that ids choose. Using such a buffer unasked
-    aborts the process. Source: ggml-backend.h, ggml_backend_dev_supports_op.
-    """
-    g = ggml()
-    empty = g.ggml_backend_buft_alloc_buffer(buffer_type, 0)
-    if empty is None:
-        return False
-    probe = Descriptors(4)
-    try:
-        weight = new_tensor(probe, info.type, info.ne, "probe")
-        if by_id:
-            x = new_tensor(probe, F32, (info.ne[0], 1, _PROBE_TOKENS), "probe_x")
-            ids = new_tensor(probe, I32, (1, _PROBE_TOKENS), "probe_ids")
-            op = g.ggml_mul_mat_id(probe.ctx, weight, x, ids)
-        else:
-            ne = (info.ne[0], _PROBE_TOKENS, *info.ne[2:])
-            x = new_tensor(probe, F32, ne, "probe_x")
-            op = g.ggml_mul_mat(probe.ctx, weight, x)
-        structs.TensorStruct.from_address(weight).buffer = empty
-        return g.ggml_backend_dev_supports_op(device.info.pointer, op)
-    finally:
-        g.ggml_backend_buffer_free(empty)
-        probe.free()

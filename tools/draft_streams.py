@@ -12,9 +12,9 @@ from edgeroute.loaded import LoadedModel
 from edgeroute.models.forward import Piece
 from edgeroute.models.standins import fill_before
 from edgeroute.runtime.batch_shape import BatchShape
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cells import Region
 from edgeroute.runtime.errors import ComputeError
-from edgeroute.runtime.graph import Graph
 from edgeroute.tools.depth_probe import Floats, Probe, Window
 from edgeroute.tools.draft_openings import OPENINGS
 from edgeroute.tools.standin_fit import Ridge, Sample, error_ratio, token_weights

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.runtime.device import Device
+from edgeroute.runtime.device_ops import supports_product
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.gguf_types import GGMLType
 from edgeroute.runtime.tensor import (
@@ -24,7 +25,6 @@ from edgeroute.runtime.tensor import (
     place_all,
     set_bytes,
 )
-from edgeroute.runtime.weights import supports_product
 
 TYPES: Final = ("Q4_K", "Q8_0", "F16")
 N_IN, N_BLOCK = 4096, 64

@@ -18,6 +18,7 @@ from edgeroute.device_speed import DeviceSpeed
 from edgeroute.device_support import Probe, unsupported
 from edgeroute.loaded import kv_shape
 from edgeroute.models.registry import describe
+from edgeroute.runtime.built_graph import Graph
 from edgeroute.runtime.cell_views import CellViews
 from edgeroute.runtime.device import Device, devices
 from edgeroute.runtime.device_ops import lacking
@@ -31,7 +32,6 @@ from edgeroute.runtime.errors import (
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import ggml
 from edgeroute.runtime.gguf import GGUFFile
-from edgeroute.runtime.graph import Graph
 from edgeroute.runtime.graph_cache import GraphCache
 from edgeroute.runtime.graph_inputs import Inputs
 from edgeroute.runtime.tensor import (

@@ -11,7 +11,8 @@ from edgeroute.models.forward import Forward, Piece
 from edgeroute.models.moe import n_ranked
 from edgeroute.models.paged import PagedForward
 from edgeroute.runtime.batch_shape import BatchShape
-from edgeroute.runtime.graph import Builder, Graph
+from edgeroute.runtime.built_graph import Graph
+from edgeroute.runtime.graph import Builder
 from edgeroute.runtime.tensor import F32, I32, set_bytes
 from edgeroute.runtime.weights import ResidentWeights
 

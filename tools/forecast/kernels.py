@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from edgeroute.runtime.closing import Closing
 from edgeroute.runtime.device import Buffer, Device
+from edgeroute.runtime.device_ops import supports_product
 from edgeroute.runtime.ggml import api
 from edgeroute.runtime.ggml.api import Tensor, ggml
 from edgeroute.runtime.gguf import GGMLType
 from edgeroute.runtime.tensor import F16, F32, I32, Descriptors, new_tensor, place_all, set_bytes
-from edgeroute.runtime.weights import supports_product
 
 Form = Literal["dense", "plain", "experts", "slots"]
 """How a weight is held: `dense` as a resident model's matrices are, repacked where that pays;
