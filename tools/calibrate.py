@@ -20,7 +20,6 @@ from edgeroute.models.depth_file import DepthFile, depth_paths, fingerprint, fir
 from edgeroute.runtime.cells import round_cells
 from edgeroute.runtime.errors import UnsupportedModelError, UsageError
 from edgeroute.runtime.extras import check_extra
-from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers import auto
 from edgeroute.skippers.plan import DepthPlan
 from edgeroute.skippers.static import Choice, Costs, Protect, Signals, leave_out
@@ -284,17 +283,9 @@ class _Run:
         path = self._work.folder / f"plans{FILE_SUFFIX}"
         self._write(path, [each.plan for each in found], tensors)
         loaded = self._loaded
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(DepthFile(path, loaded.file, loaded.model.hparams))
-            specs = [spec for each in found
-                     for spec in file.specs(each.plan.name, each.plan.approximated)]  # fmt: skip
-            weights = ResidentWeights(file.file, loaded.device, specs)
-            stack.callback(weights.close)
-            weights.load()
-            stack.callback(self._probe.graphs.clear)
-            self._probe.standins = weights
+        with DepthFile(path, loaded.file, loaded.model.hparams) as file, \
+                self._probe.standing_in(file, [each.plan for each in found]):  # fmt: skip
             yield
-        self._probe.standins = None
 
     # the file
 

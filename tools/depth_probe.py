@@ -4,8 +4,9 @@ What lies below the first layer that a plan changes is the full model's, so that
 begins there, with the residual stream that the full pass left.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeroute.loaded import LoadedModel
+from edgeroute.models.depth_file import DepthFile
 from edgeroute.models.forward import Forward, Piece
 from edgeroute.runtime.batch_shape import Span
 from edgeroute.runtime.cells import Region
@@ -20,6 +22,8 @@ from edgeroute.runtime.depth import Step, Steps, all_run
 from edgeroute.runtime.errors import CapacityError, ComputeError
 from edgeroute.runtime.gguf import TensorInfo
 from edgeroute.runtime.sampler import log_softmax
+from edgeroute.runtime.weights import ResidentWeights
+from edgeroute.skippers.plan import DepthPlan
 from edgeroute.skippers.static import Costs
 
 Floats = npt.NDArray[np.float32]
@@ -128,6 +132,24 @@ class Probe(Forward):
     def encode(self, text: str, special: bool) -> list[int]:
         """Turn text into token ids, `special` with what the model expects before a text."""
         return self._tokenizer.encode(text, add_special=special, parse_special=False)
+
+    @contextlib.contextmanager
+    def standing_in(self, file: DepthFile, plans: Iterable[DepthPlan]) -> Iterator[ResidentWeights]:
+        """Load the stand-ins of some plans, as the engine does, until the block ends.
+
+        Raises:
+            DepthFileError: one is missing.
+            CapacityError: not enough memory.
+        """
+        specs = [spec for plan in plans for spec in file.specs(plan.name, plan.approximated)]
+        with contextlib.closing(ResidentWeights(file.file, self.device, specs)) as weights:
+            weights.load()
+            self.standins = weights
+            try:
+                yield weights
+            finally:
+                self.standins = None
+                self.graphs.clear()
 
     def window(self, tokens: Sequence[int]) -> Window:
         """Run the full model over a text, layer by layer.

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgeroute.tools.torch_llama import TorchLlama
 
-N_ROWS: Final = 512
+_N_ROWS: Final = 512
 """Tokens of one update."""
 WARM_UP: Final = 10
 """Updates until the full rate."""
@@ -31,13 +31,12 @@ class Schedule:
         until: a time of `time.monotonic`.
 
     Attributes:
-        rate: the highest.
         n_done: updates that were begun.
         n_updates: how many there will be, as far as is known.
     """
 
     def __init__(self, rate: float, most: int, until: float) -> None:
-        self.rate, self._most, self._until = rate, most, until
+        self._rate, self._most, self._until = rate, most, until
         self._began = time.monotonic()
         self.n_done, self.n_updates = 0, most
 
@@ -54,7 +53,7 @@ class Schedule:
         rising = min(1.0, (self.n_done + 1) / WARM_UP)
         falling = 0.5 * (1 + math.cos(math.pi * self.n_done / self.n_updates))
         for group in optimiser.param_groups:
-            group["lr"] = self.rate * rising * falling
+            group["lr"] = self._rate * rising * falling
         self.n_done += 1
         return True
 
@@ -82,9 +81,20 @@ def divergence(found: Tensor, wanted: Tensor) -> Tensor:
     return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
 
 
+class Pace(NamedTuple):
+    """The highest rate, how often the text is gone over at most, and when training ends.
+
+    `until` is a time of `time.monotonic`.
+    """
+
+    rate: float
+    epochs: float
+    until: float
+
+
 def train(
     weights: Sequence[Tensor], loss: Callable[[npt.NDArray[np.int64]], Tensor],
-    windows: tuple[int, int], schedule: Schedule,
+    windows: tuple[int, int], pace: Pace,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> None:  # fmt: skip
     """Lower a loss by its gradient, in place.
@@ -92,12 +102,15 @@ def train(
     Args:
         weights: what is learnt.
         loss: of a batch of windows.
-        windows: how many there are, and how many make a batch.
-        schedule: says when it ends.
+        windows: how many there are, and the tokens of each.
+        pace: how fast, and how long.
         progress: told of every update.
     """
-    optimiser = torch.optim.AdamW(weights, lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.0)
-    for batch in batches(*windows):
+    n_windows, n_window = windows
+    n_batch = max(1, _N_ROWS // n_window)
+    schedule = Schedule(pace.rate, math.ceil(pace.epochs * n_windows / n_batch), pace.until)
+    optimiser = torch.optim.AdamW(weights, lr=pace.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    for batch in batches(n_windows, n_batch):
         if not schedule.go_on(optimiser):
             return
         optimiser.zero_grad()

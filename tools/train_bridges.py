@@ -21,14 +21,7 @@ from torch import Tensor
 
 from edgeroute.runtime.gguf import GGUFFile
 from edgeroute.tools.torch_llama import TorchLlama, Turn
-from edgeroute.tools.torch_training import (
-    N_ROWS,
-    Predictions,
-    Schedule,
-    divergence,
-    quicker_type,
-    train,
-)
+from edgeroute.tools.torch_training import Pace, Predictions, divergence, quicker_type, train
 
 Floats = npt.NDArray[np.float32]
 
@@ -95,11 +88,9 @@ class BridgeTrainer:
         a, b = (torch.from_numpy(np.ascontiguousarray(each, np.float32)) for each in given)
         maps = [each.clone().requires_grad_() for each in (a, b)]
         n_fit, n_window = len(texts.tokens) - texts.n_checked, texts.tokens.shape[1]
-        n_batch = max(1, N_ROWS // n_window)
         before = self._checked(end, texts, maps)
-        schedule = Schedule(RATE, math.ceil(MOST_EPOCHS * n_fit / n_batch), until)
-        train(maps, lambda windows: self._loss(end, texts, windows, maps), (n_fit, n_batch),
-              schedule)  # fmt: skip
+        train(maps, lambda windows: self._loss(end, texts, windows, maps), (n_fit, n_window),
+              Pace(RATE, MOST_EPOCHS, until))  # fmt: skip
         after = self._checked(end, texts, maps)
         if not after < before:
             return Trained(*given, before, before)

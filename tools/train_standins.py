@@ -7,7 +7,6 @@ merged into them, and the outer halves and constants of linear maps. Nothing bec
 slower by it. Needs the extra `train`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -23,14 +22,7 @@ from edgeroute.tools.standin_data import Windows
 from edgeroute.tools.standin_records import Part, StandInTensor
 from edgeroute.tools.standins import StandIns
 from edgeroute.tools.torch_llama import TorchLlama
-from edgeroute.tools.torch_training import (
-    N_ROWS,
-    Predictions,
-    Schedule,
-    divergence,
-    quicker_type,
-    train,
-)
+from edgeroute.tools.torch_training import Pace, Predictions, divergence, quicker_type, train
 
 RANK: Final = 64
 """Of the change of a down projection."""
@@ -121,11 +113,10 @@ def train_standins(
     model, vocabulary = TorchLlama(file, quicker_type()), np.unique(texts)
     plan = _Plan(model, given, vocabulary)
     n_checked = min(MOST_CHECKED, max(1, len(texts) // CHECKED_ONE_IN))
-    n_fit, n_batch = len(texts) - n_checked, max(1, N_ROWS // texts.shape[1])
+    n_fit = len(texts) - n_checked
     before = plan.checked(texts[n_fit:])
-    schedule = Schedule(RATE, math.ceil(MOST_EPOCHS * n_fit / n_batch), until)
-    train(plan.learnt, lambda windows: plan.loss(texts[windows]), (n_fit, n_batch), schedule,
-          progress)  # fmt: skip
+    train(plan.learnt, lambda windows: plan.loss(texts[windows]), (n_fit, texts.shape[1]),
+          Pace(RATE, MOST_EPOCHS, until), progress)  # fmt: skip
     made = replace(given, tensors={**given.tensors, **plan.tensors()})
     after = _Plan(model, made, vocabulary).checked(texts[n_fit:])  # as it is stored
     return Trained(made, before, after) if after < before else Trained(given, before, before)

@@ -65,10 +65,8 @@ def opened(
         write_depth_file(out, DepthContent(model=fingerprint(loaded.file), data="0" * 64,
                                            plans=[plan], tensors=tensors))  # fmt: skip
         file = stack.enter_context(DepthFile(out, loaded.file, loaded.model.hparams))
-        weights = ResidentWeights(file.file, loaded.device, file.specs("x", plan.approximated))
-        stack.callback(weights.close)
-        weights.load()
-        yield stack.enter_context(contextlib.closing(Probe(loaded))), plan, weights
+        probe = stack.enter_context(contextlib.closing(Probe(loaded)))
+        yield probe, plan, stack.enter_context(probe.standing_in(file, [plan]))
 
 
 def logits(probe: Probe, plan: DepthPlan, weights: Weights) -> Floats:

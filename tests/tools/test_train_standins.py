@@ -14,7 +14,6 @@ from edgeroute.config import RunParams  # noqa: E402
 from edgeroute.loaded import LoadedModel  # noqa: E402
 from edgeroute.models.depth_file import DepthFile, fingerprint  # noqa: E402
 from edgeroute.runtime.gguf import GGUFFile  # noqa: E402
-from edgeroute.runtime.weights import ResidentWeights  # noqa: E402
 from edgeroute.skippers.plan import DepthPlan, LayerDepth  # noqa: E402
 from edgeroute.tools.depth_file import DepthContent, write_depth_file  # noqa: E402
 from edgeroute.tools.depth_probe import Probe  # noqa: E402
@@ -63,11 +62,7 @@ def score(model: Path, found: StandIns, text: list[int], folder: Path) -> float:
         ))  # fmt: skip
         probe = stack.enter_context(contextlib.closing(Probe(loaded)))
         file = stack.enter_context(DepthFile(path, loaded.file, loaded.model.hparams))
-        weights = ResidentWeights(file.file, loaded.device, file.specs("x", plan.approximated))
-        stack.callback(weights.close)
-        weights.load()
-        stack.callback(probe.graphs.clear)
-        probe.standins = weights
+        stack.enter_context(probe.standing_in(file, [plan]))
         return probe.score(probe.window(text), plan.steps(), "x").mean_kl
 
 

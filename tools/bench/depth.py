@@ -19,7 +19,6 @@ from edgeroute.config import RunParams
 from edgeroute.loaded import LoadedModel
 from edgeroute.models.depth_file import DepthFile, find_depth_file
 from edgeroute.runtime.errors import UsageError
-from edgeroute.runtime.weights import ResidentWeights
 from edgeroute.skippers.plan import DepthPlan
 from edgeroute.skippers.plan_json import plans_from_json
 from edgeroute.skippers.static import (
@@ -116,12 +115,7 @@ def _opened(params: BenchParams, wanted: DepthParams) -> Iterator[_Open]:
                              "a higher --max-kl")  # fmt: skip
         plans = _spread(sorted(plans, key=lambda plan: -plan.compute))
         probe = stack.enter_context(contextlib.closing(Probe(loaded)))
-        specs = [spec for plan in plans for spec in file.specs(plan.name, plan.approximated)]
-        weights = ResidentWeights(file.file, loaded.device, specs)
-        stack.callback(weights.close)
-        weights.load()
-        stack.callback(probe.graphs.clear)
-        probe.standins = weights
+        stack.enter_context(probe.standing_in(file, plans))
         yield _Open(probe, costs_of(loaded), tuple(plans), hparams.n_vocab)
 
 
